@@ -1,0 +1,25 @@
+"""lasem_fast: train a network while finding out which of its layers should be shared.
+
+LASEM ("Sharing Less is More", Lee, Behpour, Eaton, ICML 2021) treats the transfer configuration of
+a network as a latent variable; this package evaluates all configurations through a shared-prefix
+tree.
+"""
+
+from lasem_fast import likelihoods, priors, transfer
+from lasem_fast._dispatch import backends
+from lasem_fast.configs import ConfigSpace
+from lasem_fast.em import LASEM, EMStep
+from lasem_fast.net import TransferNet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LASEM",
+    "ConfigSpace",
+    "EMStep",
+    "TransferNet",
+    "backends",
+    "likelihoods",
+    "priors",
+    "transfer",
+]

@@ -1,0 +1,53 @@
+"""``python -m lasem_fast COMMAND``: a command's module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: ``module`` has ``main(argv, prog) -> int``, the exit status."""
+
+    module: str
+    help: str
+    extra: str = ""  # the pip extra that installs what it needs
+    needs: tuple[tuple[str, str], ...] = ()  # of that extra: (module, project on PyPI)
+
+
+COMMANDS = {
+    "demo": Command(
+        "lasem_fast.demo.run",
+        "a sequence of small image tasks: search against static sharing, tables, plots, timing",
+        extra="demo",
+        needs=(("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("rich", "rich")),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lasem_fast")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        # The command's own parser answers --help; it is not known here without an import.
+        subparsers.add_parser(name, help=command.help, add_help=False)
+    args, rest = parser.parse_known_args(argv)
+    command = COMMANDS[args.command]
+    prog = f"{parser.prog} {args.command}"
+    try:
+        return importlib.import_module(command.module).main(rest, prog=prog)
+    except ModuleNotFoundError as error:
+        missing = dict(command.needs).get((error.name or "").partition(".")[0])
+        if missing is None:
+            raise
+        print(f"{prog} needs {missing}: pip install lasem_fast[{command.extra}]", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

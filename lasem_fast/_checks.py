@@ -1,0 +1,216 @@
+"""Argument checks and their messages: argument, expected, got. Nothing here changes state."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lasem_fast.layers import layers_that_mix_samples
+from lasem_fast.network import Network
+
+if TYPE_CHECKING:
+    from lasem_fast.net import TransferNet
+
+
+def check_stages(stages: Any) -> None:
+    """Stages are distinct modules with initialised parameters of their own."""
+    if not isinstance(stages, list) or not all(isinstance(s, nn.Module) for s in stages):
+        got = [type(s).__name__ for s in stages] if isinstance(stages, list) else stages
+        raise TypeError(f"stages: expected a sequence of nn.Module, got {got!r}")
+    if not stages:
+        raise ValueError("stages: expected at least one stage, got none")
+    owner: dict[int, int] = {}
+    for i, stage in enumerate(stages):
+        _check_not_lazy(stage, f"stages[{i}]")
+        for name, parameter in stage.named_parameters():
+            other = owner.setdefault(id(parameter), i)
+            if other != i:
+                raise ValueError(
+                    f"stages: expected every stage to have parameters of its own, got {name!r} in "
+                    f"both stages[{other}] and stages[{i}]"
+                )
+
+
+def check_head(head: Any, net: TransferNet) -> None:
+    """A head is a module that no other part of the net uses."""
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
+    _check_not_lazy(head, "head")
+    taken = {id(p) for p in net.parameters()}
+    for name, parameter in head.named_parameters():
+        if id(parameter) in taken:
+            raise ValueError(
+                f"head: expected a module of the task's own, got one whose parameter {name!r} "
+                f"belongs to the net already"
+            )
+
+
+def _check_not_lazy(module: nn.Module, argument: str) -> None:
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{argument}: expected initialised parameters, got the lazy {name!r}; run the "
+                f"module once on a batch first"
+            )
+
+
+def check_new_task(task: Any, tasks: Container[str]) -> None:
+    """The name of a task that is to be added."""
+    _check_task_name(task)
+    if task in tasks:
+        raise ValueError(f"task: expected a new name, got {task!r}, which was added before")
+
+
+def check_task(task: Any, tasks: Iterable[str]) -> None:
+    """The name of a task that was added."""
+    _check_task_name(task)
+    if task not in tasks:
+        raise ValueError(
+            f"task: expected one of {list(tasks)}, got {task!r}; add_task adds a new one"
+        )
+
+
+def check_open_task(task: Any, net: TransferNet) -> None:
+    """The name of a task that has not ended."""
+    config = net.config(task)
+    if config is not None:
+        raise ValueError(
+            f"task: expected one that has not ended, got {task!r}, which ended with the "
+            f"configuration {list(config)}"
+        )
+
+
+def _check_task_name(task: Any) -> None:
+    if not isinstance(task, str):
+        raise TypeError(f"task: expected a name (str), got {type(task).__name__} {task!r}")
+    if not task:
+        raise ValueError("task: expected a name, got an empty string")
+
+
+def check_batch(x: Any) -> None:
+    """A non-empty batch of samples."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.dim() < 1:
+        raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
+    if x.shape[0] == 0:
+        raise ValueError(f"x: expected at least one sample, got shape {list(x.shape)}")
+
+
+def check_target(y: Any, x: Tensor) -> None:
+    """One target per sample, on the samples' device."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a tensor, got {type(y).__name__}")
+    if y.dim() < 1 or y.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"y: expected one target for each of the {x.shape[0]} samples of x, got shape "
+            f"{list(y.shape)}"
+        )
+    if y.device != x.device:
+        raise ValueError(f"y: expected a tensor on {x.device} like x, got one on {y.device}")
+
+
+def check_finite_input(x: Tensor) -> None:
+    """No NaN and no infinity in the batch (reads the values)."""
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"x: expected finite values, got {bad} that are NaN or infinite")
+
+
+def check_finite_weights(named: Iterable[tuple[str, Tensor]]) -> None:
+    """No NaN and no infinity in the weights (reads the values)."""
+    named = [(name, p) for name, p in named if p.is_floating_point() and p.numel()]
+    largest = nn.utils.get_total_norm([p for _, p in named], norm_type=float("inf"))
+    if bool(torch.isfinite(largest)):
+        return
+    bad = [name for name, p in named if not bool(torch.isfinite(p).all())]
+    raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
+
+
+def check_posterior(posterior: Any, n_configs: int) -> None:
+    """A frozen posterior: one weight per configuration."""
+    if not isinstance(posterior, Tensor):
+        raise TypeError(f"posterior: expected a tensor or None, got {type(posterior).__name__}")
+    if posterior.shape != (n_configs,):
+        raise ValueError(
+            f"posterior: expected shape [{n_configs}], one weight per configuration, got "
+            f"{list(posterior.shape)}"
+        )
+    if not posterior.is_floating_point():
+        raise TypeError(f"posterior: expected a floating-point tensor, got {posterior.dtype}")
+
+
+def check_posterior_values(posterior: Tensor) -> None:
+    """A frozen posterior sums to one (reads the values)."""
+    total = float(posterior.sum())
+    # Rounding of a sum of C terms, each of them rounded to the posterior's precision.
+    slack = 4 * torch.finfo(posterior.dtype).eps * max(16, posterior.numel())
+    if not bool((posterior >= 0).all()) or not abs(total - 1) <= slack:
+        raise ValueError(
+            f"posterior: expected weights of at least 0 that add up to 1, got sum {total:.6g} and "
+            f"minimum {float(posterior.min()):.6g}"
+        )
+
+
+def check_independent_samples(net: TransferNet, task: str) -> None:
+    """No layer that the task uses mixes the samples of the folded batch."""
+    parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
+    parts[f"adapters[{task!r}]"] = net.adapters[task]
+    parts[f"heads[{task!r}]"] = net.heads[task]
+    for part, module in parts.items():
+        for name, layer in layers_that_mix_samples(module):
+            where = f"{part}.{name}" if name else part
+            raise ValueError(
+                f"net: expected layers that treat samples independently, got {where} "
+                f"({type(layer).__name__}), whose batch statistics would mix configurations; "
+                f"put it into evaluation mode (frozen statistics) or use GroupNorm or LayerNorm"
+            )
+
+
+def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
+    """A head's output: one row of outputs per sample of the folded batch."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"head of task {task!r}: expected a tensor of logits [N, K], got "
+            f"{type(logits).__name__}"
+        )
+    if logits.dim() < 2 or logits.shape[0] != leaves * samples or logits.shape[-1] == 0:
+        raise ValueError(
+            f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
+            f"{leaves} configurations of {samples} samples each), got shape {list(logits.shape)}"
+        )
+
+
+@torch.no_grad()
+def misfit(network: Network, x: Tensor) -> str | None:
+    """Why a network cannot take ``x``, found on its first sample; None if it can."""
+    h = x[:1]
+    for i, branches in enumerate(network.stages):
+        branch = next(b for b in branches if b is not None)
+        try:
+            out = branch(h)
+        except RuntimeError as error:
+            return _misfit_message(x, f"stage {i + 1} ({_name(branch.module)})", h, error)
+        h = out
+    try:
+        network.head(h)
+    except RuntimeError as error:
+        return _misfit_message(x, f"the head of task {network.task!r}", h, error)
+    return None
+
+
+def _name(module: nn.Module) -> str:
+    return " ".join(repr(module).split())
+
+
+def _misfit_message(x: Tensor, where: str, h: Tensor, error: RuntimeError) -> str:
+    reason = str(error).splitlines()[0]
+    return (
+        f"x: expected samples that the network can take, got shape {list(x.shape)} of {x.dtype} on "
+        f"{x.device}: {where} cannot take an input of shape [N, {', '.join(map(str, h.shape[1:]))}]"
+        f" ({reason})"
+    )

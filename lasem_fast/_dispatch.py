@@ -1,0 +1,52 @@
+"""Which backend evaluates the configurations, and why another one cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lasem_fast.backends import plain_torch
+from lasem_fast.plan import Plan
+from lasem_fast.reference import NaiveLoop
+from lasem_fast.tree import Tree
+
+_AVAILABLE = "available"
+
+
+def backends() -> dict[str, str]:
+    """What each backend says of itself: ``"available"``, or why it is not."""
+    absent = "not available: this version of lasem_fast has no such kernels"
+    return {
+        "reference": _AVAILABLE,
+        "torch": _AVAILABLE,
+        "cpp": absent,
+        "triton": absent,
+        "cuda": absent,
+    }
+
+
+def choose(backend: Any) -> str:
+    """The name of the backend to use.
+
+    Raises:
+        TypeError, ValueError: not the name of a backend.
+        RuntimeError: the one that was asked for by name cannot run here; the message says why.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
+    known = backends()
+    if backend == "auto":
+        return "torch"
+    if backend not in known:
+        raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}")
+    if known[backend] != _AVAILABLE:
+        raise RuntimeError(f"backend {backend!r}: {known[backend]}")
+    return backend
+
+
+def evaluator(backend: str, bits: Tensor) -> NaiveLoop | Tree:
+    """What evaluates the configurations ``bits`` ``[C, d]`` with a backend that can run."""
+    if backend == "reference":
+        return NaiveLoop(bits)
+    return Tree(Plan.of_bits(bits), plain_torch.all_branches)

@@ -1,0 +1,1 @@
+"""Implementations of a level of the tree. They never import one another."""

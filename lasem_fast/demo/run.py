@@ -1,0 +1,246 @@
+"""The demo from the command line: train, compare, plot, time, write everything down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+from torch import nn
+
+import lasem_fast
+from lasem_fast import metrics
+from lasem_fast.demo import data, model, plots, timing
+from lasem_fast.lifelong import METHODS, Progress, RunRecord, Task, train_sequence
+from lasem_fast.net import TransferNet
+
+LEARNING_RATE = 1e-3
+BATCH_SIZE = 16
+EVALUATE_EARLIER_EVERY = 5
+FULL = {"tasks": 8, "epochs": 40}
+QUICK = {"tasks": 3, "epochs": 4}
+METHOD_NAMES = {"lasem": "LASEM", "all": "transfer at all stages", "none": "no transfer"}
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    parser = _parser(prog)
+    args = parser.parse_args(argv)
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    console = Console()
+    torch.set_num_threads(args.threads)
+    try:
+        images = _images(args)
+        tasks = data.make_tasks(images, args.tasks, seed=args.seed)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    make_net, make_head = _factories(images.side)
+    options = {
+        "epochs": args.epochs,
+        "batch_size": BATCH_SIZE,
+        "optimizer": partial(torch.optim.Adam, lr=LEARNING_RATE),
+        "seed": args.seed,
+        "evaluate_earlier_every": EVALUATE_EARLIER_EVERY,
+        "em_options": {"backend": args.backend},
+        "device": args.device,
+    }
+    runs = {}
+    with _progress_bar(console) as bar:
+        for method in METHODS:
+            report = _reporter(bar, method, args.tasks * args.epochs)
+            runs[method] = train_sequence(
+                make_net, make_head, tasks, method=method, on_epoch=report, **options
+            )
+    times = timing.time_steps(
+        make_net, make_head, tasks[0],
+        batch_size=BATCH_SIZE, backend=args.backend, device=args.device,
+    )  # fmt: skip
+    result = _result(args, runs, times)
+
+    console.print(_task_table(runs["lasem"]))
+    console.print(_method_table(result["comparison"]))
+    console.print(_timing_lines(runs, times))
+    console.print(f"Written: {', '.join(_write(args.out, result, runs['lasem']))} in {args.out}")
+    return 0
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train on a sequence of small, diverse image tasks three times: LASEM, "
+        "transfer at all stages, no transfer. The same options and seed give the same results.",
+    )
+    add = parser.add_argument
+    add("--data", choices=("digits", "fashion-mnist"), default="digits",
+        help="scikit-learn's 8 x 8 digits (default), or Fashion-MNIST from --root")  # fmt: skip
+    add("--root", type=Path, help="folder of Fashion-MNIST's four idx files, gzipped or not")
+    add("--seed", type=int, default=0, help="of tasks, weights and mini-batches (default 0)")
+    add("--tasks", type=_positive, help=f"default {FULL['tasks']}")
+    add("--epochs", type=_positive, help=f"per task (default {FULL['epochs']})")
+    add("--quick", action="store_true",
+        help=f"{QUICK['tasks']} tasks of {QUICK['epochs']} epochs: does it run?")  # fmt: skip
+    add("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="default demo-run/")
+    add("--device", default="cpu", help="a PyTorch device (default cpu)")
+    add("--backend", default="auto", help="of the EM step (default auto)")
+    add("--threads", type=_positive, default=1,
+        help="CPU threads; the net is too small to gain from more than the default 1")  # fmt: skip
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _images(args: argparse.Namespace) -> data.Images:
+    if args.data == "digits":
+        return data.digits(args.seed)
+    if args.root is None:
+        raise ValueError("--data fashion-mnist needs --root, the folder of its four idx files")
+    return data.fashion_mnist(args.root, args.seed)
+
+
+def _factories(side: int) -> tuple[Callable[[], TransferNet], Callable[[Task], nn.Module]]:
+    return (
+        lambda: TransferNet(model.make_stages(side)),
+        lambda task: model.make_head(task.n_classes, side),
+    )
+
+
+def _progress_bar(console: Console) -> ProgressBar:
+    return ProgressBar(
+        TextColumn("{task.description:22}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[where]}"),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def _reporter(bar: ProgressBar, method: str, total: int) -> Callable[[Progress], None]:
+    row = bar.add_task(METHOD_NAMES[method], total=total, where="")
+
+    def report(now: Progress) -> None:
+        where = f"task {now.task_number}/{now.n_tasks} epoch {now.epoch}/{now.epochs} {now.label}"
+        bar.update(row, advance=1, where=where)
+
+    return report
+
+
+def _result(
+    args: argparse.Namespace, runs: dict[str, RunRecord], times: dict[str, Any]
+) -> dict[str, Any]:
+    """All that is written down. Wall-clock times are under "timing" and "seconds" only."""
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "root", "quick")}
+    settings = {"batch_size": BATCH_SIZE, "optimizer": "Adam", "learning_rate": LEARNING_RATE}
+    versions = {
+        "lasem_fast": lasem_fast.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    alone = runs["none"].accuracy_matrix().diagonal()
+    comparison = {}
+    for method, run in runs.items():
+        gain = metrics.gain(run.accuracy_matrix(), alone)
+        comparison[method] = {
+            **run.summary(),
+            "gain_over_no_transfer": gain if gain == gain else None,
+            "parameters": run.parameters,
+        }
+    return {
+        "config": {**config, **settings},
+        "versions": versions,
+        "comparison": comparison,
+        "runs": {method: run.to_dict() for method, run in runs.items()},
+        "timing": times,
+    }
+
+
+def _task_table(run: RunRecord) -> Table:
+    table = Table(title="LASEM, task by task")
+    table.add_column("task")
+    table.add_column("classes, transformation, noise")
+    table.add_column("shared stages", justify="center")
+    for heading in ("peak", "after its\ntraining", "after the\nlast task", "forgetting\nratio"):
+        table.add_column(heading, justify="right")
+    R = run.accuracy_matrix()
+    for number, task in enumerate(run.tasks):
+        end, final = R[number, number], R[-1, number]
+        table.add_row(
+            task.name, task.note, task.label, _percent(task.peak), _percent(end), _percent(final),
+            f"{final / end:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _method_table(comparison: dict[str, dict[str, float | None]]) -> Table:
+    table = Table(
+        title="The three methods, mean over tasks",
+        caption="peak: test accuracy at the best validation epoch. While learning: mean test "
+        "accuracy over a task's epochs, high where it learns fast. Forgetting ratio: final "
+        "accuracy / accuracy after the task's own training, and / peak.",
+    )
+    table.add_column("method")
+    for heading in (
+        "peak", "while\nlearning", "after the\nlast task", "forgetting ratio\n(to end / to peak)",
+        "parameters\nkept",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for method, row in comparison.items():
+        table.add_row(
+            METHOD_NAMES[method],
+            _percent(row["peak_accuracy"]),
+            _percent(row["learning_curve_area"]),
+            _percent(row["average_accuracy"]),
+            f"{row['forgetting_ratio_to_end']:.2f} / {row['forgetting_ratio_to_peak']:.2f}",
+            f"{row['parameters']:,}",
+        )
+    return table
+
+
+def _timing_lines(runs: dict[str, RunRecord], times: dict[str, Any]) -> str:
+    ms = times["milliseconds"]
+    n_configs = len(runs["lasem"].configurations)
+    trained = ", ".join(f"{METHOD_NAMES[m]} {run.seconds['train']:.1f} s" for m, run in runs.items())
+    return (
+        f"One EM step over {n_configs} configurations (backend {times['backend']}, mini-batch of "
+        f"{times['batch_size']}): {ms['em']:.1f} ms\n"
+        f"  the naive loop: {ms['naive']:.1f} ms ({ms['naive'] / ms['em']:.1f} x as long)\n"
+        f"  one plain training step: {ms['plain']:.1f} ms (EM takes "
+        f"{ms['em'] / ms['plain']:.1f} x as long)\n"
+        f"Training without evaluation: {trained}"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _write(out: Path, result: dict[str, Any], search: RunRecord) -> list[str]:
+    out.mkdir(parents=True, exist_ok=True)
+    names = ["run.json", "posterior.png", "share_frequency.png"]
+    (out / names[0]).write_text(json.dumps(result, indent=1, allow_nan=False, default=str) + "\n")
+    plots.plot_posterior(search, out / names[1])
+    plots.plot_share_frequency(search, out / names[2])
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,360 @@
+"""LASEM: one mini-batch of the EM algorithm over transfer configurations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast import _checks, _dispatch
+from lasem_fast.configs import Configuration, ConfigSpace
+from lasem_fast.likelihoods import Likelihood, as_likelihood
+from lasem_fast.net import TransferNet
+from lasem_fast.network import Network
+from lasem_fast.posterior import Evidence, evidence, expected_nll, posterior_of
+from lasem_fast.priors import Prior, as_prior
+from lasem_fast.rollback import Rollback
+
+
+class EMStep(NamedTuple):
+    """What one mini-batch gave. All but ``loss`` are detached; nothing waits for the device.
+
+    Attributes:
+        loss: scalar; its gradient is minus Eq. 3 and 4, averaged over the mini-batch.
+        posterior: P(c | X, y) ``[C]``, or the frozen one that was passed.
+        log_likelihood: L_c ``[C]``; -inf for a configuration that overflowed.
+        nll: mean negative log-likelihood per sample and configuration ``[C]``; inf for one that
+            overflowed.
+        dropped_mass: scalar, the posterior mass that an approximation left out; 0 when exact.
+    """
+
+    loss: Tensor
+    posterior: Tensor
+    log_likelihood: Tensor
+    nll: Tensor
+    dropped_mass: Tensor
+
+
+class LASEM(nn.Module):
+    """Trains a :class:`TransferNet` while finding out which stages each task should share.
+
+    Args:
+        net: the network; the LASEM owns it (``em.net``).
+        space: the configurations to search; None: all 2^d.
+        likelihood: ``"joint"`` (Eq. 2), ``"mean"`` (the authors' release), or a
+            :class:`~lasem_fast.likelihoods.Likelihood`, for example ``Gaussian(sigma)``.
+        prior: ``"count"`` (Eq. 1), ``"mean_posterior"``, ``"uniform"``, ``"historic"``, a tensor
+            ``[C]`` of probabilities, or a :class:`~lasem_fast.priors.Prior`.
+        backend: ``"auto"``, or one of :func:`lasem_fast.backends` by name.
+        validate: on a device, also run the checks that read values (label range, finiteness) and
+            leave out configurations that overflow; this waits for the device at every step. On the
+            CPU they always run, except inside ``torch.compile``. Where they do not run, a bad step
+            has a NaN loss.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: the backend asked for cannot run here.
+
+    Source: LASEM (Lee, Behpour, Eaton, ICML 2021), Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        net: TransferNet,
+        space: ConfigSpace | None = None,
+        likelihood: str | Likelihood = "joint",
+        prior: str | Tensor | Prior = "count",
+        backend: str = "auto",
+        *,
+        validate: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, TransferNet):
+            raise TypeError(f"net: expected a TransferNet, got {type(net).__name__}")
+        self.space = _checked_space(space, net.depth)
+        self.likelihood = as_likelihood(likelihood)
+        self.backend = _dispatch.choose(backend)
+        self.validate = bool(validate)
+        self.net = net
+        self._prior = as_prior(prior)
+        self._prior.check(len(self.space))
+        self._rollback = Rollback()
+        self._evaluator = _dispatch.evaluator(self.backend, self.space.bits)
+
+    @classmethod
+    def reference(
+        cls, net: TransferNet, space: ConfigSpace | None = None, backend: str = "auto"
+    ) -> LASEM:
+        """The choices of the authors' release: mean likelihood, mean-posterior prior."""
+        return cls(net, space, likelihood="mean", prior="mean_posterior", backend=backend)
+
+    def forward(self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None = None) -> EMStep:
+        """One E-step and the loss of one M-step.
+
+        For a task that has ended there is nothing left to infer: the loss is the one of its
+        configuration, whose posterior is 1, and the prior stays as it is.
+
+        Args:
+            x: the mini-batch ``[N, ...]``.
+            y: the targets: int64 class labels ``[N]``, or what the likelihood asks for.
+            task: name of a task of the net.
+            posterior: ``[C]``, a posterior to keep frozen for a further M-step; then the prior is
+                not updated. None: infer it from this mini-batch.
+
+        Returns:
+            An :class:`EMStep`; call ``backward()`` on its ``loss``.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described. Weights, prior and snapshots
+                are then as before.
+        """
+        config = self._check_call(x, y, task, posterior)
+        if config is not None:
+            step = self._fixed_step(x, y, task, config)
+        else:
+            step = self._search_step(x, y, task, posterior)
+        self._rollback.begin(task, config is not None, self.net.shared)
+        return step
+
+    def evaluate(self, x: Tensor, task: str) -> Tensor:
+        """The logits ``[C, N, K]`` of all configurations, differentiable; changes no state.
+
+        Raises:
+            TypeError, ValueError: ``x`` does not fit, or the task is unknown or has ended.
+        """
+        _checks.check_batch(x)
+        _checks.check_open_task(task, self.net)
+        _checks.check_independent_samples(self.net, task)
+        return self._run(self._evaluator.logits, self._network(task), x)
+
+    def prior(self, task: str) -> Tensor:
+        """The present prior P(c) of a task, ``[C]``."""
+        self.net.config(task)
+        known = task in self._prior.states
+        log_prior = self._log_prior(task)
+        if not known:
+            self._prior.forget(task)
+        return log_prior.softmax(dim=0)
+
+    def best_config(self, task: str) -> Configuration:
+        """The configuration that is ahead (row 0 on ties), or the one that an ended task kept."""
+        kept = self.net.config(task)
+        if kept is not None:
+            return kept
+        if task not in self._prior.states:
+            return self.space[0]
+        return self.space[int(self._prior.score(task).argmax())]
+
+    def end_task(self, task: str, config: Any = None) -> Configuration:
+        """Ends a task: chooses its configuration, rolls back what it does not share, drops the rest.
+
+        Shared weights of the stages that the configuration does not share get back the values from
+        before the task; where mini-batches of other tasks came in between, the changes that those
+        made stay. Specific branches that it does not use are dropped.
+
+        Args:
+            task: a task that has not ended.
+            config: a configuration of the space to keep; None: :meth:`best_config`.
+
+        Returns:
+            The configuration, a tuple of d booleans, True where shared.
+
+        Raises:
+            TypeError, ValueError: the task is unknown or has ended, or ``config`` is not in the
+                space.
+        """
+        _checks.check_open_task(task, self.net)
+        if config is None:
+            chosen = self.best_config(task)
+        else:
+            chosen = self.space[self.space.index(config)]
+        self._rollback.end(task, chosen, self.net.shared)
+        self.net.keep(task, chosen)
+        return chosen
+
+    def _check_call(
+        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None
+    ) -> Configuration | None:
+        _checks.check_batch(x)
+        _checks.check_target(y, x)
+        config = self.net.config(task)
+        _checks.check_independent_samples(self.net, task)
+        if posterior is not None:
+            _checks.check_posterior(posterior, len(self.space))
+            if config is not None:
+                raise ValueError(
+                    f"posterior: expected None for task {task!r}, whose configuration is fixed "
+                    f"since it ended; got a tensor"
+                )
+        if self._reads_values(x):
+            _checks.check_finite_input(x)
+            _checks.check_finite_weights(self.net.named_task_parameters(task))
+            if posterior is not None:
+                _checks.check_posterior_values(posterior)
+        return config
+
+    def _reads_values(self, x: Tensor) -> bool:
+        on_host = x.device.type == "cpu" or self.validate
+        return on_host and not torch.compiler.is_compiling()
+
+    def _network(self, task: str) -> Network:
+        return Network(self.net.branches(task), self.net.heads[task], task)
+
+    def _run(self, evaluate: Any, network: Network, x: Tensor) -> Any:
+        """Evaluates; an error that the input's shape or dtype explains becomes one that says so."""
+        if torch.compiler.is_compiling():
+            return evaluate(network, x)
+        try:
+            return evaluate(network, x)
+        except RuntimeError as error:
+            reason = _checks.misfit(network, x)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
+
+    def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
+        network = self._network(task)
+        one_pass = frozen is not None
+        e_step, m_step = self._evidence(self._evaluator, network, x, y, one_pass)
+        usable = torch.isfinite(e_step.nll) & torch.isfinite(m_step.nll)
+        rows = None
+        if self._reads_values(x) and not bool(usable.all()):
+            rows, e_step, m_step = self._evidence_of_usable(network, x, y, usable, one_pass)
+            usable = torch.zeros_like(usable).index_fill(0, rows, True)
+        log_likelihood = _spread(e_step.log_likelihood, rows, usable, -torch.inf)
+        if frozen is None:
+            posterior = self._infer(task, log_likelihood, usable, x)
+        else:
+            posterior = self._frozen(frozen, m_step, rows)
+        return EMStep(
+            loss=expected_nll(posterior if rows is None else posterior[rows], m_step.nll),
+            posterior=posterior,
+            log_likelihood=log_likelihood,
+            nll=_spread(e_step.nll.detach(), rows, usable, torch.inf),
+            dropped_mass=torch.zeros_like(posterior[0]),
+        )
+
+    def _infer(self, task: str, log_likelihood: Tensor, usable: Tensor, x: Tensor) -> Tensor:
+        """The E-step's posterior; the prior takes it in."""
+        known = task in self._prior.states
+        posterior = posterior_of(self._log_prior(task), log_likelihood)
+        if self._reads_values(x) and not bool(torch.isfinite(posterior).all()):
+            if not known:
+                self._prior.forget(task)
+            raise ValueError(
+                f"prior: expected probability above 0 for a configuration with a finite loss on "
+                f"this mini-batch, got 0 for all {int(usable.sum())} of them"
+            )
+        self._prior.update(task, posterior, usable.any())
+        return posterior
+
+    def _frozen(self, posterior: Tensor, m_step: Evidence, rows: Tensor | None) -> Tensor:
+        """A posterior that was passed, without the configurations that overflow now."""
+        posterior = posterior.detach().to(m_step.nll)
+        if rows is None:
+            return posterior
+        left = torch.zeros_like(posterior).index_copy(0, rows, posterior[rows])
+        if not bool(left.sum() > 0):
+            raise ValueError(
+                "posterior: expected weight above 0 for a configuration with a finite loss on "
+                f"this mini-batch, got 0 for all {rows.numel()} of them"
+            )
+        return left / left.sum()
+
+    def _evidence(
+        self, evaluator: Any, network: Network, x: Tensor, y: Tensor, one_pass: bool
+    ) -> tuple[Evidence, Evidence]:
+        """The evidence for the E-step and for the M-step; the same object where they do not differ."""
+        if one_pass:
+            e_output = m_output = self._run(evaluator.logits, network, x)
+        else:
+            e_output, m_output = self._run(evaluator.logits_without_and_with_noise, network, x)
+        self.likelihood.check_target(y, m_output, values=self._reads_values(x))
+        m_step = evidence(m_output, y, self.likelihood)
+        return (m_step if e_output is m_output else evidence(e_output, y, self.likelihood)), m_step
+
+    def _evidence_of_usable(
+        self, network: Network, x: Tensor, y: Tensor, usable: Tensor, one_pass: bool
+    ) -> tuple[Tensor, Evidence, Evidence]:
+        """Evaluates again without the configurations that overflow; returns the rows left as well."""
+        rows = usable.nonzero().squeeze(1)
+        while rows.numel() > 0:
+            evaluator = _dispatch.evaluator(self.backend, self.space.bits[rows.cpu()])
+            e_step, m_step = self._evidence(evaluator, network, x, y, one_pass)
+            good = torch.isfinite(e_step.nll) & torch.isfinite(m_step.nll)
+            if bool(good.all()):
+                return rows, e_step, m_step
+            rows = rows[good]
+        raise ValueError(
+            f"x: expected a mini-batch on which some configuration has a finite loss, got NaN or "
+            f"infinity for all {len(self.space)}; the weights are finite, so the activations "
+            f"overflow: use smaller inputs, weights or learning rate"
+        )
+
+    def _fixed_step(self, x: Tensor, y: Tensor, task: str, config: Configuration) -> EMStep:
+        """A plain training step of the configuration that an ended task kept."""
+        row = self.space.index(config)
+        evaluator = _dispatch.evaluator(self.backend, self.space.bits[row : row + 1])
+        _, m_step = self._evidence(evaluator, self._network(task), x, y, one_pass=True)
+        if self._reads_values(x) and not bool(torch.isfinite(m_step.nll).all()):
+            raise ValueError(
+                f"x: expected a mini-batch with a finite loss, got {float(m_step.nll)} for the "
+                f"configuration of task {task!r}"
+            )
+        loss = m_step.nll.sum()
+        here = torch.arange(len(self.space), device=loss.device) == row
+        return EMStep(
+            loss=loss,
+            posterior=here.to(loss.dtype),
+            log_likelihood=torch.where(here, m_step.log_likelihood, -torch.inf),
+            nll=torch.where(here, m_step.nll.detach(), torch.inf),
+            dropped_mass=torch.zeros_like(loss),
+        )
+
+    def _log_prior(self, task: str) -> Tensor:
+        if task not in self._prior.states:
+            device = next(self.net.parameters()).device
+            self._prior.start(task, len(self.space), device)
+        return self._prior.log_prob(task)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What is searched and which buffers exist, so that they can be made before loading."""
+        return {
+            "space": self.space.bits.tolist(),
+            "prior_tasks": list(self._prior.states),
+            "rollback": self._rollback.structure(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Makes the buffers that a saved state has values for."""
+        if state["space"] != self.space.bits.tolist():
+            raise ValueError(
+                f"state_dict: expected one saved with the same space, {self.space}, got one with "
+                f"{len(state['space'])} configurations of other stages"
+            )
+        for task in [t for t in self._prior.states if t not in state["prior_tasks"]]:
+            self._prior.forget(task)
+        for task in state["prior_tasks"]:
+            if task not in self._prior.states:
+                self._log_prior(task)
+        self._rollback.restore_structure(state["rollback"], self.net.shared)
+
+
+def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:
+    if space is None:
+        return ConfigSpace(depth)
+    if not isinstance(space, ConfigSpace):
+        raise TypeError(f"space: expected a ConfigSpace or None, got {type(space).__name__}")
+    if space.depth != depth:
+        raise ValueError(
+            f"space: expected configurations of the net's {depth} stages, got depth {space.depth}"
+        )
+    return space
+
+
+def _spread(values: Tensor, rows: Tensor | None, usable: Tensor, fill: float) -> Tensor:
+    """Values of all configurations, with ``fill`` for those that are not usable."""
+    if rows is None:
+        return torch.where(usable, values, fill)
+    return values.new_full(usable.shape, fill).index_copy(0, rows, values)

@@ -1,0 +1,157 @@
+"""What the layers inside a stage are, as far as evaluating many configurations at once needs it.
+
+Which stages are one convolution or linear layer between parameter-free layers (both branches'
+weights can be concatenated), which layers draw random numbers, mix samples or write to their input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+_ELEMENTWISE = frozenset(
+    {
+        nn.CELU, nn.Dropout, nn.AlphaDropout, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid,
+        nn.Hardswish, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU,
+        nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh,
+        nn.Tanhshrink, nn.Threshold,
+    }
+)  # fmt: skip
+
+# Layers that treat every channel alone, by the number of spatial dimensions they work on.
+_CHANNELWISE = {
+    1: frozenset(
+        {nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.Dropout1d}
+    ),
+    2: frozenset(
+        {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout2d}
+    ),
+    3: frozenset(
+        {nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d, nn.Dropout3d}
+    ),
+}
+_ANY_POOL = frozenset().union(*_CHANNELWISE.values())
+
+
+class PlainStage(NamedTuple):
+    """A stage that is one weighted layer between parameter-free ones.
+
+    Attributes:
+        before: layers ahead of the weighted layer; they treat samples independently.
+        name: the weighted layer's name inside the stage ("" if it is the stage).
+        core: the convolution or linear layer.
+        after: elementwise and channelwise layers behind it.
+    """
+
+    before: tuple[nn.Module, ...]
+    name: str
+    core: nn.Module
+    after: tuple[nn.Module, ...]
+
+
+def plain_stage(module: nn.Module) -> PlainStage | None:
+    """The parts of a plain stage, or None where the stage is anything else."""
+    if type(module) is nn.Sequential:
+        children = list(module.named_children())
+    else:
+        children = [("", module)]
+    weighted = [i for i, (_, child) in enumerate(children) if _is_core(child)]
+    if len(weighted) != 1 or has_hooks(module) or any(has_hooks(c) for _, c in children):
+        return None
+    at = weighted[0]
+    name, core = children[at]
+    before = tuple(child for _, child in children[:at])
+    after = tuple(child for _, child in children[at + 1 :])
+    if not all(_may_go_before(child) for child in before):
+        return None
+    spatial = _CONVOLUTIONS.get(type(core), 0)
+    for child in after:
+        if type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1):
+            spatial = 0  # what was one channel is one run of features from here on
+        elif type(child) not in _ELEMENTWISE | _CHANNELWISE.get(spatial, frozenset()):
+            return None
+        elif getattr(child, "return_indices", False):
+            return None
+    return PlainStage(before, name, core, after)
+
+
+def same_form(a: PlainStage, b: PlainStage | None) -> bool:
+    """Whether two plain stages differ in their weights alone."""
+    if b is None or a.core.weight.shape != b.core.weight.shape:
+        return False
+    ours, theirs = ([*s.before, s.core, *s.after] for s in (a, b))
+    return [(type(m), _settings(m)) for m in ours] == [(type(m), _settings(m)) for m in theirs]
+
+
+def _settings(layer: nn.Module) -> dict[str, object]:
+    """What a layer was made with, such as its stride or slope."""
+    return {k: v for k, v in vars(layer).items() if not k.startswith("_") and k != "training"}
+
+
+def _is_core(module: nn.Module) -> bool:
+    if type(module) in _CONVOLUTIONS:
+        return module.groups == 1
+    return type(module) is nn.Linear
+
+
+def _may_go_before(module: nn.Module) -> bool:
+    known = type(module) in _ELEMENTWISE | _ANY_POOL | {nn.Flatten, nn.Unflatten}
+    indices = getattr(module, "return_indices", False)
+    keeps_batch = getattr(module, "start_dim", 1) >= 1
+    in_place = getattr(module, "inplace", False)
+    return known and keeps_batch and not in_place and not indices and not is_random(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether this module itself, its children aside, draws random numbers in training mode.
+
+    Known are PyTorch's dropout layers, RReLU, attention and recurrent layers with dropout, and any
+    module that sets ``stochastic = True``.
+    """
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return module.dropout > 0
+    return isinstance(module, nn.RReLU) or bool(getattr(module, "stochastic", False))
+
+
+def active_random_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers inside ``module`` that draw random numbers in their present mode."""
+    return [m for m in module.modules() if m.training and is_random(m)]
+
+
+def layers_that_mix_samples(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and layers whose output for one sample depends on the rest of the folded batch."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm):
+            if layer.training or layer.running_mean is None:
+                yield name, layer
+        elif isinstance(layer, _InstanceNorm):
+            if layer.training and layer.track_running_stats:
+                yield name, layer
+
+
+def may_write_input(module: nn.Module) -> bool:
+    """Whether a stage may change its input tensor in place."""
+    if not any(getattr(m, "inplace", False) for m in module.modules()):
+        return False
+    if type(module) is nn.Sequential and len(module) > 0:
+        return type(module[0]) not in {*_CONVOLUTIONS, nn.Linear}
+    return True

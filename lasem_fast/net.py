@@ -1,0 +1,247 @@
+"""TransferNet: a network whose every stage exists in a shared and in a task's own branch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast import _checks
+from lasem_fast.configs import Configuration, parse_config
+from lasem_fast.task_modules import TaskModules
+from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
+
+
+class TransferNet(nn.Module):
+    """Stages in two branches, `shared` and `specific`, and a head per task.
+
+    Args:
+        stages: the network up to its head, cut into d stages; each an ordinary module with one
+            tensor in and one out that treats the samples of a batch independently. The modules
+            themselves become the shared branches.
+        transfer: the transfer mechanism, ``"hps"`` (hard parameter sharing) or a
+            :class:`~lasem_fast.transfer.TransferMechanism`.
+
+    Attributes:
+        shared: ``shared[l]`` is the shared branch of stage l (0-based).
+        specific: ``specific[task][l]`` is the task's own branch; None once it has been dropped.
+        adapters: ``adapters[task][l]`` are the task's factors inside the shared branch, or None.
+        heads: ``heads[task]`` maps the last stage's output to ``[N, K]``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+
+    Source: LASEM (Lee, Behpour, Eaton, ICML 2021), section 4.
+    """
+
+    def __init__(
+        self, stages: Iterable[nn.Module], transfer: str | TransferMechanism = "hps"
+    ) -> None:
+        super().__init__()
+        stages = list(stages) if isinstance(stages, Iterable) else stages
+        _checks.check_stages(stages)
+        self.mechanism = _mechanism(transfer)
+        self.shared = nn.ModuleList(stages)
+        self.specific = TaskModules()
+        self.adapters = TaskModules()
+        self.heads = TaskModules()
+        self._configs: dict[str, Configuration | None] = {}
+
+    @property
+    def depth(self) -> int:
+        """Number of stages d."""
+        return len(self.shared)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all tasks, in the order in which they were added."""
+        return tuple(self._configs)
+
+    def add_task(self, task: str, head: nn.Module) -> list[nn.Parameter]:
+        """Adds a task: its head, and a specific branch with new weights for every stage.
+
+        Args:
+            task: a name that no other task has.
+            head: maps the last stage's output ``[N, ...]`` to ``[N, K]``.
+
+        Returns:
+            The task's new parameters, ready for ``optimizer.add_param_group({"params": ...})``.
+
+        Raises:
+            TypeError, ValueError: the name is not a new one, or ``head`` is not a module of its own.
+        """
+        _checks.check_new_task(task, self._configs)
+        _checks.check_head(head, self)
+        specific = [self._like_stage(self.mechanism.new_specific(s), s) for s in self.shared]
+        adapters = [self._like_stage(self.mechanism.new_adapters(s), s) for s in self.shared]
+        self.heads[task] = head
+        self.specific[task] = nn.ModuleList(specific)
+        self.adapters[task] = nn.ModuleList(adapters)
+        self._configs[task] = None
+        new = (self.specific[task], self.adapters[task], head)
+        return [p for module in new for p in module.parameters()]
+
+    @staticmethod
+    def _like_stage(module: nn.Module | None, stage: nn.Module) -> nn.Module | None:
+        return None if module is None else module.train(stage.training)
+
+    def config(self, task: str) -> Configuration | None:
+        """The configuration kept for a task, or None while the task has not ended."""
+        _checks.check_task(task, self._configs)
+        return self._configs[task]
+
+    def branches(self, task: str) -> list[tuple[Branch, Branch | None]]:
+        """For every stage its branches for this task, shared first; None for a dropped one."""
+        pairs = []
+        for stage, own, factors in zip(
+            self.shared, self.specific[task], self.adapters[task], strict=True
+        ):
+            shared = self.mechanism.shared_branch(stage, factors)
+            pairs.append((shared, None if own is None else Branch(own)))
+        return pairs
+
+    def task_parameters(self, task: str) -> list[nn.Parameter]:
+        """What an optimiser of this task trains, each parameter once.
+
+        While the task is open: the shared and specific branches of all stages, the adapters and
+        the head. Once it has ended: those of them that its configuration uses.
+        """
+        return list(dict.fromkeys(p for _, p in self.named_task_parameters(task)))
+
+    def named_task_parameters(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of :meth:`task_parameters` with their names in the net."""
+        config = self.config(task)
+        for i in range(self.depth):
+            if config is None or config[i]:
+                yield from _named(self.shared[i], f"shared.{i}")
+                yield from _named(self.adapters[task][i], f"adapters[{task!r}].{i}")
+            if config is None or not config[i]:
+                yield from _named(self.specific[task][i], f"specific[{task!r}].{i}")
+        yield from _named(self.heads[task], f"heads[{task!r}]")
+
+    def forward(self, x: Tensor, task: str, config: Any = None) -> Tensor:
+        """The head's output for one configuration.
+
+        Args:
+            x: a batch ``[N, ...]``.
+            task: name of a task.
+            config: bits, a row number of the full space, or a set of 1-based shared stages; None:
+                the configuration that was kept when the task ended.
+
+        Returns:
+            The logits ``[N, K]``.
+
+        Raises:
+            TypeError, ValueError: an unknown task, a configuration that does not fit, none for a
+                task that has not ended, or one that needs branches dropped at its end.
+        """
+        h = x
+        for branch in self.path(task, config):
+            h = branch(h)
+        return self.heads[task](h)
+
+    def path(self, task: str, config: Any = None) -> list[Branch]:
+        """The d branches that a configuration goes through (see :meth:`forward`)."""
+        kept = self.config(task)
+        if config is None:
+            if kept is None:
+                raise ValueError(
+                    f"config: expected a configuration, because task {task!r} has not ended; got "
+                    f"None (em.best_config({task!r}) is the one that is ahead)"
+                )
+            bits = kept
+        else:
+            bits = parse_config(config, self.depth)
+        branches = self.branches(task)
+        dropped = [i + 1 for i, bit in enumerate(bits) if branches[i][0 if bit else 1] is None]
+        if dropped or (kept is not None and not self._adapters_kept(task, bits)):
+            raise ValueError(
+                f"config: expected {list(kept)}, the configuration that task {task!r} ended with "
+                f"(its other branches were dropped), got {list(bits)}"
+            )
+        return [pair[0 if bit else 1] for pair, bit in zip(branches, bits, strict=True)]
+
+    def _adapters_kept(self, task: str, bits: Configuration) -> bool:
+        kept = self._configs[task]
+        return all(
+            kept[i] or not bit or self.mechanism.new_adapters(self.shared[i]) is None
+            for i, bit in enumerate(bits)
+        )
+
+    def keep(self, task: str, config: Any) -> None:
+        """Ends a task with this configuration and drops the branches that it does not use."""
+        bits = parse_config(config, self.depth)
+        if self.config(task) is not None:
+            raise ValueError(f"task: expected one that has not ended, got {task!r}, which has")
+        for stage, bit in enumerate(bits):
+            (self.specific if bit else self.adapters)[task][stage] = None
+        self._configs[task] = bits
+
+    def freeze(self, task: str) -> nn.Sequential:
+        """The chosen configuration of an ended task as a plain module, for inference and export.
+
+        Returns:
+            ``nn.Sequential`` of d stages and the head: copies in evaluation mode that do not
+            require gradients and share no memory with the net.
+        """
+        modules = [_baked(branch) for branch in self.path(task)]
+        frozen = nn.Sequential(*modules, _baked(Branch(self.heads[task])))
+        return frozen.eval().requires_grad_(False)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The tasks in order and the configurations that ended ones were given."""
+        return {"configs": {t: None if c is None else list(c) for t, c in self._configs.items()}}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Brings the branches to where they were saved; the tasks themselves must be there."""
+        missing = [task for task in state["configs"] if task not in self._configs]
+        if missing:
+            raise ValueError(
+                f"state_dict: expected the tasks {list(self._configs)} that this net has, got "
+                f"{missing} as well; call add_task for them before load_state_dict"
+            )
+        for task, saved in state["configs"].items():
+            self._restore_branches(task)
+            if saved is not None:
+                self.keep(task, saved)
+
+    def _restore_branches(self, task: str) -> None:
+        """Gives an ended task new modules for the branches that it dropped."""
+        if self._configs[task] is None:
+            return
+        for i, stage in enumerate(self.shared):
+            if self.specific[task][i] is None:
+                self.specific[task][i] = self._like_stage(self.mechanism.new_specific(stage), stage)
+            if self.adapters[task][i] is None:
+                self.adapters[task][i] = self._like_stage(self.mechanism.new_adapters(stage), stage)
+        self._configs[task] = None
+
+
+def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
+    if isinstance(transfer, TransferMechanism):
+        return transfer
+    if not isinstance(transfer, str):
+        raise TypeError(
+            f"transfer: expected a name or a TransferMechanism, got {type(transfer).__name__}"
+        )
+    if transfer not in MECHANISMS:
+        raise ValueError(f"transfer: expected one of {sorted(MECHANISMS)}, got {transfer!r}")
+    return MECHANISMS[transfer]()
+
+
+def _named(module: nn.Module | None, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+    if module is not None:
+        yield from module.named_parameters(prefix)
+
+
+def _baked(branch: Branch) -> nn.Module:
+    """A copy of a branch's module with the tensors in force as its own parameters."""
+    module = copy.deepcopy(branch.module)
+    with torch.no_grad():
+        for name, tensor in branch.tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.detach().clone()))
+    return module

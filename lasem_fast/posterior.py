@@ -1,0 +1,46 @@
+"""From log-likelihoods to the posterior over configurations and the loss of the M-step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasem_fast.likelihoods import Likelihood
+
+
+class Evidence(NamedTuple):
+    """What a mini-batch says about each of C configurations.
+
+    Attributes:
+        log_likelihood: L_c ``[C]``; -inf where the configuration overflowed.
+        nll: mean over the mini-batch of -log P(y_i | x_i, c), ``[C]``; NaN or infinite where it
+            overflowed. Carries the gradient.
+    """
+
+    log_likelihood: Tensor
+    nll: Tensor
+
+
+def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
+    """Scores the outputs ``[C, N, K]`` of all configurations, in float32 or better."""
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()
+    log_prob = likelihood.log_prob(output, y)
+    nll = -log_prob.mean(dim=1)
+    value = likelihood.reduce(log_prob.detach())
+    return Evidence(torch.where(torch.isfinite(nll), value, -torch.inf), nll)
+
+
+def posterior_of(log_prior: Tensor, log_likelihood: Tensor) -> Tensor:
+    """P(c | X, y) = softmax_c(log prior_c + L_c), exactly 0 where L_c is -inf (Algorithm 1)."""
+    return (log_prior.to(log_likelihood.dtype) + log_likelihood).softmax(dim=0)
+
+
+def expected_nll(posterior: Tensor, nll: Tensor) -> Tensor:
+    """sum_c P(c | X, y) nll_c: its gradient is minus that of Eq. 3 and 4 over the mini-batch size.
+
+    NaN if any configuration overflowed (0 * inf): one that is not left out shows.
+    """
+    return (posterior.detach().to(nll.dtype) * nll).sum()

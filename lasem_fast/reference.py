@@ -1,0 +1,39 @@
+"""The naive loop over configurations, as published: the specification of what the tree computes.
+
+Every configuration is a network of d stages and a head that is run on its own, once for the E-step
+and once more for the M-step. Nothing is shared between configurations but the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasem_fast import _checks
+from lasem_fast.network import Network
+from lasem_fast.plan import SHARED, SPECIFIC
+
+
+class NaiveLoop:
+    """Evaluates the configurations ``bits`` ``[C, d]`` one after another."""
+
+    def __init__(self, bits: Tensor) -> None:
+        self.configs = bits.tolist()
+
+    def logits(self, network: Network, x: Tensor) -> Tensor:
+        """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
+        outputs = []
+        for config in self.configs:
+            h = x
+            for branches, shared in zip(network.stages, config, strict=True):
+                h = branches[SHARED if shared else SPECIFIC](h)
+            logits = network.head(h)
+            _checks.check_logits(logits, 1, x.shape[0], network.task)
+            outputs.append(logits)
+        return torch.stack(outputs)
+
+    def logits_without_and_with_noise(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs ``[C, N, K]`` for the E-step (dropout off, no gradient) and for the M-step."""
+        with torch.no_grad(), network.random_layers_off():
+            e_step = self.logits(network, x)
+        return e_step, self.logits(network, x)

@@ -1,0 +1,372 @@
+"""LASEM: the step in a training loop, tasks beginning, alternating, ending and coming back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import batch, small_net
+from oracle import assert_equals, brute_force, logits_of
+from torch import nn
+
+import lasem_fast as lf
+
+
+def _train(em, task, steps, optimizer=None, seed=0):
+    optimizer = optimizer or torch.optim.SGD(em.net.task_parameters(task), lr=0.1)
+    for i in range(steps):
+        x, y = batch(seed=seed + i)
+        optimizer.zero_grad()
+        em(x, y, task=task).loss.backward()
+        optimizer.step()
+
+
+def _shared(net):
+    return [p.detach().clone() for p in net.shared.parameters()]
+
+
+def _same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def _state(em):
+    return copy.deepcopy(em.state_dict())
+
+
+def _same_state(a, b):
+    if list(a) != list(b):
+        return False
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+def test_the_documented_loop():
+    net = small_net(2)
+    em = lf.LASEM(net)
+    optimizer = torch.optim.Adam(net.task_parameters("a"))
+    x, y = batch()
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        step = em(x, y, task="a")
+        step.loss.backward()
+        optimizer.step()
+        losses.append(float(step.loss))
+    assert losses[-1] < losses[0]
+    assert all(not t.requires_grad for t in step[1:])
+    assert (step.posterior.shape, step.dropped_mass.shape, float(step.dropped_mass)) == ((4,), (), 0)
+    config = em.end_task("a")
+    assert config == em.best_config("a") == net.config("a") and len(config) == 2
+    assert_equals(net(x, task="a").detach(), logits_of(net, config, x, "a").detach(), "logits")
+
+
+@pytest.mark.parametrize("config", [{1, 2, 3}, {1}, {3}, set()])
+def test_end_of_a_task_rolls_back_what_it_does_not_share(config):
+    net = small_net(3)
+    em = lf.LASEM(net)
+    before = _shared(net)
+    _train(em, "a", 3)
+    after = _shared(net)
+    assert not _same(before, after)
+    bits = em.end_task("a", config)
+    for i, shared in enumerate(bits):
+        expected = (after if shared else before)[2 * i : 2 * i + 2]
+        assert _same(net.shared[i].parameters(), expected)
+        assert (net.specific["a"][i] is None) == shared
+
+
+def test_the_next_task_starts_from_what_the_last_one_left():
+    net = small_net(2, tasks=("a", "b"))
+    em = lf.LASEM(net)
+    _train(em, "a", 3)
+    em.end_task("a", {1})
+    between = _shared(net)
+    _train(em, "b", 3, seed=5)
+    em.end_task("b", set())
+    assert _same(between, _shared(net))
+
+
+def test_tasks_that_alternate_keep_their_own_priors_and_take_back_their_own_changes():
+    net = small_net(2, tasks=("a", "b"))
+    em = lf.LASEM(net)
+    before = _shared(net)
+    optimizers = {t: torch.optim.SGD(net.task_parameters(t), lr=0.1) for t in ("a", "b")}
+    changes = {t: [torch.zeros_like(p) for p in before] for t in ("a", "b")}
+    for i, task in enumerate("abbabaab"):
+        last = _shared(net)
+        _train(em, task, 1, optimizers[task], seed=i)
+        for change, new, old in zip(changes[task], _shared(net), last, strict=True):
+            change += new - old
+    assert [int(em._prior.states[t].wins.sum()) for t in "ab"] == [4, 4]
+    last = _shared(net)
+    em.end_task("a", {2})
+    for now, then, change in list(zip(_shared(net), last, changes["a"], strict=True))[:2]:
+        assert_equals(now, then - change, "stage 1 without what a did")
+    assert _same(_shared(net)[2:], last[2:])
+    em.end_task("b", {2})
+    assert _same(_shared(net)[:2], before[:2])
+
+
+def test_alternating_tasks_that_share_nothing_leave_the_shared_weights_as_they_were():
+    net = small_net(2, tasks=("a", "b"))
+    em = lf.LASEM(net)
+    before = _shared(net)
+    for i, task in enumerate("abab"):
+        _train(em, task, 1, seed=i)
+    em.end_task("b", set())
+    _train(em, "a", 2)
+    em.end_task("a", set())
+    assert _same(before, _shared(net))
+
+
+def test_ending_a_task_without_a_step_touches_nothing():
+    net = small_net(2, tasks=("a", "b"))
+    em = lf.LASEM(net)
+    _train(em, "a", 2)
+    after = _shared(net)
+    assert em.end_task("b") == (True, True)
+    em_b = net.config("b")
+    assert em_b == (True, True) and _same(after, _shared(net))
+
+
+def test_a_task_that_comes_back_trains_its_configuration_and_keeps_what_it_learns():
+    net = small_net(2, tasks=("a", "b"))
+    em = lf.LASEM(net)
+    _train(em, "a", 2)
+    em.end_task("a", {1})
+    prior = em.prior("a")
+    x, y = batch(seed=9)
+    step = em(x, y, task="a")
+    net.zero_grad()
+    step.loss.backward()
+    assert step.posterior.tolist() == [0, 1, 0, 0] and torch.equal(em.prior("a"), prior)
+    assert torch.isinf(step.log_likelihood).tolist() == [True, False, True, True]
+    grads = [p.grad.clone() for p in net.task_parameters("a")]
+    loss = nn.functional.cross_entropy(net(x, task="a"), y)
+    expected = torch.autograd.grad(loss, net.task_parameters("a"))
+    assert_equals(step.loss.detach(), loss.detach(), "loss")
+    for grad, truth in zip(grads, expected, strict=True):
+        assert_equals(grad, truth, "gradient")
+    # in the middle of task b, whose changes are taken back while a's stay
+    _train(em, "b", 1)
+    middle = _shared(net)
+    _train(em, "a", 2)
+    learnt = [new - old for new, old in zip(_shared(net), middle, strict=True)]
+    start = _shared(net)
+    _train(em, "b", 1)
+    em.end_task("b", set())
+    assert any(float(c.abs().max()) > 0 for c in learnt) and not _same(start, _shared(net))
+
+
+@pytest.mark.parametrize("interrupt", [1, 3, 5])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(interrupt, tmp_path):
+    def run(stop=None):
+        torch.manual_seed(3)
+        net = small_net(2, tasks=("a", "b"), extra=(lambda: nn.Dropout(0.2),), dtype=torch.float32)
+        em = lf.LASEM(net, prior="mean_posterior")
+        optimizers = {t: torch.optim.Adam(net.task_parameters(t)) for t in "ab"}
+        start = 0
+        if stop is not None and (tmp_path / "run.pt").exists():
+            saved = torch.load(tmp_path / "run.pt", weights_only=True)
+            em.load_state_dict(saved["em"])
+            optimizers = {t: torch.optim.Adam(net.task_parameters(t)) for t in "ab"}
+            for t in "ab":
+                optimizers[t].load_state_dict(saved[t])
+            torch.set_rng_state(saved["rng"])
+            start = stop
+        for i, task in enumerate("aabaXbb"):
+            if i < start:
+                continue
+            if i == stop and start == 0:
+                state = {t: optimizers[t].state_dict() for t in "ab"}
+                state |= {"em": em.state_dict(), "rng": torch.get_rng_state()}
+                torch.save(state, tmp_path / "run.pt")
+                return None
+            if task == "X":
+                em.end_task("a", {2})
+                optimizers["a"] = torch.optim.Adam(net.task_parameters("a"))
+                continue
+            x, y = batch(seed=i, dtype=torch.float32)
+            optimizers[task].zero_grad()
+            em(x, y, task=task).loss.backward()
+            optimizers[task].step()
+        em.end_task("b")
+        return _state(em)
+
+    whole = run()
+    assert run(stop=interrupt) is None
+    assert _same_state(run(stop=interrupt), whole)
+
+
+def test_loading_needs_the_same_tasks_and_the_same_space():
+    em = lf.LASEM(small_net(2))
+    _train(em, "a", 1)
+    state = em.state_dict()
+    with pytest.raises((ValueError, RuntimeError), match="add_task"):
+        lf.LASEM(small_net(2, tasks=("b",))).load_state_dict(state)
+    with pytest.raises((ValueError, RuntimeError), match="same space"):
+        lf.LASEM(small_net(2), lf.ConfigSpace(2, groups=[2])).load_state_dict(state)
+
+
+def test_loading_an_earlier_state_brings_dropped_branches_back():
+    net = small_net(2)
+    em = lf.LASEM(net)
+    _train(em, "a", 2)
+    state = _state(em)
+    em.end_task("a", {1})
+    em.load_state_dict(state)
+    assert net.config("a") is None and _same_state(em.state_dict(), state)
+    em.end_task("a", {2})
+
+
+def test_the_state_moves_and_copies_with_the_module():
+    em = lf.LASEM(small_net(2), prior="mean_posterior")
+    _train(em, "a", 2)
+    twin = copy.deepcopy(em)
+    x, y = batch()
+    assert torch.equal(twin(x, y, "a").posterior, em(x, y, "a").posterior)
+    assert _same_state(twin.state_dict(), em.state_dict())
+    em.float()
+    assert em(x.float(), y, "a").loss.dtype == torch.float32
+
+
+BAD_CALLS = [
+    (lambda x, y: (x[:0], y[:0], "a"), ValueError, "x: expected at least one sample"),
+    (lambda x, y: (x, y[:-1], "a"), ValueError, "y: expected one target for each of the 4"),
+    (lambda x, y: (x, y + 1, "a"), ValueError, r"y: expected class labels in 0..2 .* got labels from 1 to 3"),
+    (lambda x, y: (x, y - 1, "a"), ValueError, "y: expected class labels in 0..2"),
+    (lambda x, y: (x, y.double(), "a"), TypeError, "y: expected class labels of dtype torch.int64"),
+    (lambda x, y: (x, y.int(), "a"), TypeError, "y: expected class labels of dtype torch.int64"),
+    (lambda x, y: (x, y.unsqueeze(1), "a"), ValueError, r"y: expected class labels of shape \[4\]"),
+    (lambda x, y: (x, y, "z"), ValueError, r"task: expected one of \['a'\], got 'z'"),
+    (lambda x, y: (x, y, None), TypeError, "task: expected a name"),
+    (lambda x, y: (x.tolist(), y, "a"), TypeError, "x: expected a tensor"),
+    (lambda x, y: (x, y.tolist(), "a"), TypeError, "y: expected a tensor"),
+    (lambda x, y: (x[:, :1], y, "a"), ValueError, r"x: .*\[4, 1, 6, 6\].*stage 1 .*cannot take"),
+    (lambda x, y: (x[..., :4], y, "a"), ValueError, "the head of task 'a' cannot take"),
+    (lambda x, y: (x.float(), y, "a"), ValueError, "torch.float32"),
+    (lambda x, y: (x * torch.nan, y, "a"), ValueError, "x: expected finite values, got 288"),
+    (lambda x, y: (x / 0, y, "a"), ValueError, "x: expected finite values"),
+    (lambda x, y: (x, y, "a", torch.ones(4)), ValueError, "posterior: expected weights"),
+    (lambda x, y: (x, y, "a", torch.ones(3) / 3), ValueError, r"posterior: expected shape \[4\]"),
+    (lambda x, y: (x, y, "a", torch.tensor([2.0, -1, 0, 0])), ValueError, "posterior: expected weights"),
+    (lambda x, y: (x, y, "a", [1, 0, 0, 0]), TypeError, "posterior: expected a tensor"),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(("arguments", "error", "words"), BAD_CALLS)
+def test_bad_input_is_refused_before_anything_changes(backend, started, arguments, error, words):
+    em = lf.LASEM(small_net(2), backend=backend)
+    if started:
+        _train(em, "a", 1)
+    before = _state(em)
+    with pytest.raises(error, match=words):
+        em(*arguments(*batch()))
+    assert _same_state(before, em.state_dict())
+    _train(em, "a", 1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    net = small_net(2)
+    em = lf.LASEM(net)
+    with torch.no_grad():
+        net.specific["a"][1][0].bias[1] = value
+    before = _state(em)
+    with pytest.raises(ValueError, match=r"net: expected finite weights, .*specific\['a'\].1.0.bias"):
+        em(*batch(), "a")
+    assert list(before) == list(em.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (lambda: nn.Flatten(0), r"head of task 'b': expected logits \[N, K\]"),
+        (lambda: nn.Flatten(), "y: expected class labels in 0..107"),
+        (lambda: nn.Conv2d(3, 2, 1), r"head: expected logits \[N, K\] for classification"),
+    ],
+)
+def test_a_head_with_the_wrong_output_is_refused(head, words):
+    net = small_net(2)
+    net.add_task("b", head().double())
+    x, y = batch()
+    with pytest.raises(ValueError, match=words):
+        lf.LASEM(net)(x, y + 200, "b")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda n: lf.LASEM(nn.ReLU()), TypeError, "net: expected a TransferNet"),
+        (lambda n: lf.LASEM(n, lf.ConfigSpace(3)), ValueError, "space: expected .* 2 stages, got depth 3"),
+        (lambda n: lf.LASEM(n, 4), TypeError, "space: expected a ConfigSpace"),
+        (lambda n: lf.LASEM(n, likelihood="x"), ValueError, "likelihood: expected one of"),
+        (lambda n: lf.LASEM(n, likelihood=3), TypeError, "likelihood: expected one of"),
+        (lambda n: lf.LASEM(n, prior="x"), ValueError, "prior: expected one of"),
+        (lambda n: lf.LASEM(n, prior=3), TypeError, "prior: expected one of"),
+        (lambda n: lf.LASEM(n, prior=torch.ones(3)), ValueError, "prior: expected 4 probabilities"),
+        (lambda n: lf.LASEM(n, prior=-torch.ones(4)), ValueError, "prior: expected finite"),
+        (lambda n: lf.LASEM(n, backend="x"), ValueError, "backend: expected one of"),
+        (lambda n: lf.LASEM(n, backend=3), TypeError, "backend: expected a name"),
+        (lambda n: lf.LASEM(n).end_task("z"), ValueError, "task: expected one of"),
+        (lambda n: lf.LASEM(n).end_task("a", {3}), ValueError, "config: expected a set of stages"),
+        (lambda n: lf.LASEM(n).evaluate(batch()[0], "z"), ValueError, "task: expected one of"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(call, error, words):
+    with pytest.raises(error, match=words):
+        call(small_net(2))
+
+
+def test_an_ended_task_is_refused_where_its_branches_would_be_needed():
+    em = lf.LASEM(small_net(2))
+    em.end_task("a")
+    x, y = batch()
+    for call in (
+        lambda: em.end_task("a"),
+        lambda: em.evaluate(x, "a"),
+        lambda: em(x, y, "a", posterior=torch.ones(4, dtype=torch.float64) / 4),
+    ):
+        with pytest.raises(ValueError, match="ended"):
+            call()
+
+
+def test_a_prior_without_mass_on_any_usable_configuration_is_refused():
+    net = small_net(2)
+    with torch.no_grad():
+        for stage in net.specific["a"]:
+            for p in stage.parameters():
+                p *= 1e300
+    em = lf.LASEM(net, prior=torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    before = _state(em)
+    with pytest.raises(ValueError, match="prior: expected probability above 0"):
+        em(*batch(), "a")
+    assert _same_state(before, em.state_dict())
+
+
+def test_validate_off_the_host_shows_as_nan_loss_and_keeps_the_posterior_usable(monkeypatch):
+    net = small_net(2)
+    with torch.no_grad():
+        for stage in net.specific["a"]:
+            for p in stage.parameters():
+                p *= 1e300
+    em = lf.LASEM(net, backend="torch")
+    monkeypatch.setattr(lf.LASEM, "_reads_values", lambda self, x: False)
+    x, y = batch()
+    step = em(x, y, "a")
+    truth = brute_force(net, em.space.bits, x, y, "a")
+    assert bool(torch.isnan(step.loss)) and float(step.posterior[3]) == 0
+    assert_equals(step.posterior, truth.posterior, "posterior")
+    assert bool(torch.isnan(em(x, y + 7, "a").loss))
+    assert int(em._prior.states["a"].wins.sum()) == 1
+
+
+def test_backends_say_what_is_there():
+    found = lf.backends()
+    assert found["reference"] == found["torch"] == "available"
+    for name, says in found.items():
+        if says != "available":
+            with pytest.raises(RuntimeError, match=f"backend '{name}': {says[:20]}"):
+                lf.LASEM(small_net(1), backend=name)

@@ -1,0 +1,138 @@
+"""LASEM inside PyTorch's own machinery: compile, autocast, GradScaler, DDP, no_grad, imports."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from nets import Residual, batch, small_net
+from oracle import assert_equals, assert_step_equals, brute_force
+from torch import nn
+
+import lasem_fast as lf
+
+
+@pytest.mark.parametrize("groups", [None, [1, 2]])
+@pytest.mark.parametrize("kind", ["plain", "dropout", "block"])
+def test_compiles_without_graph_breaks(groups, kind):
+    torch._dynamo.reset()
+    extra = (lambda: nn.Dropout(0.0),) if kind == "dropout" else ()
+    net = small_net(3, extra=extra, tasks=("a", "b"))
+    if kind == "block":
+        net.shared[1], net.specific["a"][1] = Residual(3).double(), Residual(3).double()
+    em = lf.LASEM(net, lf.ConfigSpace(3, groups), backend="torch")
+    compiled = torch.compile(em, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        x, y = batch(seed=i)
+        log_prior = em.prior("a").log()
+        truth = brute_force(net, em.space.bits, x, y, "a", log_prior=log_prior)
+        assert_step_equals(net, compiled(x, y, "a"), truth)
+    assert int(em._prior.states["a"].wins.sum()) == 3
+    frozen = compiled(x, y, "a", posterior=truth.posterior)
+    assert_equals(frozen.loss.detach(), (truth.posterior * truth.nll).sum(), "loss of a further M-step")
+    before = [p.detach().clone() for p in net.shared.parameters()]
+    with torch.no_grad():
+        for p in net.shared.parameters():
+            p += 1
+    em.end_task("a", set())
+    assert all(torch.equal(p, q) for p, q in zip(net.shared.parameters(), before, strict=True))
+    compiled(x, y, "a").loss.backward()
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    net = small_net(2)
+    em = lf.LASEM(net, backend="torch")
+    x, y = batch()
+    truth = brute_force(net, em.space.bits, x, y, "a")
+    assert_step_equals(net, torch.compile(em, fullgraph=True)(x, y, task="a"), truth)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_keeps_likelihood_and_posterior_in_float32(backend):
+    net = small_net(2, dtype=torch.float32)
+    em = lf.LASEM(net, backend=backend)
+    x, y = batch(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert em.evaluate(x, "a").dtype == torch.bfloat16
+        step = em(x, y, "a")
+    assert {t.dtype for t in step} == {torch.float32}
+    step.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def test_grad_scaler_scales_and_steps():
+    net = small_net(2, dtype=torch.float32)
+    em = lf.LASEM(net)
+    twin = copy.deepcopy(em)
+    optimizer = torch.optim.SGD(net.task_parameters("a"), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    x, y = batch(dtype=torch.float32)
+    scaler.scale(em(x, y, "a").loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    plain = torch.optim.SGD(twin.net.task_parameters("a"), lr=0.1)
+    twin(x, y, "a").loss.backward()
+    plain.step()
+    for p, q in zip(net.parameters(), twin.net.parameters(), strict=True):
+        assert torch.equal(p, q)  # a scale that is a power of two leaves the digits alone
+
+
+def test_without_gradients():
+    em = lf.LASEM(small_net(2), backend="torch")
+    with torch.no_grad():
+        step = em(*batch(), "a")
+    assert not step.loss.requires_grad
+
+
+def test_frozen_parameters_get_no_gradient():
+    net = small_net(2)
+    net.shared[0].requires_grad_(False)
+    lf.LASEM(net)(*batch(), "a").loss.backward()
+    assert net.shared[0][0].weight.grad is None and net.shared[1][0].weight.grad is not None
+
+
+_DDP = """
+import sys, torch, torch.distributed as dist, lasem_fast as lf
+sys.path.insert(0, sys.argv[1])
+from nets import batch, small_net
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[3]), world_size=2)
+torch.manual_seed(0)
+net = small_net(2)
+em = lf.LASEM(net)
+ddp = torch.nn.parallel.DistributedDataParallel(em, find_unused_parameters=True)
+x, y = batch(seed=dist.get_rank())
+ddp(x, y, task="a").loss.backward()
+expected = []
+for seed in (0, 1):
+    twin = lf.LASEM(small_net(2))
+    twin.net.load_state_dict(net.state_dict())
+    twin(*batch(seed=seed), "a").loss.backward()
+    expected.append([p.grad for p in twin.net.parameters()])
+for p, a, b in zip(net.parameters(), *expected):
+    assert torch.allclose(p.grad, (a + b) / 2), (p.grad, a, b)
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel_averages_the_gradients(tmp_path, request):
+    command = [sys.executable, "-c", _DDP, str(request.path.parent), str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+@pytest.mark.parametrize("absent", ["triton", "matplotlib", "sklearn", "rich", "numpy"])
+def test_import_needs_torch_alone(absent):
+    code = f"import sys; sys.modules[{absent!r}] = None; import lasem_fast; lasem_fast.backends()"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_import_does_not_import_triton():
+    code = "import sys, torch; before = set(sys.modules); import lasem_fast; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert not [name for name in done.stdout.split() if name.split(".")[0] in ("triton", "matplotlib")]

@@ -1,0 +1,146 @@
+"""TransferNet: modules, parameters, ends of tasks, frozen nets."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from nets import Residual, batch, small_net
+from torch import nn
+
+import lasem_fast as lf
+
+
+def test_branches_are_registered_modules_with_weights_of_their_own():
+    net = small_net(2, tasks=("a", "b"))
+    assert net.tasks == ("a", "b") and net.depth == 2
+    weights = [net.shared[0][0].weight, net.specific["a"][0][0].weight, net.specific["b"][0][0].weight]
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    registered = {id(p) for p in net.parameters()}
+    assert all(id(w) in registered for w in weights)
+    assert net.adapters["a"][0] is None
+    assert len({id(p) for p in copy.deepcopy(net).parameters()} & registered) == 0
+    assert all(p.dtype == torch.float32 for p in net.float().parameters())
+
+
+@pytest.mark.parametrize("task", ["a.b", "keys", "training", "été 1", "%2E", "a_b"])
+def test_any_name_is_a_task_name(task):
+    net = small_net(1, tasks=(task, "other"))
+    assert net.tasks == (task, "other") and list(net.heads) == [task, "other"]
+    again = small_net(1, tasks=(task, "other"))
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again.heads[task][1].weight, net.heads[task][1].weight)
+
+
+def test_add_task_returns_the_new_parameters_for_an_optimiser():
+    net = small_net(2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.add_param_group({"params": net.add_task("b", nn.Linear(108, 2))})
+    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(in_groups) == sorted(id(p) for p in net.parameters())
+
+
+def test_task_parameters_before_and_after_the_end():
+    net = small_net(2, tasks=("a", "b"))
+
+    def of(*modules):
+        return [id(p) for m in modules for p in m.parameters()]
+
+    own = net.specific["a"]
+    everything = of(net.shared[0], own[0], net.shared[1], own[1], net.heads["a"])
+    assert [id(p) for p in net.task_parameters("a")] == everything
+    net.keep("a", {2})
+    assert [id(p) for p in net.task_parameters("a")] == of(own[0], net.shared[1], net.heads["a"])
+    assert own[1] is None and own[0] is not None
+
+
+def test_forward_takes_a_configuration_until_the_task_has_ended():
+    net = small_net(2)
+    x, _ = batch()
+    with pytest.raises(ValueError, match="config: expected a configuration, because task 'a' has not ended"):
+        net(x, "a")
+    expected = net.heads["a"](net.specific["a"][1](net.shared[0](x)))
+    for form in ({1}, 1, [True, False], torch.tensor([True, False])):
+        assert torch.equal(net(x, "a", form), expected)
+    net.keep("a", {1})
+    assert torch.equal(net(x, task="a"), expected)
+    with pytest.raises(ValueError, match="ended with"):
+        net(x, "a", {2})
+    with pytest.raises(ValueError, match="expected one that has not ended"):
+        net.keep("a", {1})
+
+
+def test_freeze_gives_a_plain_net_of_its_own():
+    net = small_net(3, dtype=torch.float32)
+    net.keep("a", {1, 3})
+    x, _ = batch(dtype=torch.float32)
+    frozen = net.freeze("a")
+    assert type(frozen) is nn.Sequential and not frozen.training
+    assert not any(p.requires_grad for p in frozen.parameters())
+    expected = net.eval()(x, "a")
+    assert torch.equal(frozen(x), expected)
+    nn.init.zeros_(net.shared[0][0].weight)
+    assert torch.equal(frozen(x), expected)
+    exported = torch.export.export(frozen, (x,)).module()
+    assert torch.equal(exported(x), expected)
+    buffer = io.BytesIO()
+    torch.save(frozen.state_dict(), buffer)
+
+
+def test_freeze_needs_an_ended_task():
+    with pytest.raises(ValueError, match="has not ended"):
+        small_net(1).freeze("a")
+
+
+def test_new_branches_are_drawn_anew_and_follow_device_dtype_and_mode():
+    stage = Residual(2).double().eval()
+    net = lf.TransferNet([stage])
+    net.add_task("a", nn.Identity())
+    own = net.specific["a"][0]
+    assert own.first.weight.dtype == torch.float64 and not own.training
+    assert not torch.equal(own.first.weight, stage.first.weight)
+
+
+def test_a_mechanism_with_an_initialiser_of_its_own():
+    def init(module):
+        for p in module.parameters():
+            nn.init.constant_(p, 0.25)
+
+    net = lf.TransferNet([nn.Linear(2, 2)], transfer=lf.transfer.HardParameterSharing(init=init))
+    net.add_task("a", nn.Identity())
+    assert all(bool((p == 0.25).all()) for p in net.specific["a"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: lf.TransferNet([]), ValueError, "stages: expected at least one"),
+        (lambda: lf.TransferNet(3), TypeError, "stages: expected a sequence"),
+        (lambda: lf.TransferNet([nn.ReLU(), 3]), TypeError, "stages: expected a sequence of nn.Module"),
+        (lambda: lf.TransferNet([nn.LazyLinear(3)]), ValueError, r"stages\[0\].*lazy"),
+        (lambda: lf.TransferNet([nn.ReLU()], transfer="x"), ValueError, "transfer: expected one of"),
+        (lambda: lf.TransferNet([nn.ReLU()], transfer=1), TypeError, "transfer: expected a name"),
+        (lambda: lf.TransferNet([m := nn.Linear(1, 1), m]), ValueError, "parameters of its own"),
+        (lambda: small_net(1).add_task("a", nn.ReLU()), ValueError, "task: expected a new name, got 'a'"),
+        (lambda: small_net(1).add_task(1, nn.ReLU()), TypeError, "task: expected a name"),
+        (lambda: small_net(1).add_task("", nn.ReLU()), ValueError, "empty"),
+        (lambda: small_net(1).add_task("b", 3), TypeError, "head: expected an nn.Module"),
+        (lambda: (n := small_net(1)).add_task("b", n.heads["a"]), ValueError, "head: expected a module of"),
+        (lambda: small_net(1).task_parameters("b"), ValueError, r"task: expected one of \['a'\]"),
+        (lambda: small_net(1)(batch()[0], "a", {2}), ValueError, "config: expected a set of stages"),
+        (lambda: small_net(2)(batch()[0], "a", [1]), ValueError, "config: expected 2 booleans"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_task_that_could_not_be_added_leaves_nothing_behind():
+    net = small_net(1)
+    before = list(net.state_dict())
+    with pytest.raises(TypeError):
+        net.add_task("b", "head")
+    assert list(net.state_dict()) == before and net.tasks == ("a",)

@@ -1,0 +1,143 @@
+"""Likelihoods, posterior and priors, against cases worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from nets import batch, small_net
+from oracle import assert_equals, assert_step_equals, brute_force
+
+import lasem_fast as lf
+from lasem_fast.posterior import evidence, posterior_of
+
+# Two samples, two configurations, two classes; the true class of both samples is 0.
+P = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)
+Y = torch.tensor([0, 0])
+
+
+def test_joint_likelihood_is_the_product_over_the_mini_batch():
+    found = evidence(P.log(), Y, lf.likelihoods.Joint())
+    assert_equals(found.log_likelihood.exp(), torch.tensor([0.125, 0.08], dtype=torch.float64), "P(y|X,c)")
+    assert_equals(found.nll, -torch.tensor([0.125, 0.08], dtype=torch.float64).log() / 2, "nll")
+    uniform = torch.zeros(2)
+    expected = torch.tensor([0.125 / 0.205, 0.08 / 0.205], dtype=torch.float64)
+    assert_equals(posterior_of(uniform, found.log_likelihood), expected, "posterior")
+
+
+def test_mean_likelihood_is_the_mean_over_the_mini_batch():
+    found = evidence(P.log(), Y, lf.likelihoods.Mean())
+    assert_equals(found.log_likelihood.exp(), torch.tensor([0.375, 0.45], dtype=torch.float64), "mean p")
+
+
+def test_gaussian_likelihood():
+    output = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]], dtype=torch.float64)
+    y = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    found = evidence(output, y, lf.likelihoods.Gaussian(sigma=2.0))
+    constant = 2 * (math.log(2) + 0.5 * math.log(2 * math.pi))
+    expected = torch.tensor([-4 / 8 - constant, -1 / 8 - constant], dtype=torch.float64)
+    assert_equals(found.log_likelihood, expected, "log-likelihood")
+
+
+def test_regression_through_the_tree():
+    net = small_net(2, classes=2)
+    x, _ = batch()
+    y = torch.randn(4, 2, dtype=torch.float64)
+    em = lf.LASEM(net, likelihood=lf.likelihoods.Gaussian(0.5), backend="torch")
+    step = em(x, y, "a")
+    values = []
+    for config in em.space.bits:
+        error = (net(x, "a", config) - y) / 0.5
+        values.append((-0.5 * error**2 - math.log(0.5) - 0.5 * math.log(2 * math.pi)).sum())
+    assert_equals(step.log_likelihood, torch.stack(values).detach(), "log-likelihood")
+    assert_equals(step.posterior, torch.stack(values).detach().softmax(0), "posterior")
+
+
+def test_half_precision_outputs_are_scored_in_float32():
+    assert evidence(P.log().bfloat16(), Y, lf.likelihoods.Joint()).nll.dtype == torch.float32
+
+
+@pytest.mark.parametrize("likelihood", ["joint", "mean"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_every_prior_is_the_one_of_brute_force_over_several_batches(likelihood, backend):
+    fixed = torch.tensor([0.0, 1.0, 2.0, 1.0])
+    for prior in ("count", "mean_posterior", "uniform", "historic", fixed):
+        net = small_net(2)
+        em = lf.LASEM(net, likelihood=likelihood, prior=prior, backend=backend)
+        wins, total = torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        for i in range(5):
+            x, y = batch(seed=i)
+            p = {
+                "count": wins / wins.sum(),
+                "historic": wins / wins.sum(),
+                "mean_posterior": total / i if i else torch.full((4,), 0.25),
+                "uniform": torch.full((4,), 0.25),
+            }.get(prior if isinstance(prior, str) else "", fixed / 4)
+            assert_equals(em.prior("a").double(), p.double(), f"{prior} prior", 1e-7)
+            truth = brute_force(net, em.space.bits, x, y, "a", log_prior=p.double().log(), likelihood=likelihood)
+            step = em(x, y, "a")
+            assert_step_equals(net, step, truth)
+            wins[truth.posterior.argmax()] += 1
+            total += truth.posterior
+        best = total if prior == "mean_posterior" else wins
+        assert em.space.index(em.best_config("a")) == int(best.argmax())
+
+
+def test_historic_prior_counts_over_all_tasks_and_a_task_chooses_by_its_own():
+    net = small_net(2, tasks=("a", "b"))
+    em = lf.LASEM(net, prior="historic")
+    em._log_prior("a")
+    em._prior.states["a"].wins.copy_(torch.tensor([0, 7, 1, 0]))
+    assert_equals(em.prior("b"), torch.tensor([1, 8, 2, 1]).double() / 12, "prior of b")
+    em._log_prior("b")
+    em._prior.states["b"].wins.copy_(torch.tensor([0, 0, 2, 0]))
+    assert_equals(em.prior("b"), torch.tensor([1, 8, 4, 1]).double() / 14, "prior of b")
+    assert em.best_config("b") == em.space[2]
+
+
+def test_ties_go_to_the_lowest_row():
+    net = small_net(2)
+    em = lf.LASEM(net)
+    assert em.best_config("a") == (True, True)
+    em._log_prior("a")
+    em._prior.states["a"].wins.copy_(torch.tensor([1, 3, 3, 0]))
+    assert em.space.index(em.best_config("a")) == 1
+
+
+def test_a_frozen_posterior_serves_several_m_steps_and_leaves_the_prior_alone():
+    net = small_net(3)
+    em = lf.LASEM(net, backend="torch")
+    x, y = batch()
+    step = em(x, y, "a")
+    prior = em.prior("a")
+    optimizer = torch.optim.SGD(net.task_parameters("a"), lr=0.1)
+    for _ in range(3):
+        step.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step = em(x, y, "a", posterior=step.posterior)
+        truth = brute_force(net, em.space.bits, x, y, "a", posterior=step.posterior)
+        assert_equals(step.loss.detach(), truth.loss, "loss")
+        grads = torch.autograd.grad(step.loss, list(net.parameters()), retain_graph=True)
+        for grad, (name, expected) in zip(grads, truth.grads.items(), strict=True):
+            assert_equals(grad, expected, f"gradient of {name}")
+        assert torch.equal(em.prior("a"), prior)
+
+
+def test_a_users_prior_and_likelihood():
+    class FavoursSharing(lf.priors.Prior):
+        def log_prob(self, task):
+            return torch.tensor([0.0, -1.0, -2.0, -3.0])
+
+    class Brier(lf.likelihoods.Joint):
+        def log_prob(self, output, y):
+            return -(output.softmax(-1) - torch.nn.functional.one_hot(y, output.shape[-1])).square().sum(-1)
+
+    net = small_net(2)
+    em = lf.LASEM(net, prior=FavoursSharing(), likelihood=Brier())
+    x, y = batch()
+    step = em(x, y, "a")
+    logits = em.evaluate(x, "a").detach()
+    score = -(logits.softmax(-1) - torch.nn.functional.one_hot(y, 3)).square().sum((1, 2))
+    assert_equals(step.posterior, (torch.tensor([0.0, -1, -2, -3]).double() + score).softmax(0), "posterior")
