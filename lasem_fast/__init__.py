@@ -10,14 +10,14 @@ from lasem_fast._dispatch import backends
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.em import LASEM, EMStep
 from lasem_fast.net import TransferNet
-
-__version__ = "0.1.0"
+from lasem_fast.version import __version__
 
 __all__ = [
     "LASEM",
     "ConfigSpace",
     "EMStep",
     "TransferNet",
+    "__version__",
     "backends",
     "likelihoods",
     "priors",

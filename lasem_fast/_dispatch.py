@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from lasem_fast.backends import plain_torch
+from lasem_fast.configs import Configuration
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
 from lasem_fast.tree import Tree
@@ -45,8 +45,8 @@ def choose(backend: Any) -> str:
     return backend
 
 
-def evaluator(backend: str, bits: Tensor) -> NaiveLoop | Tree:
-    """What evaluates the configurations ``bits`` ``[C, d]`` with a backend that can run."""
+def evaluator(backend: str, configs: Sequence[Configuration]) -> NaiveLoop | Tree:
+    """What evaluates these configurations with a backend that can run."""
     if backend == "reference":
-        return NaiveLoop(bits)
-    return Tree(Plan.of_bits(bits), plain_torch.all_branches)
+        return NaiveLoop(configs)
+    return Tree(Plan.of_configs(configs), plain_torch.all_branches)

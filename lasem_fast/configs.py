@@ -125,6 +125,11 @@ class ConfigSpace:
         return self.bits.shape[1]
 
     @property
+    def configs(self) -> list[Configuration]:
+        """All configurations in the order of their rows."""
+        return list(self._rows)
+
+    @property
     def groups(self) -> tuple[int, ...] | None:
         """Sizes of the groups, or None for an explicit list of configurations."""
         return self._groups

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast import _checks, _dispatch
-from lasem_fast.configs import Configuration, ConfigSpace
+from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.likelihoods import Likelihood, as_likelihood
 from lasem_fast.net import TransferNet
 from lasem_fast.network import Network
@@ -80,7 +80,7 @@ class LASEM(nn.Module):
         self._prior = as_prior(prior)
         self._prior.check(len(self.space))
         self._rollback = Rollback()
-        self._evaluator = _dispatch.evaluator(self.backend, self.space.bits)
+        self._evaluator = _dispatch.evaluator(self.backend, self.space.configs)
 
     @classmethod
     def reference(
@@ -147,7 +147,7 @@ class LASEM(nn.Module):
         return self.space[int(self._prior.score(task).argmax())]
 
     def end_task(self, task: str, config: Any = None) -> Configuration:
-        """Ends a task: chooses its configuration, rolls back what it does not share, drops the rest.
+        """Ends a task: chooses its configuration, rolls back and drops what that does not use.
 
         Shared weights of the stages that the configuration does not share get back the values from
         before the task; where mini-batches of other tasks came in between, the changes that those
@@ -265,7 +265,7 @@ class LASEM(nn.Module):
     def _evidence(
         self, evaluator: Any, network: Network, x: Tensor, y: Tensor, one_pass: bool
     ) -> tuple[Evidence, Evidence]:
-        """The evidence for the E-step and for the M-step; the same object where they do not differ."""
+        """The evidence for the E-step and for the M-step; one object where they do not differ."""
         if one_pass:
             e_output = m_output = self._run(evaluator.logits, network, x)
         else:
@@ -277,10 +277,10 @@ class LASEM(nn.Module):
     def _evidence_of_usable(
         self, network: Network, x: Tensor, y: Tensor, usable: Tensor, one_pass: bool
     ) -> tuple[Tensor, Evidence, Evidence]:
-        """Evaluates again without the configurations that overflow; returns the rows left as well."""
+        """Evaluates again without the configurations that overflow; returns the rows left too."""
         rows = usable.nonzero().squeeze(1)
         while rows.numel() > 0:
-            evaluator = _dispatch.evaluator(self.backend, self.space.bits[rows.cpu()])
+            evaluator = _dispatch.evaluator(self.backend, [self.space[r] for r in rows.tolist()])
             e_step, m_step = self._evidence(evaluator, network, x, y, one_pass)
             good = torch.isfinite(e_step.nll) & torch.isfinite(m_step.nll)
             if bool(good.all()):
@@ -295,7 +295,7 @@ class LASEM(nn.Module):
     def _fixed_step(self, x: Tensor, y: Tensor, task: str, config: Configuration) -> EMStep:
         """A plain training step of the configuration that an ended task kept."""
         row = self.space.index(config)
-        evaluator = _dispatch.evaluator(self.backend, self.space.bits[row : row + 1])
+        evaluator = _dispatch.evaluator(self.backend, [config])
         _, m_step = self._evidence(evaluator, self._network(task), x, y, one_pass=True)
         if self._reads_values(x) and not bool(torch.isfinite(m_step.nll).all()):
             raise ValueError(

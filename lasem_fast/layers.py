@@ -75,9 +75,9 @@ def plain_stage(module: nn.Module) -> PlainStage | None:
     for child in after:
         if type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1):
             spatial = 0  # what was one channel is one run of features from here on
-        elif type(child) not in _ELEMENTWISE | _CHANNELWISE.get(spatial, frozenset()):
-            return None
-        elif getattr(child, "return_indices", False):
+        elif type(child) not in _ELEMENTWISE | _CHANNELWISE.get(spatial, frozenset()) or getattr(
+            child, "return_indices", False
+        ):
             return None
     return PlainStage(before, name, core, after)
 

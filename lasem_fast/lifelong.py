@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasem_fast import metrics
-from lasem_fast.configs import Configuration, ConfigSpace
+from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em import LASEM
 from lasem_fast.net import TransferNet
 
@@ -169,7 +169,7 @@ def train_sequence(
     _check(tasks, method, epochs, batch_size, evaluate_earlier_every)
     device = torch.device(device)
     tasks = [task.to(device) for task in tasks]
-    with _seeded(device):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # One seed for the net and one per task, so that a task begins alike in every method.
         seeds = _seeds(seed, 1 + len(tasks))
         torch.manual_seed(seeds[0])
@@ -313,9 +313,7 @@ def _epoch(
 
 
 @torch.no_grad()
-def _accuracy(
-    net: TransferNet, task: str, config: Configuration, x: Tensor, y: Tensor
-) -> float:
+def _accuracy(net: TransferNet, task: str, config: Configuration, x: Tensor, y: Tensor) -> float:
     net.eval()
     right = torch.zeros((), dtype=torch.int64, device=y.device)
     for part, labels in zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True):
@@ -328,11 +326,6 @@ def _seeds(seed: int, n: int) -> list[int]:
     return torch.randint(2**31, (n,), generator=generator).tolist()
 
 
-def _seeded(device: torch.device) -> Any:
-    """A block after which the random state is what it was before."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
     start = time.perf_counter()
@@ -343,9 +336,7 @@ def _timed(seconds: dict[str, float], phase: str, device: torch.device) -> Itera
     seconds[phase] += time.perf_counter() - start
 
 
-def _check(
-    tasks: Sequence[Task], method: str, epochs: int, batch_size: int, every: int
-) -> None:
+def _check(tasks: Sequence[Task], method: str, epochs: int, batch_size: int, every: int) -> None:
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks must be at least one, with different names, got {names}")

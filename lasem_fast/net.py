@@ -71,7 +71,7 @@ class TransferNet(nn.Module):
             The task's new parameters, ready for ``optimizer.add_param_group({"params": ...})``.
 
         Raises:
-            TypeError, ValueError: the name is not a new one, or ``head`` is not a module of its own.
+            TypeError, ValueError: the name is not new, or ``head`` is not a module of its own.
         """
         _checks.check_new_task(task, self._configs)
         _checks.check_head(head, self)

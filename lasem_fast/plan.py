@@ -8,9 +8,10 @@ and the number of branches is whatever the rows name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from lasem_fast.configs import Configuration
 
 # Branch 0 is `shared`, branch 1 `specific`: nested-loop order, shared before specific.
 SHARED, SPECIFIC = 0, 1
@@ -81,9 +82,9 @@ class Plan:
         return cls(tuple(levels), tuple(rows[tuple(config)] for config in branches))
 
     @classmethod
-    def of_bits(cls, bits: Tensor) -> Plan:
-        """The plan of configurations given as bits ``[C, d]``, True where shared."""
-        return cls.of([[SHARED if bit else SPECIFIC for bit in row] for row in bits.tolist()])
+    def of_configs(cls, configs: Sequence[Configuration]) -> Plan:
+        """The plan of configurations given as bits, True where shared."""
+        return cls.of([[SHARED if bit else SPECIFIC for bit in config] for config in configs])
 
     def __len__(self) -> int:
         return len(self.leaves)

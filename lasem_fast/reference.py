@@ -6,19 +6,22 @@ and once more for the M-step. Nothing is shared between configurations but the w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lasem_fast import _checks
+from lasem_fast.configs import Configuration
 from lasem_fast.network import Network
 from lasem_fast.plan import SHARED, SPECIFIC
 
 
 class NaiveLoop:
-    """Evaluates the configurations ``bits`` ``[C, d]`` one after another."""
+    """Evaluates configurations, given as bits, one after another."""
 
-    def __init__(self, bits: Tensor) -> None:
-        self.configs = bits.tolist()
+    def __init__(self, configs: Sequence[Configuration]) -> None:
+        self.configs = configs
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""

@@ -178,7 +178,9 @@ def _split(branches: Sequence[Branch | None]) -> tuple[list, list] | None:
     )
     if at == 0:
         return None
-    halves = [(None, None) if b is None else (_part(b, 0, at), _part(b, at, None)) for b in branches]
+    halves = [
+        (None, None) if b is None else (_part(b, 0, at), _part(b, at, None)) for b in branches
+    ]
     return [first for first, _ in halves], [second for _, second in halves]
 
 

@@ -35,7 +35,9 @@ class Case(NamedTuple):
 def small_net(depth=3, *, dtype=torch.float64, classes=3, tasks=("a",), extra=()) -> lf.TransferNet:
     """A small convolutional net; ``extra`` layers follow each stage's ReLU."""
     stages = [
-        nn.Sequential(nn.Conv2d(2 if i == 0 else 3, 3, 3, padding=1), nn.ReLU(), *(e() for e in extra))
+        nn.Sequential(
+            nn.Conv2d(2 if i == 0 else 3, 3, 3, padding=1), nn.ReLU(), *(e() for e in extra)
+        )
         for i in range(depth)
     ]
     net = lf.TransferNet(stages)
@@ -93,7 +95,9 @@ def cases(draw, max_depth: int = 6) -> Case:
             stages.append(stage)
     net = lf.TransferNet(stages)
     classes = draw(st.integers(1, 4))
-    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(features or channels * size**2, classes)))
+    net.add_task(
+        "a", nn.Sequential(nn.Flatten(), nn.Linear(features or channels * size**2, classes))
+    )
     samples = draw(st.integers(1, 4))
     x = torch.randn(samples, *shape, dtype=torch.float64)
     return Case(net.double(), draw(spaces(depth)), x, torch.randint(classes, (samples,)))

@@ -29,7 +29,7 @@ def logits_of(net, config, x, task):
 
 
 def brute_force(net, bits, x, y, task, *, log_prior=None, likelihood="joint", posterior=None):
-    """Loss, posterior and gradients of one mini-batch; configurations that overflow take no part."""
+    """Loss, posterior and gradients of one mini-batch, without configurations that overflow."""
     log_probs = []
     for config in bits.tolist():
         log_p = logits_of(net, config, x, task).log_softmax(dim=1)
@@ -43,7 +43,10 @@ def brute_force(net, bits, x, y, task, *, log_prior=None, likelihood="joint", po
     if log_prior is None:
         log_prior = torch.zeros(len(bits), dtype=x.dtype)
     value = torch.stack(
-        [v.detach() if ok else v.new_tensor(-torch.inf) for v, ok in zip(values, usable, strict=True)]
+        [
+            v.detach() if ok else v.new_tensor(-torch.inf)
+            for v, ok in zip(values, usable, strict=True)
+        ]
     )
     if posterior is None:
         joint = log_prior + value
@@ -60,7 +63,12 @@ def brute_force(net, bits, x, y, task, *, log_prior=None, likelihood="joint", po
         loss=loss.detach(),
         posterior=posterior,
         log_likelihood=value,
-        nll=torch.stack([n.detach() if ok else n.detach() * torch.inf for n, ok in zip(nll, usable)]),
+        nll=torch.stack(
+            [
+                n.detach() if ok else n.detach() * torch.inf
+                for n, ok in zip(nll, usable, strict=True)
+            ]
+        ),
         grads={n: zero[n] if g is None else g for n, g in zip(named, grads, strict=True)},
     )
 

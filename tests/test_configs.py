@@ -14,9 +14,16 @@ from lasem_fast.plan import Plan
 
 def test_rows_are_in_nested_loop_order_shared_first():
     space = lf.ConfigSpace(3)
-    assert [tuple(r) for r in space.bits.tolist()] == list(itertools.product((True, False), repeat=3))
+    assert [tuple(r) for r in space.bits.tolist()] == list(
+        itertools.product((True, False), repeat=3)
+    )
     assert space.bits.dtype == torch.bool
-    assert (len(space), space.label(0), space.label(7), space.label(2)) == (8, "{1,2,3}", "{}", "{1,3}")
+    assert (len(space), space.label(0), space.label(7), space.label(2)) == (
+        8,
+        "{1,2,3}",
+        "{}",
+        "{1,3}",
+    )
 
 
 @pytest.mark.parametrize("depth", range(1, 7))
@@ -33,7 +40,9 @@ def test_every_form_of_a_configuration_names_the_same_row(depth):
 def test_groups_bind_consecutive_stages():
     space = lf.ConfigSpace(17, groups=[5, 4, 4, 4])
     assert space.bits.shape == (16, 17)
-    assert [space.label(i) for i in (0, 1)] == ["{" + ",".join(map(str, range(1, n))) + "}" for n in (18, 14)]
+    assert [space.label(i) for i in (0, 1)] == [
+        "{" + ",".join(map(str, range(1, n))) + "}" for n in (18, 14)
+    ]
     for size, start in ((5, 0), (4, 5), (4, 9), (4, 13)):
         block = space.bits[:, start : start + size]
         assert torch.equal(block.any(dim=1), block.all(dim=1))
@@ -48,8 +57,8 @@ def test_a_list_is_put_into_nested_loop_order():
 
 def test_static_configurations():
     space = lf.ConfigSpace(4)
-    labels = [space.label(space.index(c)) for c in
-              (space.all, space.top(1), space.top(3), space.bottom(2), space.bottom(0), space.alternating)]  # fmt: skip
+    named = [space.all, space.top(1), space.top(3), space.bottom(2), space.bottom(0)]
+    labels = [space.label(space.index(c)) for c in (*named, space.alternating)]
     assert labels == ["{1,2,3,4}", "{4}", "{2,3,4}", "{1,2}", "{}", "{2,4}"]
 
 
@@ -85,7 +94,7 @@ def test_bad_configurations_are_refused_in_words(call, error, words):
 
 
 def test_plan_of_a_full_tree():
-    plan = Plan.of_bits(lf.ConfigSpace(4).bits)
+    plan = Plan.of_configs(lf.ConfigSpace(4).configs)
     assert [len(level) for level in plan.levels] == [2, 4, 8, 16]
     assert plan.stage_evaluations == 2**5 - 2
     assert plan.leaves == tuple(range(16))
@@ -95,7 +104,7 @@ def test_plan_of_a_full_tree():
 
 
 def test_plan_of_groups_continues_inside_a_group():
-    plan = Plan.of_bits(lf.ConfigSpace(5, groups=[2, 3]).bits)
+    plan = Plan.of_configs(lf.ConfigSpace(5, groups=[2, 3]).configs)
     assert [len(level) for level in plan.levels] == [2, 2, 4, 4, 4]
     assert [plan.continues(i) for i in range(5)] == [False, True, False, True, True]
 
@@ -103,7 +112,12 @@ def test_plan_of_groups_continues_inside_a_group():
 def test_plan_takes_any_set_of_prefixes_and_more_than_two_branches():
     plan = Plan.of([[0, 2], [1, 1], [0, 0], [2, 1]])
     assert plan.levels[0].branches == (0, 1, 2)
-    assert list(zip(plan.levels[1].parents, plan.levels[1].branches, strict=True)) == [(0, 0), (0, 2), (1, 1), (2, 1)]
+    assert list(zip(plan.levels[1].parents, plan.levels[1].branches, strict=True)) == [
+        (0, 0),
+        (0, 2),
+        (1, 1),
+        (2, 1),
+    ]
     assert plan.leaves == (1, 2, 0, 3)
     assert plan.levels[1].rows_of(1) == (2, 3) and plan.levels[1].parents_of(1) == (1, 2)
     assert plan.levels[1].merge_order() == (0, 3, 1, 2)

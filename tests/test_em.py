@@ -37,7 +37,9 @@ def _state(em):
 def _same_state(a, b):
     if list(a) != list(b):
         return False
-    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+    return all(
+        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a
+    )
 
 
 def test_the_documented_loop():
@@ -54,7 +56,11 @@ def test_the_documented_loop():
         losses.append(float(step.loss))
     assert losses[-1] < losses[0]
     assert all(not t.requires_grad for t in step[1:])
-    assert (step.posterior.shape, step.dropped_mass.shape, float(step.dropped_mass)) == ((4,), (), 0)
+    assert (step.posterior.shape, step.dropped_mass.shape, float(step.dropped_mass)) == (
+        (4,),
+        (),
+        0,
+    )
     config = em.end_task("a")
     assert config == em.best_config("a") == net.config("a") and len(config) == 2
     assert_equals(net(x, task="a").detach(), logits_of(net, config, x, "a").detach(), "logits")
@@ -233,7 +239,11 @@ def test_the_state_moves_and_copies_with_the_module():
 BAD_CALLS = [
     (lambda x, y: (x[:0], y[:0], "a"), ValueError, "x: expected at least one sample"),
     (lambda x, y: (x, y[:-1], "a"), ValueError, "y: expected one target for each of the 4"),
-    (lambda x, y: (x, y + 1, "a"), ValueError, r"y: expected class labels in 0..2 .* got labels from 1 to 3"),
+    (
+        lambda x, y: (x, y + 1, "a"),
+        ValueError,
+        r"y: expected class labels in 0..2 .* got labels from 1 to 3",
+    ),
     (lambda x, y: (x, y - 1, "a"), ValueError, "y: expected class labels in 0..2"),
     (lambda x, y: (x, y.double(), "a"), TypeError, "y: expected class labels of dtype torch.int64"),
     (lambda x, y: (x, y.int(), "a"), TypeError, "y: expected class labels of dtype torch.int64"),
@@ -249,7 +259,11 @@ BAD_CALLS = [
     (lambda x, y: (x / 0, y, "a"), ValueError, "x: expected finite values"),
     (lambda x, y: (x, y, "a", torch.ones(4)), ValueError, "posterior: expected weights"),
     (lambda x, y: (x, y, "a", torch.ones(3) / 3), ValueError, r"posterior: expected shape \[4\]"),
-    (lambda x, y: (x, y, "a", torch.tensor([2.0, -1, 0, 0])), ValueError, "posterior: expected weights"),
+    (
+        lambda x, y: (x, y, "a", torch.tensor([2.0, -1, 0, 0])),
+        ValueError,
+        "posterior: expected weights",
+    ),
     (lambda x, y: (x, y, "a", [1, 0, 0, 0]), TypeError, "posterior: expected a tensor"),
 ]
 
@@ -275,7 +289,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
     with torch.no_grad():
         net.specific["a"][1][0].bias[1] = value
     before = _state(em)
-    with pytest.raises(ValueError, match=r"net: expected finite weights, .*specific\['a'\].1.0.bias"):
+    with pytest.raises(
+        ValueError, match=r"net: expected finite weights, .*specific\['a'\].1.0.bias"
+    ):
         em(*batch(), "a")
     assert list(before) == list(em.state_dict())
 
@@ -300,7 +316,11 @@ def test_a_head_with_the_wrong_output_is_refused(head, words):
     ("call", "error", "words"),
     [
         (lambda n: lf.LASEM(nn.ReLU()), TypeError, "net: expected a TransferNet"),
-        (lambda n: lf.LASEM(n, lf.ConfigSpace(3)), ValueError, "space: expected .* 2 stages, got depth 3"),
+        (
+            lambda n: lf.LASEM(n, lf.ConfigSpace(3)),
+            ValueError,
+            "space: expected .* 2 stages, got depth 3",
+        ),
         (lambda n: lf.LASEM(n, 4), TypeError, "space: expected a ConfigSpace"),
         (lambda n: lf.LASEM(n, likelihood="x"), ValueError, "likelihood: expected one of"),
         (lambda n: lf.LASEM(n, likelihood=3), TypeError, "likelihood: expected one of"),

@@ -32,7 +32,9 @@ def test_compiles_without_graph_breaks(groups, kind):
         assert_step_equals(net, compiled(x, y, "a"), truth)
     assert int(em._prior.states["a"].wins.sum()) == 3
     frozen = compiled(x, y, "a", posterior=truth.posterior)
-    assert_equals(frozen.loss.detach(), (truth.posterior * truth.nll).sum(), "loss of a further M-step")
+    assert_equals(
+        frozen.loss.detach(), (truth.posterior * truth.nll).sum(), "loss of a further M-step"
+    )
     before = [p.detach().clone() for p in net.shared.parameters()]
     with torch.no_grad():
         for p in net.shared.parameters():
@@ -100,7 +102,8 @@ import sys, torch, torch.distributed as dist, lasem_fast as lf
 sys.path.insert(0, sys.argv[1])
 from nets import batch, small_net
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[3]), world_size=2)
+store = "file://" + sys.argv[2]
+dist.init_process_group("gloo", init_method=store, rank=int(sys.argv[3]), world_size=2)
 torch.manual_seed(0)
 net = small_net(2)
 em = lf.LASEM(net)
@@ -121,7 +124,9 @@ dist.destroy_process_group()
 
 def test_distributed_data_parallel_averages_the_gradients(tmp_path, request):
     command = [sys.executable, "-c", _DDP, str(request.path.parent), str(tmp_path / "store")]
-    ranks = [subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, text=True) for r in (0, 1)]
+    ranks = [
+        subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, text=True) for r in (0, 1)
+    ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
 
@@ -133,6 +138,11 @@ def test_import_needs_torch_alone(absent):
 
 
 def test_import_does_not_import_triton():
-    code = "import sys, torch; before = set(sys.modules); import lasem_fast; print(*(set(sys.modules) - before))"
+    code = (
+        "import sys, torch; before = set(sys.modules); import lasem_fast; "
+        "print(*(set(sys.modules) - before))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert not [name for name in done.stdout.split() if name.split(".")[0] in ("triton", "matplotlib")]
+    assert not [
+        name for name in done.stdout.split() if name.split(".")[0] in ("triton", "matplotlib")
+    ]

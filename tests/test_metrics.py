@@ -8,7 +8,7 @@ import pytest
 from lasem_fast import metrics
 
 NAN = float("nan")
-# Task 0: 0.75 when learnt, 0.875 after task 1, 0.5 at the end. Task 1: 1.0, then 0.75. Task 2: 0.5.
+# Column 0: task 0 has 0.75 when learnt, 0.875 after task 1, 0.5 at the end.
 MULTI_HEAD = [
     [0.75, NAN, NAN],
     [0.875, 1.0, NAN],

@@ -16,7 +16,11 @@ import lasem_fast as lf
 def test_branches_are_registered_modules_with_weights_of_their_own():
     net = small_net(2, tasks=("a", "b"))
     assert net.tasks == ("a", "b") and net.depth == 2
-    weights = [net.shared[0][0].weight, net.specific["a"][0][0].weight, net.specific["b"][0][0].weight]
+    weights = [
+        net.shared[0][0].weight,
+        net.specific["a"][0][0].weight,
+        net.specific["b"][0][0].weight,
+    ]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     registered = {id(p) for p in net.parameters()}
     assert all(id(w) in registered for w in weights)
@@ -59,7 +63,9 @@ def test_task_parameters_before_and_after_the_end():
 def test_forward_takes_a_configuration_until_the_task_has_ended():
     net = small_net(2)
     x, _ = batch()
-    with pytest.raises(ValueError, match="config: expected a configuration, because task 'a' has not ended"):
+    with pytest.raises(
+        ValueError, match="config: expected a configuration, because task 'a' has not ended"
+    ):
         net(x, "a")
     expected = net.heads["a"](net.specific["a"][1](net.shared[0](x)))
     for form in ({1}, 1, [True, False], torch.tensor([True, False])):
@@ -118,18 +124,38 @@ def test_a_mechanism_with_an_initialiser_of_its_own():
     [
         (lambda: lf.TransferNet([]), ValueError, "stages: expected at least one"),
         (lambda: lf.TransferNet(3), TypeError, "stages: expected a sequence"),
-        (lambda: lf.TransferNet([nn.ReLU(), 3]), TypeError, "stages: expected a sequence of nn.Module"),
+        (
+            lambda: lf.TransferNet([nn.ReLU(), 3]),
+            TypeError,
+            "stages: expected a sequence of nn.Module",
+        ),
         (lambda: lf.TransferNet([nn.LazyLinear(3)]), ValueError, r"stages\[0\].*lazy"),
-        (lambda: lf.TransferNet([nn.ReLU()], transfer="x"), ValueError, "transfer: expected one of"),
+        (
+            lambda: lf.TransferNet([nn.ReLU()], transfer="x"),
+            ValueError,
+            "transfer: expected one of",
+        ),
         (lambda: lf.TransferNet([nn.ReLU()], transfer=1), TypeError, "transfer: expected a name"),
         (lambda: lf.TransferNet([m := nn.Linear(1, 1), m]), ValueError, "parameters of its own"),
-        (lambda: small_net(1).add_task("a", nn.ReLU()), ValueError, "task: expected a new name, got 'a'"),
+        (
+            lambda: small_net(1).add_task("a", nn.ReLU()),
+            ValueError,
+            "task: expected a new name, got 'a'",
+        ),
         (lambda: small_net(1).add_task(1, nn.ReLU()), TypeError, "task: expected a name"),
         (lambda: small_net(1).add_task("", nn.ReLU()), ValueError, "empty"),
         (lambda: small_net(1).add_task("b", 3), TypeError, "head: expected an nn.Module"),
-        (lambda: (n := small_net(1)).add_task("b", n.heads["a"]), ValueError, "head: expected a module of"),
+        (
+            lambda: (n := small_net(1)).add_task("b", n.heads["a"]),
+            ValueError,
+            "head: expected a module of",
+        ),
         (lambda: small_net(1).task_parameters("b"), ValueError, r"task: expected one of \['a'\]"),
-        (lambda: small_net(1)(batch()[0], "a", {2}), ValueError, "config: expected a set of stages"),
+        (
+            lambda: small_net(1)(batch()[0], "a", {2}),
+            ValueError,
+            "config: expected a set of stages",
+        ),
         (lambda: small_net(2)(batch()[0], "a", [1]), ValueError, "config: expected 2 booleans"),
     ],
 )

@@ -19,7 +19,9 @@ Y = torch.tensor([0, 0])
 
 def test_joint_likelihood_is_the_product_over_the_mini_batch():
     found = evidence(P.log(), Y, lf.likelihoods.Joint())
-    assert_equals(found.log_likelihood.exp(), torch.tensor([0.125, 0.08], dtype=torch.float64), "P(y|X,c)")
+    assert_equals(
+        found.log_likelihood.exp(), torch.tensor([0.125, 0.08], dtype=torch.float64), "P(y|X,c)"
+    )
     assert_equals(found.nll, -torch.tensor([0.125, 0.08], dtype=torch.float64).log() / 2, "nll")
     uniform = torch.zeros(2)
     expected = torch.tensor([0.125 / 0.205, 0.08 / 0.205], dtype=torch.float64)
@@ -28,7 +30,9 @@ def test_joint_likelihood_is_the_product_over_the_mini_batch():
 
 def test_mean_likelihood_is_the_mean_over_the_mini_batch():
     found = evidence(P.log(), Y, lf.likelihoods.Mean())
-    assert_equals(found.log_likelihood.exp(), torch.tensor([0.375, 0.45], dtype=torch.float64), "mean p")
+    assert_equals(
+        found.log_likelihood.exp(), torch.tensor([0.375, 0.45], dtype=torch.float64), "mean p"
+    )
 
 
 def test_gaussian_likelihood():
@@ -75,7 +79,9 @@ def test_every_prior_is_the_one_of_brute_force_over_several_batches(likelihood, 
                 "uniform": torch.full((4,), 0.25),
             }.get(prior if isinstance(prior, str) else "", fixed / 4)
             assert_equals(em.prior("a").double(), p.double(), f"{prior} prior", 1e-7)
-            truth = brute_force(net, em.space.bits, x, y, "a", log_prior=p.double().log(), likelihood=likelihood)
+            truth = brute_force(
+                net, em.space.bits, x, y, "a", log_prior=p.double().log(), likelihood=likelihood
+            )
             step = em(x, y, "a")
             assert_step_equals(net, step, truth)
             wins[truth.posterior.argmax()] += 1
@@ -132,7 +138,11 @@ def test_a_users_prior_and_likelihood():
 
     class Brier(lf.likelihoods.Joint):
         def log_prob(self, output, y):
-            return -(output.softmax(-1) - torch.nn.functional.one_hot(y, output.shape[-1])).square().sum(-1)
+            return (
+                -(output.softmax(-1) - torch.nn.functional.one_hot(y, output.shape[-1]))
+                .square()
+                .sum(-1)
+            )
 
     net = small_net(2)
     em = lf.LASEM(net, prior=FavoursSharing(), likelihood=Brier())
@@ -140,4 +150,6 @@ def test_a_users_prior_and_likelihood():
     step = em(x, y, "a")
     logits = em.evaluate(x, "a").detach()
     score = -(logits.softmax(-1) - torch.nn.functional.one_hot(y, 3)).square().sum((1, 2))
-    assert_equals(step.posterior, (torch.tensor([0.0, -1, -2, -3]).double() + score).softmax(0), "posterior")
+    assert_equals(
+        step.posterior, (torch.tensor([0.0, -1, -2, -3]).double() + score).softmax(0), "posterior"
+    )

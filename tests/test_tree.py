@@ -71,7 +71,9 @@ CHANNELS_LAST = torch.channels_last
 )
 @pytest.mark.parametrize("net_layout", [torch.contiguous_format, CHANNELS_LAST])
 def test_layout_of_the_input_does_not_matter(layout, net_layout):
-    net = small_net(extra=(lambda: nn.MaxPool2d(3, stride=1, padding=1),)).to(memory_format=net_layout)
+    net = small_net(extra=(lambda: nn.MaxPool2d(3, stride=1, padding=1),)).to(
+        memory_format=net_layout
+    )
     x, y = batch()
     x = layout(x)
     truth = brute_force(net, lf.ConfigSpace(3).bits, x, y, "a")
@@ -107,7 +109,11 @@ def test_any_module_can_be_a_stage(stage):
 
 def test_stages_over_sequences_and_volumes():
     for stages, shape, features in (
-        ([nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.MaxPool1d(2)), nn.Linear(3, 2)], (2, 8), 6),
+        (
+            [nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.MaxPool1d(2)), nn.Linear(3, 2)],
+            (2, 8),
+            6,
+        ),
         ([nn.Sequential(nn.Conv3d(2, 3, 2), nn.ReLU()), nn.Conv3d(3, 1, 1)], (2, 3, 3, 3), 8),
         ([nn.Linear(4, 5), nn.TransformerEncoderLayer(5, 1, 7, 0.0, batch_first=True)], (3, 4), 15),
     ):

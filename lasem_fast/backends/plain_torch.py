@@ -49,7 +49,11 @@ def all_branches(branches: Sequence[Branch], h: Tensor) -> Tensor | None:
 
 def _branches_into_batch(h: Tensor, branches: int) -> Tensor:
     """``[N, B * K, ...]`` as ``[N * B, K, ...]``: a view, but for channels-last activations."""
-    if h.dim() == 4 and not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last):
+    if (
+        h.dim() == 4
+        and not h.is_contiguous()
+        and h.is_contiguous(memory_format=torch.channels_last)
+    ):
         split = h.unflatten(1, (branches, -1)).permute(0, 1, 3, 4, 2)
         return split.flatten(0, 1).permute(0, 3, 1, 2)
     return h.unflatten(1, (branches, -1)).flatten(0, 1)

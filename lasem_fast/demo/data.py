@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ def make_tasks(
 
     A task's training images come from ``images.train`` only, and so on, so that no image a task
     is tested on was ever trained on, by any task. Transformations are dealt like cards: all of
-    them once before any of them again.
+    them once before any of them again. A task's note names its classes in the order of their
+    labels, its transformation, and mean and standard deviation of its noise.
     """
     n_classes = len(images.class_names)
     if not 1 <= classes_per_task <= n_classes:
@@ -133,7 +135,7 @@ def make_tasks(
             labels = torch.cat([torch.full_like(row, i) for i, row in enumerate(rows)])
             splits.append((alter((picked + noise).clamp(-0.5, 0.5)).contiguous(), labels))
         names = " ".join(images.class_names[label] for label in classes)
-        note = f"{names}, {transform}, noise {mean:+.2f} sd {sd:.1f}"
+        note = f"{names}, {transform}, {mean:+.2f}±{sd:.1f}"
         tasks.append(Task(f"task{number}", *splits, n_classes=classes_per_task, note=note))
     return tasks
 
@@ -142,12 +144,12 @@ def make_tasks(
 Alter = Callable[[Tensor], Tensor]
 
 
-def _permuted_rows(side: int, generator: torch.Generator) -> Alter:
+def _mixed_rows(side: int, generator: torch.Generator) -> Alter:
     order = torch.randperm(side, generator=generator)
     return lambda x: x[:, :, order]
 
 
-def _permuted_pixels(side: int, generator: torch.Generator) -> Alter:
+def _mixed_pixels(side: int, generator: torch.Generator) -> Alter:
     order = torch.randperm(side * side, generator=generator)
     return lambda x: x.flatten(2)[:, :, order].view_as(x)
 
@@ -158,8 +160,8 @@ TRANSFORMS: dict[str, Callable[[int, torch.Generator], Alter]] = {
     "quarter turn": lambda side, generator: lambda x: x.rot90(1, (2, 3)),
     "half turn": lambda side, generator: lambda x: x.rot90(2, (2, 3)),
     "inverted": lambda side, generator: lambda x: -x,
-    "rows permuted": _permuted_rows,
-    "pixels permuted": _permuted_pixels,
+    "rows mixed": _mixed_rows,
+    "pixels mixed": _mixed_pixels,
 }
 
 
@@ -190,7 +192,7 @@ def _read_idx(root: Path, name: str, n_dims: int) -> np.ndarray:
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
     if raw[:4] != bytes([0, 0, 8, n_dims]):
         raise ValueError(f"{path} is not an idx file of bytes with {n_dims} dimensions")

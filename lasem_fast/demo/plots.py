@@ -57,20 +57,20 @@ def plot_share_frequency(record: RunRecord, path: Path) -> None:
     marginal = np.mean([np.array(task.prior) @ bits for task in record.tasks], axis=0)
     figure = Figure(figsize=(1.6 + 0.9 * depth, 3.4), layout="constrained")
     axis = figure.subplots()
-    bars = axis.bar(
+    axis.bar(
         stages, record.share_frequency, width=0.62, color="#4c78a8", label="configuration kept"
     )
-    n = len(record.tasks)
-    counts = [f"{round(share * n)}/{n}" for share in record.share_frequency]
-    axis.bar_label(bars, counts, padding=2, fontsize=9, color=_INK)
     axis.plot(
         stages, marginal, "D", ms=6, color="#f2a541", mec=_INK, mew=0.7,
         label="prior at the end of the task",
     )  # fmt: skip
-    axis.set_xticks(stages)
-    axis.set_xlabel("stage (1 is next to the input)")
-    axis.set_ylabel("frequency of sharing over tasks")
-    axis.set_ylim(0, 1.12)
+    n = len(record.tasks)
+    counts = [round(share * n) for share in record.share_frequency]
+    names = [f"{stage}\n{count} of {n}" for stage, count in zip(stages, counts, strict=True)]
+    axis.set_xticks(stages, names)
+    axis.set_xlabel("stage (1 is next to the input), tasks that share it")
+    axis.set_ylabel("frequency of sharing")
+    axis.set_ylim(0, 1.05)
     axis.set_yticks(np.linspace(0, 1, 6))
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)

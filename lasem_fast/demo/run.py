@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
@@ -30,7 +31,7 @@ BATCH_SIZE = 16
 EVALUATE_EARLIER_EVERY = 5
 FULL = {"tasks": 8, "epochs": 40}
 QUICK = {"tasks": 3, "epochs": 4}
-METHOD_NAMES = {"lasem": "LASEM", "all": "transfer at all stages", "none": "no transfer"}
+METHOD_NAMES = {"lasem": "LASEM", "all": "all shared", "none": "nothing shared"}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -125,7 +126,7 @@ def _factories(side: int) -> tuple[Callable[[], TransferNet], Callable[[Task], n
 
 def _progress_bar(console: Console) -> ProgressBar:
     return ProgressBar(
-        TextColumn("{task.description:22}"),
+        TextColumn("{task.description:14}"),
         BarColumn(bar_width=20),
         TextColumn("{task.fields[where]}"),
         TimeElapsedColumn(),
@@ -174,32 +175,37 @@ def _result(
 
 
 def _task_table(run: RunRecord) -> Table:
-    table = Table(title="LASEM, task by task")
+    table = Table(
+        title="LASEM, task by task",
+        caption="Test accuracy in %. Peak: at the best validation epoch. Ratio: after the last "
+        "task / after the task's own training.",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("task")
     table.add_column("classes, transformation, noise")
-    table.add_column("shared stages", justify="center")
-    for heading in ("peak", "after its\ntraining", "after the\nlast task", "forgetting\nratio"):
+    table.add_column("shared\nstages", justify="center")
+    for heading in ("peak", "after\nlast", "forgetting\nratio"):
         table.add_column(heading, justify="right")
     R = run.accuracy_matrix()
-    for number, task in enumerate(run.tasks):
-        end, final = R[number, number], R[-1, number]
+    ratios = metrics.retention(R[-1], R.diagonal())
+    for task, final, ratio in zip(run.tasks, R[-1], ratios, strict=True):
         table.add_row(
-            task.name, task.note, task.label, _percent(task.peak), _percent(end), _percent(final),
-            f"{final / end:.2f}",
-        )  # fmt: skip
+            task.name, task.note, task.label, _percent(task.peak), _percent(final), f"{ratio:.2f}"
+        )
     return table
 
 
 def _method_table(comparison: dict[str, dict[str, float | None]]) -> Table:
     table = Table(
-        title="The three methods, mean over tasks",
-        caption="peak: test accuracy at the best validation epoch. While learning: mean test "
-        "accuracy over a task's epochs, high where it learns fast. Forgetting ratio: final "
-        "accuracy / accuracy after the task's own training, and / peak.",
+        title="The three methods, means over the tasks",
+        caption="While learning: mean over the task's own epochs. Forgetting ratio: after the "
+        "last task / after the task's own training, and / peak. Parameters: of all tasks, heads "
+        "included.",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("method")
     for heading in (
-        "peak", "while\nlearning", "after the\nlast task", "forgetting ratio\n(to end / to peak)",
+        "peak", "while\nlearning", "after\nlast", "forgetting\nratio", "(/ peak)",
         "parameters\nkept",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
@@ -209,7 +215,8 @@ def _method_table(comparison: dict[str, dict[str, float | None]]) -> Table:
             _percent(row["peak_accuracy"]),
             _percent(row["learning_curve_area"]),
             _percent(row["average_accuracy"]),
-            f"{row['forgetting_ratio_to_end']:.2f} / {row['forgetting_ratio_to_peak']:.2f}",
+            f"{row['forgetting_ratio_to_end']:.2f}",
+            f"{row['forgetting_ratio_to_peak']:.2f}",
             f"{row['parameters']:,}",
         )
     return table
@@ -218,7 +225,9 @@ def _method_table(comparison: dict[str, dict[str, float | None]]) -> Table:
 def _timing_lines(runs: dict[str, RunRecord], times: dict[str, Any]) -> str:
     ms = times["milliseconds"]
     n_configs = len(runs["lasem"].configurations)
-    trained = ", ".join(f"{METHOD_NAMES[m]} {run.seconds['train']:.1f} s" for m, run in runs.items())
+    trained = ", ".join(
+        f"{METHOD_NAMES[method]} {run.seconds['train']:.1f} s" for method, run in runs.items()
+    )
     return (
         f"One EM step over {n_configs} configurations (backend {times['backend']}, mini-batch of "
         f"{times['batch_size']}): {ms['em']:.1f} ms\n"

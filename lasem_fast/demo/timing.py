@@ -44,9 +44,7 @@ def time_steps(
 
     def plain_step(net: TransferNet) -> Callable[[], None]:
         config = (True,) * net.depth
-        return _step(
-            net, task.name, lambda: F.cross_entropy(net(x, task.name, config=config), y)
-        )
+        return _step(net, task.name, lambda: F.cross_entropy(net(x, task.name, config=config), y))
 
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         nets = []
@@ -65,9 +63,7 @@ def time_steps(
     return {"backend": used, "batch_size": len(x), "rounds": rounds, "milliseconds": medians}
 
 
-def _step(
-    net: TransferNet, task: str, loss: Callable[[], torch.Tensor]
-) -> Callable[[], None]:
+def _step(net: TransferNet, task: str, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
     optimizer = torch.optim.Adam(net.task_parameters(task))
 
     def step() -> None:

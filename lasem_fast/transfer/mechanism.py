@@ -21,7 +21,7 @@ class Branch(NamedTuple):
     """
 
     module: nn.Module
-    tensors: Mapping[str, Tensor] = {}  # noqa: RUF012 - never written to
+    tensors: Mapping[str, Tensor] = {}
 
     def __call__(self, h: Tensor) -> Tensor:
         """The branch's output for ``h``."""
@@ -62,7 +62,7 @@ class TransferMechanism:
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Gives every layer that has one its own ``reset_parameters``; other layers keep their values."""
+    """Calls ``reset_parameters`` of every layer that has it; other layers keep their values."""
     for layer in module.modules():
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):

@@ -1,0 +1,3 @@
+"""The version of the package, on its own so that building needs no import of torch."""
+
+__version__ = "0.1.0"
