@@ -49,4 +49,4 @@ def evaluator(backend: str, configs: Sequence[Configuration]) -> NaiveLoop | Tre
     """What evaluates these configurations with a backend that can run."""
     if backend == "reference":
         return NaiveLoop(configs)
-    return Tree(Plan.of_configs(configs), plain_torch.all_branches)
+    return Tree(Plan.of_configs(configs), [plain_torch.wide_level])
