@@ -27,7 +27,7 @@ from lasem_fast.lifelong import METHODS, Progress, RunRecord, Task, train_sequen
 
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 16
-EVALUATE_EARLIER_EVERY = 5
+EVALUATE_EARLIER_EVERY = 10
 FULL = {"tasks": 8, "epochs": 40}
 QUICK = {"tasks": 3, "epochs": 4}
 _TABLE = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}  # 80 columns have to do
