@@ -66,9 +66,12 @@ void for_tasks(int64_t n, const F& f) {
   });
 }
 
-// Calls f(begin, end) over `items` cut evenly into `tasks` ranges.
+// Calls f(begin, end) over `items` cut evenly, for work on the weights: 2048 filters pay for a
+// thread.
 template <class F>
-void for_ranges(int64_t tasks, int64_t items, const F& f) {
+void for_filters(const LevelShape& s, int64_t threads, int64_t items, const F& f) {
+  const int64_t filters = s.in_channels * s.branches * s.out_channels;
+  const int64_t tasks = std::min(threads, 1 + filters / 2048);
   for_tasks(tasks, [&](int64_t t) { f(items * t / tasks, items * (t + 1) / tasks); });
 }
 
@@ -118,8 +121,8 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
                              bias.const_data_ptr(), y.mutable_data_ptr(),
                              base + packed_at,      static_cast<uint8_t*>(code.mutable_data_ptr())};
 
-  for_ranges(threads, plan.pack_items,
-             [&](int64_t begin, int64_t end) { kernels.pack(plan, w, args.packed, begin, end); });
+  for_filters(s, threads, plan.pack_items,
+              [&](int64_t begin, int64_t end) { kernels.pack(plan, w, args.packed, begin, end); });
   // Blocks are independent, so whichever thread is free takes the next: the result is the same.
   std::atomic<int64_t> next{0};
   for_tasks(tasks, [&](int64_t task) {
@@ -172,15 +175,15 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, con
   args.tasks = tasks;
 
   if (need_dx)
-    for_ranges(threads, plan.pack_back_items, [&](int64_t begin, int64_t end) {
+    for_filters(s, threads, plan.pack_back_items, [&](int64_t begin, int64_t end) {
       kernels.pack_back(plan, args.weight, args.packed, begin, end);
     });
   for_tasks(tasks, [&](int64_t task) {
     kernels.backward(plan, args, base + layout.bytes() + task * task_size, task,
                      images * task / tasks, images * (task + 1) / tasks);
   });
-  for_ranges(threads, plan.finish_items,
-             [&](int64_t begin, int64_t end) { kernels.finish(plan, args, begin, end); });
+  for_filters(s, threads, plan.finish_items,
+              [&](int64_t begin, int64_t end) { kernels.finish(plan, args, begin, end); });
   return {dx, dweight, dbias};
 }
 

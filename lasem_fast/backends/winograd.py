@@ -30,11 +30,6 @@ class Pool(NamedTuple):
             windows -= 1
         return windows
 
-    @property
-    def tile(self) -> int:
-        """Output tile of the Winograd transform: a multiple of the window."""
-        return 3 if self.size == 3 else 4
-
 
 def winograd_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
     """A level whose stage is a 3x3 convolution, ReLU and perhaps a 2x2 or 3x3 max-pool.
@@ -66,8 +61,7 @@ def winograd_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst 
     padding = _padding(first.core)
     size = tuple(pool.output(n + 2 * padding - 2) for n in x.shape[2:4])
     y = _ops.winograd_level(
-        x, weight, bias, padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
-        tile=pool.tile,
+        x, weight, bias, padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size
     )  # fmt: skip
     return RowsFirst(y.flatten(0, 1))
 

@@ -1,0 +1,493 @@
+"""The CPU kernels against PyTorch in float64, and against the error of PyTorch in float32."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lasem_fast import _ops as ops
+
+pytestmark = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
+
+level = torch.ops.lasem_fast.winograd_level.default
+level_backward = torch.ops.lasem_fast.winograd_level_backward.default
+
+# Error against float64 as a multiple of PyTorch's in float32, per tile: y, dx, dweight, dbias.
+# Measured at most (1.0, 0.5, 0.9, 0.9), (0.9, 1.0, 1.0, 0.8), (1.9, 3.5, 2.2, 0.9), (2.4, 4.5, 2.3, 0.4).
+ERROR_FACTOR = {1: (2, 2, 2, 2), 2: (2, 2, 2, 2), 3: (3, 5, 3, 2), 4: (4, 6, 4, 2)}
+
+
+def has(isa):
+    try:
+        ops.force_isa(isa)
+    except ValueError:
+        return False
+    finally:
+        ops.force_isa(None)
+    return True
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def isa(request):
+    if not has(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    ops.force_isa(request.param)
+    yield request.param
+    ops.force_isa(None)
+
+
+def conv(x, weight, bias, padding):
+    """[P, N, H, W, C] -> convolution [P * N, G * Co, H', W']."""
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)
+    return F.conv2d(images, weight.flatten(0, 1), bias.flatten(), padding=padding)
+
+
+def as_level(z, x, weight):
+    """[P * N, G * Co, h, w] -> [P, G, N, h, w, Co]."""
+    prefixes, samples = x.shape[:2]
+    z = z.reshape(prefixes, samples, weight.shape[0], weight.shape[1], *z.shape[2:])
+    return z.permute(0, 2, 1, 4, 5, 3)
+
+
+def reference(x, weight, bias, padding, pool, pool_pad, out_h, out_w):
+    z = conv(x, weight, bias, padding).relu()
+    if pool > 1:
+        after = [
+            max(0, n * pool - pool_pad - m)
+            for n, m in zip((out_h, out_w), z.shape[2:], strict=True)
+        ]
+        z = F.pad(z, (pool_pad, after[1], pool_pad, after[0]), value=-torch.inf)
+        z = F.max_pool2d(z, pool)[:, :, :out_h, :out_w]
+    return as_level(z, x, weight)
+
+
+def gradients_at_code(dy, x, code, weight, padding, pool, pool_pad):
+    """PyTorch's gradients of one level where `code`, not activations, opens ReLU and pool."""
+    prefixes, branches, samples, out_h, out_w, channels = dy.shape
+    height, width = (n + 2 * padding - 2 for n in x.shape[2:4])
+    size = (prefixes, samples, branches, channels, out_h * pool, out_w * pool)
+    dz = dy.new_zeros(size)
+    for position in range(pool * pool):
+        at = (..., slice(position // pool, None, pool), slice(position % pool, None, pool))
+        dz[at] = torch.where(code == position, dy, 0).permute(0, 2, 1, 5, 3, 4)
+    inside = (slice(pool_pad, pool_pad + height), slice(pool_pad, pool_pad + width))
+    dz = dz[(..., *inside)].flatten(0, 1).flatten(1, 2)
+    dz = F.pad(dz, (0, width - dz.shape[3], 0, height - dz.shape[2]))
+    leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+    bias = dy.new_zeros(branches, channels, requires_grad=True)
+    return torch.autograd.grad(conv(*leaves, bias, padding), [*leaves, bias], dz)
+
+
+def draw(seed, dtype, channels=(1, 3, 5, 16, 31, 32, 33, 64, 100), side=40):
+    """A drawn level: tensors, and the integers of the operator with the tile last."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    prefixes, samples, branches = pick.randint(1, 5), pick.randint(1, 3), pick.randint(1, 3)
+    c, co = pick.choice(channels), pick.choice(channels)
+    padding, pool = pick.randint(0, 1), pick.randint(1, 3)
+    pool_pad = pick.randint(0, pool // 2)
+    height, width = (pick.choice([pick.randint(3, side), pick.randint(1, 6)]) for _ in range(2))
+    height, width = max(height, 3 - 2 * padding), max(width, 3 - 2 * padding)
+    out = []
+    for n in (height + 2 * padding - 2, width + 2 * padding - 2):
+        floor, ceil = (n + 2 * pool_pad - pool) // pool + 1, (n - 1 + pool_pad) // pool + 1
+        out.append(pick.choice([max(1, min(floor, ceil)), ceil]))
+    x = torch.randn(prefixes, samples, height, width, c, dtype=dtype)
+    weight = torch.randn(branches, co, c, 3, 3, dtype=dtype) / (3 * c**0.5)
+    bias = torch.randn(branches, co, dtype=dtype) / 10
+    return (x, weight, bias), (padding, pool, pool_pad, *out, pick.randint(1, 4))
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_float64_equals_pytorch(seed):
+    tensors, sizes = draw(seed, torch.float64, side=24)
+    padding, pool, pool_pad, out_h, out_w, tile = sizes
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    expected = reference(*leaves, padding, pool, pool_pad, out_h, out_w)
+    dy = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, leaves, dy)
+    y = ops.winograd_level(
+        *leaves, padding=padding, pool=pool, pool_pad=pool_pad, out_size=(out_h, out_w), tile=tile
+    )
+    grads = torch.autograd.grad(y, leaves, dy)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert relative(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_float32_ragged_shapes(isa, seed):
+    """Every element against float64, outputs poisoned; the error bound is that of whole levels."""
+    tensors, sizes = draw(seed, torch.float32)
+    padding, pool, pool_pad, _out_h, _out_w, tile = sizes
+    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    try:
+        y, code = level(*tensors, *sizes)
+        dy = torch.randn_like(y)
+        grads = level_backward(
+            dy, tensors[0], code, tensors[1], padding, pool, pool_pad, tile, True
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wide = [t.double() for t in tensors]
+    want = reference(*wide, *sizes[:5])
+    wants = gradients_at_code(dy.double(), wide[0], code, wide[1], padding, pool, pool_pad)
+    for got, exact in zip((y, *grads), (want, *wants), strict=True):
+        assert got.shape == exact.shape
+        assert relative(got, exact) < 1e-5
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize("channels", [3, 33, 64])
+def test_float32_error(isa, tile, pool, channels):
+    torch.manual_seed(channels + pool)
+    x = torch.randn(2, 2, 24, 24, channels).relu()
+    weight = torch.randn(2, 64, channels, 3, 3) / (3 * channels**0.5)
+    bias = torch.randn(2, 64) / 10
+    sizes = (1, pool, 0, 24 // pool, 24 // pool)
+    y, code = level(x, weight, bias, *sizes, tile)
+    dy = torch.randn_like(y)
+    grads = level_backward(dy, x, code, weight, *sizes[:3], tile, True)
+    exact, plain = (
+        (
+            reference(x.to(dtype), weight.to(dtype), bias.to(dtype), *sizes),
+            *gradients_at_code(dy.to(dtype), x.to(dtype), code, weight.to(dtype), *sizes[:3]),
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    factors = ERROR_FACTOR[1 if channels <= 4 else tile]
+    for name, got, want, peer, k in zip(
+        ("y", "dx", "dweight", "dbias"), (y, *grads), exact, plain, factors, strict=True
+    ):
+        error, peer_error = relative(got, want), relative(peer, want)
+        assert error <= k * peer_error, f"{name}: {error / peer_error:.1f} times PyTorch's error"
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
+@pytest.mark.parametrize(("pool", "pool_pad", "size"), [(1, 0, 5), (2, 1, 3), (3, 1, 2)])
+def test_gradcheck(tile, pool, pool_pad, size):
+    torch.manual_seed(0)
+    leaves = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(1, 2, 5, 5, 5), (2, 2, 5, 3, 3), (2, 2)]
+    ]
+
+    def f(x, weight, bias):
+        return ops.winograd_level(
+            x,
+            weight,
+            bias,
+            padding=1,
+            pool=pool,
+            pool_pad=pool_pad,
+            out_size=(size, size),
+            tile=tile,
+        )
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 2, 6, 7, 5, dtype=dtype), torch.randn(2, 3, 5, 3, 3, dtype=dtype)
+    bias = torch.randn(2, 3, dtype=dtype)
+    torch.library.opcheck(level, (x, weight, bias, 1, 2, 0, 3, 4, 4))
+    y, code = level(x, weight, bias, 1, 2, 0, 3, 4, 4)
+    for need_dx in (True, False):
+        torch.library.opcheck(
+            level_backward, (torch.randn_like(y), x, code, weight, 1, 2, 0, 4, need_dx)
+        )
+    logits, labels = torch.randn(4, 5, 3, dtype=dtype), torch.tensor([0, 1, 2, 0, 1])
+    head = torch.ops.lasem_fast.posterior_head.default
+    torch.library.opcheck(head, (logits, labels, torch.zeros(4, dtype=dtype), 0))
+
+
+@pytest.mark.parametrize("pool", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_code_breaks_ties_as_pytorch(isa, pool, seed):
+    """Small integers: every sum is exact, and windows are full of ties, at zero too."""
+    torch.manual_seed(seed)
+    x = torch.randint(-1, 2, (2, 2, 12, 12, 3)).float()
+    weight = torch.randint(-1, 2, (2, 20, 3, 3, 3)).float()
+    bias = torch.zeros(2, 20)
+    n = 12 // pool
+    y, code = level(x, weight, bias, 1, pool, 0, n, n, 1)
+    z = conv(x, weight, bias, 1).relu()
+    want, index = F.max_pool2d(z, pool, return_indices=True)
+    row, column = index // 12 % pool, index % 12 % pool
+    want_code = torch.where(want > 0, row * pool + column, 255).to(torch.uint8)
+    assert torch.equal(y, as_level(want, x, weight))
+    assert torch.equal(code, as_level(want_code, x, weight))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e38])
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_bad_sample_stays_alone(isa, bad, tile, pool):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 11, 11, 20)
+    weight, bias = torch.randn(2, 20, 20, 3, 3), torch.randn(2, 20)
+    n = -(-11 // pool)
+    sizes = (1, pool, 0, n, n, tile)
+    y, code = level(x, weight, bias, *sizes)
+    poisoned = x.clone()
+    poisoned[1, 1, 4:7] = bad
+    bad_y, bad_code = level(poisoned, weight, bias, *sizes)
+    others = torch.ones(2, 3, dtype=torch.bool)
+    others[1, 1] = False
+    assert torch.equal(bad_y.transpose(1, 2)[others], y.transpose(1, 2)[others])
+    assert torch.equal(bad_code.transpose(1, 2)[others], code.transpose(1, 2)[others])
+    nan = reference(poisoned, weight, bias, *sizes[:5]).isnan()
+    assert bad_y[nan].isnan().all()
+
+    # A configuration that is left out sends exactly zero: the sample must leave no trace.
+    dy = torch.randn_like(y)
+    dy[1, :, 1] = 0
+    ints = (1, pool, 0, tile, True)
+    grads = level_backward(dy, poisoned, bad_code, weight, *ints)
+    clean = level_backward(dy, x, code, weight, *ints)
+    for got, want in zip(grads, clean, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bits_every_time(isa, threads):
+    tensors, _ = draw(0, torch.float32, channels=(33,), side=24)
+    padding, pool, pool_pad, tile = 1, 2, 0, 4
+    out = [n // 2 for n in tensors[0].shape[2:4]]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        dy, first = None, None
+        for _ in range(5):
+            y, code = level(*tensors, padding, pool, pool_pad, *out, tile)
+            dy = torch.randn_like(y) if dy is None else dy
+            grads = level_backward(
+                dy, tensors[0], code, tensors[1], padding, pool, pool_pad, tile, True
+            )
+            first = first or (y, code, *grads)
+            assert all(torch.equal(a, b) for a, b in zip(first, (y, code, *grads), strict=True))
+            # Whatever scratch holds next time must not matter.
+            level(torch.full_like(tensors[0], torch.nan), *tensors[1:], 1, 2, 0, *out, tile)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_concurrent_calls(isa):
+    (x, weight, bias), _ = draw(1, torch.float32, channels=(32,), side=24)
+    sizes = (1, 1, 0, *x.shape[2:4], 4)
+    want = level(x, weight, bias, *sizes)[0]
+    got = [None] * 4
+
+    def work(i):
+        for _ in range(10):
+            got[i] = level(x, weight, bias, *sizes)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.equal(g, want) for g in got)
+    assert ops.clear_scratch() > 0
+    assert ops.clear_scratch() == 0
+
+
+def test_empty_batch(isa):
+    x, weight, bias = torch.randn(2, 0, 6, 6, 8), torch.randn(2, 4, 8, 3, 3), torch.randn(2, 4)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    y = ops.winograd_level(*leaves, padding=1)
+    assert y.shape == (2, 2, 0, 6, 6, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any() and not bias.grad.any()
+
+
+def test_no_input_gradient(isa):
+    (x, weight, bias), _ = draw(3, torch.float32)
+    weight.requires_grad_()
+    ops.winograd_level(x, weight, bias, padding=1).sum().backward()
+    assert x.grad is None and weight.grad.isfinite().all()
+
+
+GOOD = {
+    "x": torch.zeros(1, 2, 6, 6, 8),
+    "weight": torch.zeros(2, 4, 8, 3, 3),
+    "bias": torch.zeros(2, 4),
+    "padding": 1,
+    "pool": 2,
+    "pool_pad": 0,
+    "out_h": 3,
+    "out_w": 3,
+    "tile": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", torch.zeros(2, 6, 6, 8), "x must have shape"),
+        ("x", torch.zeros(1, 2, 6, 6, 8, dtype=torch.int64), "float32 or float64"),
+        ("x", torch.zeros(1, 2, 6, 8, 6).transpose(3, 4), "x must be contiguous"),
+        ("weight", torch.zeros(2, 4, 8, 5, 5), "weight must have shape"),
+        ("weight", torch.zeros(2, 4, 7, 3, 3), "weight must have shape"),
+        ("weight", torch.zeros(2, 4, 8, 3, 3, dtype=torch.float64), "weight must have dtype"),
+        ("bias", torch.zeros(2, 5), "bias must have shape"),
+        ("padding", 2, "padding must be 0 or 1, got 2"),
+        ("pool", 4, "pool must be 1, 2 or 3, got 4"),
+        ("pool_pad", 2, "pool_pad must be"),
+        ("out_h", 4, "out_h must be"),
+        ("out_w", 0, "out_w must be"),
+        ("tile", 5, "tile must be"),
+    ],
+)
+def test_level_errors(name, value, message):
+    with pytest.raises(RuntimeError, match=message):
+        level(*{**GOOD, name: value}.values())
+
+
+def test_backward_errors():
+    x, weight = GOOD["x"], GOOD["weight"]
+    y, code = level(*GOOD.values())
+    with pytest.raises(RuntimeError, match="dy must have shape"):
+        level_backward(y[:, :1].contiguous(), x, code, weight, 1, 2, 0, 4, True)
+    with pytest.raises(RuntimeError, match="code must have dtype"):
+        level_backward(y, x, y, weight, 1, 2, 0, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("value", "want"), [("avx2", "avx2"), ("avx512", "avx512"), ("sse9", None)]
+)
+def test_environment_chooses(value, want):
+    if want and not has(want):
+        pytest.skip(f"this CPU has no {want}")
+    code = (
+        "from lasem_fast import _ops as ops; "
+        "print(ops.isa(), ops.supported(), ops.why_unsupported())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LASEM_FAST_CPU_ISA": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert out.startswith(f"{want} {want is not None}")
+    assert ("LASEM_FAST_CPU_ISA" in out) == (want is None)
+
+
+def test_force_isa_refuses():
+    with pytest.raises(ValueError, match="sse9"):
+        ops.force_isa("sse9")
+
+
+def head_reference(logits, labels, log_prior, mean):
+    log_p = torch.log_softmax(logits, 2).gather(2, labels[None, :, None].expand(len(logits), -1, 1))
+    log_p = log_p.squeeze(2)
+    samples = log_p.new_tensor(log_p.shape[1])
+    likelihood = log_p.logsumexp(1) - samples.log() if mean else log_p.sum(1)
+    posterior = torch.softmax(log_prior + likelihood, 0)
+    nll = -log_p.mean(1)
+    return likelihood, posterior, nll, (posterior.detach() * nll).sum()
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 3, 2), (16, 10, 10), (64, 7, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_posterior_head(mean, shape, dtype):
+    torch.manual_seed(0)
+    logits = (torch.randn(shape, dtype=dtype) * 2).requires_grad_()
+    labels = torch.randint(0, shape[2], shape[1:2])
+    log_prior = torch.randn(shape[0], dtype=dtype).log_softmax(0)
+    if shape[0] > 1:
+        log_prior[0] = -torch.inf
+    got = ops.posterior_head(logits, labels, log_prior, mean_likelihood=mean)
+    wide = logits.detach().double().requires_grad_()
+    want = head_reference(wide, labels, log_prior.double(), mean)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    (grad,) = torch.autograd.grad(got[3] * 3, logits)
+    (want_grad,) = torch.autograd.grad(want[3] * 3, wide)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=tolerance, atol=tolerance)
+    if shape[0] > 1:
+        assert got[1][0] == 0 and not grad[0].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_posterior_head_masks_bad_configurations(bad):
+    torch.manual_seed(0)
+    logits = torch.randn(5, 4, 3)
+    labels = torch.tensor([0, 1, 2, 0])
+    prior = torch.zeros(5)
+    logits[2, 1, labels[1]] = bad
+    leaf = logits.clone().requires_grad_()
+    likelihood, posterior, nll, loss = ops.posterior_head(leaf, labels, prior)
+    loss.backward()
+    keep = [0, 1, 3, 4]
+    want = ops.posterior_head(logits[keep], labels, prior[keep])
+    assert likelihood[2] == -torch.inf and nll[2] == torch.inf and posterior[2] == 0
+    assert not leaf.grad[2].any() and leaf.grad.isfinite().all()
+    torch.testing.assert_close(posterior[keep], want[1])
+    torch.testing.assert_close(loss, want[3])
+
+
+def test_posterior_head_nothing_left():
+    logits = torch.full((2, 3, 4), torch.nan, requires_grad=True)
+    loss = ops.posterior_head(logits, torch.zeros(3, dtype=torch.int64), torch.zeros(2))[3]
+    loss.backward()
+    assert loss.isnan() and not logits.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(3).long(), torch.zeros(2), 0), "logits must have shape"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2).long(), torch.zeros(2), 0), "labels must have"),
+        ((torch.zeros(2, 3, 4), torch.zeros(3).int(), torch.zeros(2), 0), "labels must have dtype"),
+        ((torch.zeros(2, 3, 4), torch.full((3,), 4), torch.zeros(2), 0), "labels must lie in"),
+        ((torch.zeros(2, 3, 4), torch.zeros(3).long(), torch.zeros(3), 0), "log_prior must have"),
+        ((torch.zeros(2, 3, 4), torch.zeros(3).long(), torch.zeros(2), 2), "likelihood must be"),
+    ],
+)
+def test_posterior_head_errors(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lasem_fast.posterior_head.default(*arguments)
+
+
+def test_tree_equals_pytorch_in_float64():
+    """Two levels, head of sums: the output of one level is the next one's input by a view."""
+    torch.manual_seed(0)
+    weights = [torch.randn(s, dtype=torch.float64) / 5 for s in [(2, 6, 5, 3, 3), (2, 4, 6, 3, 3)]]
+    weights = [w.requires_grad_() for w in weights]
+    biases = [torch.zeros(2, 6).double(), torch.zeros(2, 4).double()]
+    images = torch.randn(1, 3, 9, 9, 5, dtype=torch.float64)
+    results = []
+    for fast in (True, False):
+        x = images
+        for weight, bias in zip(weights, biases, strict=True):
+            side = -(-x.shape[2] // 3)
+            x = (
+                ops.winograd_level(
+                    x, weight, bias, padding=1, pool=3, out_size=(side, side), tile=4
+                )
+                if fast
+                else reference(x, weight, bias, 1, 3, 0, side, side)
+            ).flatten(0, 1)
+        results.append((x, *torch.autograd.grad(x.square().sum(), weights)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
