@@ -89,7 +89,7 @@ def supported() -> bool:
 
 
 def clear_scratch() -> int:
-    """Free the scratch memory kept between steps; returns its size in bytes."""
+    """Free the memory kept between steps; returns its size in bytes."""
     return _cpu.clear_scratch() if _cpu else 0
 
 

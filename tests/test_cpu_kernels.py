@@ -133,6 +133,7 @@ def test_float32_ragged_shapes(isa, seed):
     tensors, sizes = draw(seed, torch.float32)
     padding, pool, pool_pad, _out_h, _out_w, tile = sizes
     torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    ops._cpu.poison_outputs(True)
     try:
         y, code = level(*tensors, *sizes)
         dy = torch.randn_like(y)
@@ -140,6 +141,7 @@ def test_float32_ragged_shapes(isa, seed):
             dy, tensors[0], code, tensors[1], padding, pool, pool_pad, tile, True
         )
     finally:
+        ops._cpu.poison_outputs(False)
         torch.use_deterministic_algorithms(False)
     wide = [t.double() for t in tensors]
     want = reference(*wide, *sizes[:5])
@@ -492,3 +494,16 @@ def test_tree_equals_pytorch_in_float64():
         results.append((x, *torch.autograd.grad(x.square().sum(), weights)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_memory_of_outputs_is_used_again_and_given_back():
+    x, weight = torch.randn(1, 2, 64, 64, 8), torch.randn(2, 16, 8, 3, 3)
+    run = lambda: level(x, weight, torch.zeros(2, 16), 1, 1, 0, 64, 64, 4)[0]  # noqa: E731
+    ops.clear_scratch()
+    first = run()
+    view, address, values = first.flatten(0, 1), first.data_ptr(), first.clone()
+    del first
+    assert run().data_ptr() != address and torch.equal(view.view_as(values), values)
+    del view
+    assert run().data_ptr() == address or run().data_ptr() == address
+    assert ops.clear_scratch() >= values.nbytes and ops.clear_scratch() == 0

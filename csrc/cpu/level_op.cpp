@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "cpu_dispatch.h"
 #include "ops.h"
+#include "output_pool.h"
 #include "scratch.h"
 #include "stable_torch.h"
 
@@ -98,9 +99,9 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
   const LevelShape s = shape_of(x, weight, padding, pool, pool_pad, out_h, out_w, tile);
   check_tensor(bias, "bias", x.scalar_type(), {s.branches, s.out_channels});
   const LevelKernels& kernels = kernels_for(x.scalar_type());
-  const int64_t size[] = {s.prefixes, s.branches, s.samples, out_h, out_w, s.out_channels};
-  Tensor y = torch::stable::new_empty(x, {size, 6});
-  Tensor code = torch::stable::new_empty(x, {size, 6}, ScalarType::Byte);
+  const auto size = {s.prefixes, s.branches, s.samples, out_h, out_w, s.out_channels};
+  Tensor y = new_output(size, x.scalar_type(), x.element_size());
+  Tensor code = new_output(size, ScalarType::Byte, 1);
   if (x.size(0) == 0 || x.size(1) == 0) return {y, code};
 
   const int64_t threads = torch::stable::get_num_threads();
@@ -146,7 +147,9 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, con
   check_tensor(code, "code", ScalarType::Byte, out);
   const LevelKernels& kernels = kernels_for(x.scalar_type());
   const int64_t none[] = {0}, bias_size[] = {s.branches, s.out_channels};
-  Tensor dx = need_dx ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {none, 1});
+  Tensor dx = need_dx ? new_output({s.prefixes, s.samples, s.height, s.width, s.in_channels},
+                                   x.scalar_type(), x.element_size())
+                      : torch::stable::new_empty(x, {none, 1});
   Tensor dweight = torch::stable::empty_like(weight);
   Tensor dbias = torch::stable::new_empty(weight, {bias_size, 2});
 

@@ -4,6 +4,7 @@
 
 #include "cpu_dispatch.h"
 #include "ops.h"
+#include "output_pool.h"
 #include "scratch.h"
 #include "stable_torch.h"
 
@@ -31,14 +32,22 @@ PyObject* force_isa(PyObject*, PyObject* args) {
 }
 
 PyObject* clear_scratch(PyObject*, PyObject*) {
-  return PyLong_FromSize_t(lasem_fast::clear_scratch());
+  return PyLong_FromSize_t(lasem_fast::clear_scratch() + lasem_fast::clear_output_pool());
+}
+
+PyObject* poison_outputs(PyObject*, PyObject* args) {
+  int on;
+  if (!PyArg_ParseTuple(args, "p", &on)) return nullptr;
+  lasem_fast::poison_outputs(on);
+  Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Instruction set of the float32 kernels, '' where there is none."},
     {"isa_reason", isa_reason, METH_NOARGS, "Why isa() is '', else ''."},
     {"force_isa", force_isa, METH_VARARGS, "Force 'avx2' or 'avx512'; '' restores the default."},
-    {"clear_scratch", clear_scratch, METH_NOARGS, "Free idle scratch memory; returns its bytes."},
+    {"clear_scratch", clear_scratch, METH_NOARGS, "Free idle memory; returns its bytes."},
+    {"poison_outputs", poison_outputs, METH_VARARGS, "Fill new outputs with NaN, for tests."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {
