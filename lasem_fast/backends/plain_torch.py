@@ -29,18 +29,20 @@ def all_branches(branches: Sequence[Branch], h: Tensor) -> Tensor | None:
     first = plain[0]
     if first is None or any(not same_form(first, other) for other in plain[1:]):
         return None
-    for layer in first.before:
-        h = layer(h)
-    if isinstance(first.core, nn.Linear) and h.dim() != 2:
-        return None
     wide = {}
     for name in ("weight", "bias"):
         tensors = [
             branch.parameter(stage.core, stage.name, name)
             for branch, stage in zip(branches, plain, strict=True)
         ]
+        if len({None if tensor is None else tensor.shape for tensor in tensors}) > 1:
+            return None
         if tensors[0] is not None:
             wide[name] = torch.cat(tensors)
+    for layer in first.before:
+        h = layer(h)
+    if isinstance(first.core, nn.Linear) and h.dim() != 2:
+        return None
     h = functional_call(first.core, wide, (h,))
     for layer in first.after:
         h = layer(h)
