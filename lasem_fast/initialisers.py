@@ -1,4 +1,4 @@
-"""How the authors' release draws initial weights (TensorFlow 1; PROTOCOL of the reproduction)."""
+"""How the authors' release draws initial weights, in TensorFlow 1."""
 
 from __future__ import annotations
 

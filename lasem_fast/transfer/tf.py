@@ -67,7 +67,7 @@ class TensorFactorization(GeneratingMechanism):
 
     def weight(self, knowledge: Knowledge, factors: TuckerFactors) -> Tensor:
         weight = knowledge.tensor
-        for mode in factors.modes:  # each turn puts the mode it is done with last
+        for mode in factors.modes:  # each turn consumes the first mode and appends its result
             weight = torch.tensordot(weight, mode, dims=([0], [0]))
         return weight
 
@@ -75,7 +75,9 @@ class TensorFactorization(GeneratingMechanism):
         if adapters is None or self.aux_weight == 0:
             return None
         norms = [
-            torch.linalg.vector_norm(mode.T @ mode - torch.eye(len(mode), dtype=mode.dtype, device=mode.device))
+            torch.linalg.vector_norm(
+                mode.T @ mode - torch.eye(len(mode), dtype=mode.dtype, device=mode.device)
+            )
             for factors in adapters
             for mode in factors.modes
         ]
