@@ -94,21 +94,27 @@ def orthogonality(net, task, weight=0.1):
 
 
 @torch.no_grad()
-def excite(net, task):
+def excite(net, task, x):
     """Weights under which activations keep their size, so that no gradient is trivially small."""
+    h = x
     for stage in range(net.depth):
-        for shared in (True, False):
+        for shared in (False, True):
             weight, bias = layer_tensors(net, task, stage, shared)
-            nn.init.normal_(bias, std=0.3)
-            target = (2 / weight[0].numel()) ** 0.5
-            if not shared or net.adapters[task][stage] is None:
-                nn.init.normal_(weight, std=target)
-                continue
-            (factors,), (knowledge,) = net.adapters[task][stage], net.shared[stage].knowledge
-            for mode in getattr(factors, "modes", ()):
-                mode += torch.eye(len(mode), dtype=mode.dtype)
-            outermost = getattr(factors, "contraction", knowledge.tensor)
-            outermost *= target / layer_tensors(net, task, stage, True)[0].square().mean().sqrt()
-    for layer in net.heads[task].modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight)
+            outermost = weight
+            if shared and net.adapters[task][stage] is not None:
+                (factors,), (knowledge,) = net.adapters[task][stage], net.shared[stage].knowledge
+                for mode in getattr(factors, "modes", ()):
+                    mode += torch.eye(len(mode), dtype=mode.dtype)
+                outermost = getattr(factors, "contraction", knowledge.tensor)
+            else:
+                nn.init.normal_(weight, std=(2 / weight[0].numel()) ** 0.5)
+            nn.init.uniform_(bias, 0.1, 0.5)
+            own = h[:, : weight.shape[1]]
+            weight, bias = layer_tensors(net, task, stage, shared)
+            outermost /= F.conv2d(own, weight, padding=weight.shape[-1] // 2).std()
+        h = net.path(task, [True] * net.depth)[stage](h)
+    *hidden, output = [m for m in net.heads[task].modules() if isinstance(m, nn.Linear)]
+    for layer in (*hidden, output):
+        nn.init.kaiming_normal_(layer.weight)
+    for layer in hidden:
+        layer.weight.abs_()  # narrowed to one unit, it must not be closed

@@ -15,11 +15,11 @@ import lasem_fast as lf
 NETS = {
     "cifar100-4": lambda **options: lf.nets.cifar100(4, width=1 / 16, **options),
     "cifar100-6": lambda **options: lf.nets.cifar100(6, width=1 / 16, **options),
-    "cifar100-8": lambda **options: lf.nets.cifar100(8, width=1 / 32, **options),
+    "cifar100-8": lambda **options: lf.nets.cifar100(8, width=1 / 16, **options),
     "office_home-4": lambda **options: lf.nets.office_home(4, width=1 / 32, **options),
     "office_home-6": lambda **options: lf.nets.office_home(6, width=1 / 64, **options),
     "office_home-8": lambda **options: lf.nets.office_home(8, width=1 / 32, **options),
-    "stl10-6": lambda **options: lf.nets.stl10(6, width=1 / 32, **options),
+    "stl10-6": lambda **options: lf.nets.stl10(6, width=1 / 16, **options),
     "stl10-9": lambda **options: lf.nets.stl10(9, width=1 / 16, **options),
     **{
         f"residual17-{g}G": lambda g=g, **options: lf.nets.residual17(g, width=1 / 32, **options)
@@ -28,21 +28,35 @@ NETS = {
 }
 
 
+def _space(name, arch):
+    """The paper's space; of the large images' deep nets every so many rows, for time."""
+    rows = {"office_home-6": range(0, 64, 5), "office_home-8": range(0, 256, 17)}.get(name)
+    return arch.space() if rows is None else lf.ConfigSpace.from_configs(rows, arch.depth)
+
+
 def _case(arch, samples=2, classes=3):
     net = arch.net()
     net.add_task("a", arch.head(classes))
     net.double().eval()
-    excite(net, "a")
     x = torch.randn(samples, *arch.input_shape, dtype=torch.float64)
+    excite(net, "a", x)
     return net, x, torch.randint(classes, (samples,))
 
 
-@pytest.mark.parametrize("transfer", ["hps", "tf", "dfcnn"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    ("name", "transfer"),
+    [
+        (name, transfer)
+        for name in NETS
+        for transfer in ("hps", "tf", "dfcnn")
+        # generated weights know nothing of groups; 4G has them all
+        if transfer == "hps" or name not in {f"residual17-{g}G" for g in range(5, 9)}
+    ],
+)
 def test_gradients_equal_brute_force(name, transfer):
     arch = NETS[name](transfer=transfer)
     net, x, y = _case(arch)
-    em = lf.LASEM.reference(net, arch.space(), backend="torch").eval()
+    em = lf.LASEM.reference(net, _space(name, arch), backend="torch").eval()
     truth = brute_force(
         net,
         em.space.bits,
@@ -132,11 +146,11 @@ def test_initial_weights_are_the_release_s():
     for part in (net.shared, net.specific["a"], net.heads["a"]):
         for layer in part.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                assert float(layer.weight.abs().max()) <= 0.1
+                assert float(layer.weight.detach().abs().max()) <= 0.1
                 assert bool((layer.bias == 0.2).all())
     # a normal distribution cut at 2 standard deviations keeps 0.8796 of its standard deviation;
     # 147,456 draws estimate it to a relative 1 / sqrt(2 n) = 0.2%
-    largest = net.shared[7][0].weight
+    largest = net.shared[7][0].weight.detach()
     assert abs(float(largest.std()) / (0.05 * 0.8796) - 1) < 5 * (2 * largest.numel()) ** -0.5
 
 
