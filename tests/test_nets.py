@@ -18,7 +18,7 @@ NETS = {
     "cifar100-8": lambda **options: lf.nets.cifar100(8, width=1 / 16, **options),
     "office_home-4": lambda **options: lf.nets.office_home(4, width=1 / 32, **options),
     "office_home-6": lambda **options: lf.nets.office_home(6, width=1 / 64, **options),
-    "office_home-8": lambda **options: lf.nets.office_home(8, width=1 / 32, **options),
+    "office_home-8": lambda **options: lf.nets.office_home(8, width=1 / 16, **options),
     "stl10-6": lambda **options: lf.nets.stl10(6, width=1 / 16, **options),
     "stl10-9": lambda **options: lf.nets.stl10(9, width=1 / 16, **options),
     **{

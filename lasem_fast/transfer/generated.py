@@ -48,7 +48,7 @@ class Factors(nn.Module):
 class GeneratedStage(nn.Module):
     """What the tasks share of a stage whose weights are generated.
 
-    It cannot be called: without a task's factors it has no weights (``net.path(task)`` has them).
+    Calling it is a RuntimeError: without a task's factors it has no weights.
 
     Attributes:
         stage: the stage without its weights and biases, which come with each mini-batch.
@@ -63,6 +63,12 @@ class GeneratedStage(nn.Module):
         for name in self.layer_names:
             layer = self.stage.get_submodule(name)
             layer.weight = layer.bias = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        raise RuntimeError(
+            "net.shared[l]: expected to be used through a task, whose factors its weights are "
+            "generated from, got a call; use net(x, task, config) or net.path(task, config)[l](h)"
+        )
 
     def reset_parameters(self) -> None:
         """Draws the shared tensors of all layers anew."""
