@@ -118,3 +118,4 @@ def excite(net, task, x):
         nn.init.kaiming_normal_(layer.weight)
     for layer in hidden:
         layer.weight.abs_()  # narrowed to one unit, it must not be closed
+        layer.weight /= layer.weight.sum(dim=1, keepdim=True)
