@@ -123,12 +123,13 @@ def check_finite_input(x: Tensor) -> None:
 
 def check_finite_weights(named: Iterable[tuple[str, Tensor]]) -> None:
     """No NaN and no infinity in the weights (reads the values)."""
-    named = [(name, p) for name, p in named if p.is_floating_point() and p.numel()]
-    largest = nn.utils.get_total_norm([p for _, p in named], norm_type=float("inf"))
-    if bool(torch.isfinite(largest)):
+    named = [(name, p.detach()) for name, p in named if p.is_floating_point()]
+    # a sum is one fast pass that NaN and infinity survive; that it may overflow is looked into
+    if all(bool(torch.isfinite(p.sum())) for _, p in named):
         return
     bad = [name for name, p in named if not bool(torch.isfinite(p).all())]
-    raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
+    if bad:
+        raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
 
 
 def check_posterior(posterior: Any, n_configs: int) -> None:

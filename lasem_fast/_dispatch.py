@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lasem_fast.backends import plain_torch
+from lasem_fast import _ops
+from lasem_fast.backends import plain_torch, winograd
 from lasem_fast.configs import Configuration
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
@@ -16,11 +17,12 @@ _AVAILABLE = "available"
 
 def backends() -> dict[str, str]:
     """What each backend says of itself: ``"available"``, or why it is not."""
+    why_not = _ops.why_unsupported()
     absent = "not available: this version of lasem_fast has no such kernels"
     return {
         "reference": _AVAILABLE,
         "torch": _AVAILABLE,
-        "cpp": absent,
+        "cpp": f"not available: {why_not}" if why_not else _AVAILABLE,
         "triton": absent,
         "cuda": absent,
     }
@@ -37,7 +39,7 @@ def choose(backend: Any) -> str:
         raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
     known = backends()
     if backend == "auto":
-        return "torch"
+        return "cpp" if known["cpp"] == _AVAILABLE else "torch"
     if backend not in known:
         raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}")
     if known[backend] != _AVAILABLE:
@@ -49,4 +51,5 @@ def evaluator(backend: str, configs: Sequence[Configuration]) -> NaiveLoop | Tre
     """What evaluates these configurations with a backend that can run."""
     if backend == "reference":
         return NaiveLoop(configs)
-    return Tree(Plan.of_configs(configs), plain_torch.all_branches)
+    kernels = [winograd.winograd_level] if backend == "cpp" else []
+    return Tree(Plan.of_configs(configs), [*kernels, plain_torch.wide_level])

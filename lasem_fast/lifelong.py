@@ -1,10 +1,10 @@
 """A training run over a sequence of tasks, and the plain record it leaves.
 
 One run is one method on one sequence: the search (`lasem`), or one of the paper's two static
-comparators, transfer at all stages (`all`) and no transfer (`none`). With the same arguments two
-runs on the same machine and number of threads are equal bit for bit. Methods that are given the
-same seed see the same initial weights at the start, the same new heads and specific branches at
-each task, and the same mini-batches.
+comparators, transfer at all stages (`all`) and no transfer (`none`). Two runs with the same
+arguments, on the CPU with the same number of threads, are equal bit for bit. Methods that are given
+the same seed see the same initial weights at the start, the same new heads and specific branches
+at each task, and the same mini-batches.
 """
 
 from __future__ import annotations

@@ -1,31 +1,24 @@
 """The shared-prefix tree: evaluates every configuration of a plan, each prefix once.
 
-The rows of a level are folded into the batch, samples outermost: entry ``n * rows + r`` of a folded
-batch is sample n under prefix r. A level is then one wide dense operation, never a loop over rows.
+All rows of a level are one batch (see fold.py), so that a level is one wide dense operation, never
+a loop over rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lasem_fast import _checks
+from lasem_fast.fold import Fold, Stacks, folded, rows_of
 from lasem_fast.layers import active_random_layers, has_hooks, may_write_input
 from lasem_fast.network import Network
 from lasem_fast.plan import Level, Plan
 from lasem_fast.transfer import Branch
 
-AllBranches = Callable[[Sequence[Branch], Tensor], "Tensor | None"]
-
-
-class Stacks(NamedTuple):
-    """The rows of a level before they are put together: one folded batch per used branch."""
-
-    parts: list[Tensor]
-    level: Level
+LevelOperation = Callable[[Sequence[Branch], Fold, int], "Fold | None"]
 
 
 class Tree:
@@ -33,14 +26,15 @@ class Tree:
 
     Args:
         plan: what to evaluate.
-        all_branches: a backend's operation for a level on which every row goes through every
-            branch, ``(branches, h [N * P, ...]) -> [N * P * branches, ...]``. It returns None for
-            a stage that it does not take; then each branch is called once on the folded batch.
+        operations: a backend's operations for a level on which every row goes through every
+            branch, best first: ``(branches, h, rows) -> output`` for the ``rows`` prefixes in
+            ``h``, or None for a stage that the operation does not take. A stage that none takes
+            has each of its branches called once on the folded batch.
     """
 
-    def __init__(self, plan: Plan, all_branches: AllBranches) -> None:
+    def __init__(self, plan: Plan, operations: Sequence[LevelOperation]) -> None:
         self.plan = plan
-        self.all_branches = all_branches
+        self.operations = operations
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
@@ -60,7 +54,7 @@ class Tree:
         if cut < depth and (halves := _split(network.stages[cut])) is not None:
             stages = [*network.stages[:cut], *halves, *network.stages[cut + 1 :]]
             network = network._replace(stages=stages)
-            return Tree(self.plan.split(cut), self.all_branches)._twice(network, x, cut + 1)
+            return Tree(self.plan.split(cut), self.operations)._twice(network, x, cut + 1)
         return self._twice(network, x, cut)
 
     def _twice(self, network: Network, x: Tensor, cut: int) -> tuple[Tensor, Tensor]:
@@ -72,9 +66,7 @@ class Tree:
         noisy = self._advance(network, trunk, cut, depth)
         return calm, self._finish(network, noisy, x.shape[0])
 
-    def _advance(
-        self, network: Network, h: Tensor | Stacks, first: int, stop: int
-    ) -> Tensor | Stacks:
+    def _advance(self, network: Network, h: Fold, first: int, stop: int) -> Fold:
         """Runs the stages ``first .. stop - 1`` on a level's rows."""
         for i in range(first, stop):
             if self.plan.continues(i):
@@ -82,39 +74,42 @@ class Tree:
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
                 merge = not goes_on or _is_parameter_free(network.stages[i + 1])
-                h = self._branch_out(network.stages[i], _merged(h), self.plan.levels[i], merge)
+                h = self._branch_out(network.stages[i], h, self.plan.levels[i], merge)
         return h
 
     def _branch_out(
-        self, branches: Sequence[Branch | None], h: Tensor, level: Level, merge: bool
-    ) -> Tensor | Stacks:
+        self, branches: Sequence[Branch | None], h: Fold, level: Level, merge: bool
+    ) -> Fold:
         """A level whose rows go through different branches of the same input."""
         used = [branches[b] for b in level.used_branches]
         if merge and level.is_full:
-            out = self.all_branches(used, h)
-            if out is not None:
-                return out
+            for operation in self.operations:
+                out = operation(used, h, level.width)
+                if out is not None:
+                    return out
+        h = folded(h)
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
-            rows = _rows(h, level.width, level.parents_of(b))
-            parts.append(branch(rows.clone() if may_write_input(branch.module) else rows))
+            rows = rows_of(h, level.width, level.parents_of(b))
+            parts.append(_call(branch, rows))
         return Stacks(parts, level)
 
-    def _continue(
-        self, branches: Sequence[Branch | None], h: Tensor | Stacks, level: Level
-    ) -> Tensor | Stacks:
+    def _continue(self, branches: Sequence[Branch | None], h: Fold, level: Level) -> Fold:
         """A level whose rows go on in the branch that they came from."""
         used = [branches[b] for b in level.used_branches]
-        if isinstance(h, Tensor):
+        if not isinstance(h, Stacks):
+            h = folded(h)
             if _is_parameter_free(branches):
-                return used[0](h)
-            h = Stacks([_rows(h, len(level), level.rows_of(b)) for b in level.used_branches], level)
-        parts = [branch(part) for branch, part in zip(used, h.parts, strict=True)]
+                return _call(used[0], h)
+            h = Stacks(
+                [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
+            )
+        parts = [_call(branch, part) for branch, part in zip(used, h.parts, strict=True)]
         return Stacks(parts, level)
 
-    def _finish(self, network: Network, h: Tensor | Stacks, samples: int) -> Tensor:
+    def _finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
-        h = _merged(h)
+        h = folded(h)
         leaves = len(self.plan.levels[-1])
         if may_write_input(network.head):
             h = h.clone()
@@ -126,31 +121,9 @@ class Tree:
         return logits[:, torch.tensor(self.plan.leaves, device=logits.device)].transpose(0, 1)
 
 
-def _merged(h: Tensor | Stacks) -> Tensor:
-    """All rows of a level as one folded batch, in nested-loop order."""
-    if isinstance(h, Tensor):
-        return h
-    parts, level = h
-    if len(parts) == 1:
-        return parts[0]
-    samples = parts[0].shape[0] // len(level.rows_of(level.used_branches[0]))
-    if level.is_full:
-        split = [part.unflatten(0, (samples, level.width)) for part in parts]
-        return torch.stack(split, dim=2).flatten(0, 2)
-    rows = torch.cat([part.unflatten(0, (samples, -1)) for part in parts], dim=1)
-    order = torch.tensor(level.merge_order(), device=rows.device)
-    return rows.index_select(1, order).flatten(0, 1)
-
-
-def _rows(h: Tensor, width: int, rows: tuple[int, ...]) -> Tensor:
-    """Some of the ``width`` rows of a folded batch."""
-    if rows == tuple(range(width)):
-        return h
-    split = h.unflatten(0, (-1, width))
-    step = rows[1] - rows[0] if len(rows) > 1 else 1
-    if step > 0 and rows == tuple(range(rows[0], rows[-1] + 1, step)):
-        return split[:, rows[0] : rows[-1] + 1 : step].flatten(0, 1)
-    return split.index_select(1, torch.tensor(rows, device=h.device)).flatten(0, 1)
+def _call(branch: Branch, h: Tensor) -> Tensor:
+    """The branch's output; ``h`` stays as it is, because others read it too."""
+    return branch(h.clone() if may_write_input(branch.module) else h)
 
 
 def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:

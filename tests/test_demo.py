@@ -248,7 +248,9 @@ def test_quick_run_is_reproducible(tmp_path, capsys):
     [
         (["--data", "fashion-mnist"], "needs --root"),
         (["--data", "fashion-mnist", "--root", "nowhere"], "no train-images-idx3-ubyte.gz or"),
-        (["--tasks", "211"], r"n_tasks must be in [1, 210]"),
+        (["--tasks", "211"], "n_tasks must be in [1, 210]"),
+        (["--backend", "abacus"], "abacus"),
+        (["--device", "abacus"], "abacus"),
         (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -43,11 +44,21 @@ def _without(net):
     return [layer for layer in net.modules() if isinstance(layer, (nn.Dropout, Noisy))]
 
 
-@pytest.mark.parametrize("layer", [Doubling, Noisy])
-@pytest.mark.parametrize("place", ["start", "middle", "end", "head"])
+class DoublingInPlace(Doubling):
+    def forward(self, h):
+        return h.mul_(2) if self.training else h.mul_(1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "place"),
+    [
+        *itertools.product((Doubling, Noisy), ("start", "middle", "end", "head")),
+        (lambda: DoublingInPlace(inplace=True), "middle"),
+    ],
+)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("groups", [None, [1, 2], [3]])
-def test_e_step_without_and_m_step_with_dropout(place, layer, backend, groups):
+def test_e_step_without_and_m_step_with_dropout(layer, place, backend, groups):
     net = _net(place, layer)
     space = lf.ConfigSpace(3, groups)
     x, y = batch()

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lasem_fast.fold import Fold, folded
 from lasem_fast.layers import plain_stage, same_form
+from lasem_fast.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
 
-def all_branches(branches: Sequence[Branch], h: Tensor) -> Tensor | None:
+def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
     """A level on which every row goes through every branch, as one wide layer.
 
     Args:
         branches: the B branches of a stage.
-        h: the level's input, a folded batch ``[N * P, ...]``.
+        h: the level's input, folded ``[N * P, ...]``.
+        rows: number of rows P; the wide layer does not need it.
 
     Returns:
         The output ``[N * P * B, ...]``, branch innermost; None unless every branch is one
@@ -31,14 +34,12 @@ def all_branches(branches: Sequence[Branch], h: Tensor) -> Tensor | None:
         return None
     wide = {}
     for name in ("weight", "bias"):
-        tensors = [
-            branch.parameter(stage.core, stage.name, name)
-            for branch, stage in zip(branches, plain, strict=True)
-        ]
-        if len({None if tensor is None else tensor.shape for tensor in tensors}) > 1:
+        tensors = tensors_in_force(branches, plain, name)
+        if tensors is None:
             return None
         if tensors[0] is not None:
             wide[name] = torch.cat(tensors)
+    h = folded(h)
     for layer in first.before:
         h = layer(h)
     if isinstance(first.core, nn.Linear) and h.dim() != 2:

@@ -1,4 +1,4 @@
-"""The demo's network: four conv stages, and a head for each task."""
+"""The demo's network: four conv stages, and a linear head for each task."""
 
 from __future__ import annotations
 
@@ -26,12 +26,6 @@ def make_stages(side: int, width: int = 16) -> list[nn.Module]:
 
 
 def make_head(n_classes: int, side: int, width: int = 16) -> nn.Module:
-    """The paper's head: flatten, dropout 0.5, 32 hidden units, ``[N, n_classes]`` logits."""
+    """One linear layer from the flattened output of the last stage to ``[N, n_classes]``."""
     last = side // (8 if side >= 16 else 4)
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(2 * width * last * last, 32),
-        nn.ReLU(),
-        nn.Linear(32, n_classes),
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(2 * width * last * last, n_classes))

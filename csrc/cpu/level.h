@@ -1,0 +1,74 @@
+// The contract between the operators (plain C++) and the kernels compiled per instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace lasem_fast {
+
+// One tree level: x [P, N, H, W, C] -> y, code [P, G, N, out_h, out_w, Co], all contiguous.
+struct LevelShape {
+  int64_t prefixes, samples, height, width, in_channels;
+  int64_t branches, out_channels;
+  int64_t padding, pool, pool_pad, out_height, out_width;
+  int64_t conv_height, conv_width;  // of the convolution, before the pool
+  int64_t tile;                     // m of F(m x m, 3 x 3); 1 = direct
+};
+
+// How a level is cut for one instruction set; sizes are in elements of the scalar type.
+struct LevelPlan {
+  LevelShape shape;
+  int64_t tile;  // conv outputs per tile side
+  int64_t unit;  // tiles per unit side: a unit is the least square that pool windows fill
+  int64_t units_y, units_x;
+  int64_t batches;         // matrix products per block: (m+2)^2, or 1 when direct
+  int64_t rows_per_tile;   // rows each tile adds to a product: 1, or m^2 when direct
+  int64_t depth;           // inner dimension of the forward product: C, or 9 C when direct
+  int64_t depth_stride;    // depth rounded up to whole panels
+  int64_t branch_vectors;  // vectors per branch
+  int64_t out_vectors;     // vectors over all branches
+  int64_t out_stride;      // outputs over all branches, rounded up to whole panels
+  int64_t block_units;     // units per block
+  int64_t batch_pad;       // keeps the batches of a block out of one another's cache sets
+  int64_t forward_blocks;
+  int64_t pack_size, pack_items;              // weights for the forward product
+  int64_t pack_back_size, pack_back_items;    // weights for the input gradient
+  int64_t forward_scratch, backward_scratch;  // per task
+  int64_t partial_size;                       // weight and bias gradient of one task
+  int64_t finish_items;
+};
+
+struct LevelForward {
+  const void *x, *weight, *bias;
+  void *y, *packed;
+  uint8_t* code;
+};
+
+struct LevelBackward {
+  const void *dy, *x, *weight;
+  const uint8_t* code;
+  void* dx;       // null when not wanted
+  void* packed;   // transposed weights
+  void* partial;  // [tasks][partial_size]
+  void *dweight, *dbias;
+  int64_t tasks;
+};
+
+// Every range is split by the caller; none of these functions starts a thread or allocates.
+struct LevelKernels {
+  void (*plan)(const LevelShape& shape, int64_t threads, bool backward, LevelPlan* plan);
+  void (*pack)(const LevelPlan& plan, const void* weight, void* packed, int64_t begin, int64_t end);
+  void (*forward)(const LevelPlan& plan, const LevelForward& args, void* scratch, int64_t begin,
+                  int64_t end);
+  void (*pack_back)(const LevelPlan& plan, const void* weight, void* packed, int64_t begin,
+                    int64_t end);
+  void (*backward)(const LevelPlan& plan, const LevelBackward& args, void* scratch, int64_t task,
+                   int64_t begin, int64_t end);
+  void (*finish)(const LevelPlan& plan, const LevelBackward& args, int64_t begin, int64_t end);
+};
+
+extern const LevelKernels kLevelAvx512;
+extern const LevelKernels kLevelAvx2;
+extern const LevelKernels kLevelDouble;
+
+}  // namespace lasem_fast

@@ -1,0 +1,20 @@
+// The level kernels for float32 compiled for AVX2 and FMA.
+#define LASEM_ISA avx2
+#define LASEM_ISA_AVX2
+#include "isa_begin.h"
+#include "simd.h"
+#include "gemm.h"
+#include "direct_transforms.h"
+#include "winograd_transforms.h"
+#include "level_plan.h"
+#include "weight_transforms.h"
+#include "level_forward.h"
+#include "level_backward.h"
+#include "level_kernels.h"
+
+namespace lasem_fast {
+const LevelKernels kLevelAvx2 = {avx2::make_plan,     avx2::run_pack,     avx2::run_forward,
+                                 avx2::run_pack_back, avx2::run_backward, avx2::run_finish};
+}  // namespace lasem_fast
+
+#include "isa_end.h"

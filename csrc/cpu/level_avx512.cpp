@@ -1,0 +1,20 @@
+// The level kernels for float32 compiled for AVX-512 (F, BW, DQ, VL).
+#define LASEM_ISA avx512
+#define LASEM_ISA_AVX512
+#include "isa_begin.h"
+#include "simd.h"
+#include "gemm.h"
+#include "direct_transforms.h"
+#include "winograd_transforms.h"
+#include "level_plan.h"
+#include "weight_transforms.h"
+#include "level_forward.h"
+#include "level_backward.h"
+#include "level_kernels.h"
+
+namespace lasem_fast {
+const LevelKernels kLevelAvx512 = {avx512::make_plan,     avx512::run_pack,     avx512::run_forward,
+                                   avx512::run_pack_back, avx512::run_backward, avx512::run_finish};
+}  // namespace lasem_fast
+
+#include "isa_end.h"

@@ -1,0 +1,295 @@
+// Backward: the Winograd algorithm differentiated. One transform dM = A dY A' feeds both products,
+// dU += V' dM and dV = dM U'; summing the branches is part of the inner dimension of the latter.
+
+namespace lasem_fast {
+namespace LASEM_ISA {
+
+// Gradient of one tile's outputs -> the tile's row of every batch of dM.
+template <class F>
+LASEM_INLINE void output_grad_tile(const Vec (&d)[F::kTile][F::kTile], Scalar* m,
+                                   int64_t batch_stride) {
+  constexpr int n = F::kSide, k = F::kTile;
+  Vec half[n][k];
+#pragma GCC unroll 8
+  for (int j = 0; j < k; ++j) {
+    Vec y[k], t[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < k; ++i) y[i] = d[i][j];
+    F::output_grad(y, t);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) half[i][j] = t[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    Vec t[n];
+    F::output_grad(half[i], t);
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) store(m + (i * n + j) * batch_stride, t[j]);
+  }
+}
+
+struct Source {
+  const Scalar* dy;
+  const uint8_t* code;
+  int64_t row, column, lanes;
+};
+
+// Undoes the pool and the ReLU: each window's gradient goes where its code says. Returns the bias
+// gradient.
+template <int kPool, int R>
+LASEM_INLINE Vec unpool_unit(const LevelPlan& p, const Unit& u, const Source& from,
+                             Vec (&d)[R][R]) {
+  const LevelShape& s = p.shape;
+  constexpr int windows = R / kPool;
+  const bool inside = u.wy + windows <= s.out_height && u.wx + windows <= s.out_width;
+  Vec sum = zero();
+  if (inside && from.lanes >= kLanes) {
+#pragma GCC unroll 4
+    for (int wy = 0; wy < windows; ++wy)
+#pragma GCC unroll 4
+      for (int wx = 0; wx < windows; ++wx) {
+        const int64_t at = wy * from.row + wx * from.column;
+        const Vec g = load(from.dy + at);
+        const Code code = code_load(from.code + at);
+        sum = add(sum, keep(code_open(code), g));
+#pragma GCC unroll 9
+        for (int t = 0; t < kPool * kPool; ++t)
+          d[wy * kPool + t / kPool][wx * kPool + t % kPool] = keep(code_is(code, t), g);
+      }
+    return sum;
+  }
+  for (int wy = 0; wy < windows; ++wy)
+    for (int wx = 0; wx < windows; ++wx) {
+      Vec g = zero();
+      Code code = code_splat(255);
+      if (u.wy + wy < s.out_height && u.wx + wx < s.out_width) {
+        const int64_t at = wy * from.row + wx * from.column;
+        g = load_some(from.dy + at, from.lanes);
+        code = code_load_some(from.code + at, from.lanes);
+      }
+      sum = add(sum, keep(code_open(code), g));
+      for (int t = 0; t < kPool * kPool; ++t)
+        d[wy * kPool + t / kPool][wx * kPool + t % kPool] = keep(code_is(code, t), g);
+    }
+  return sum;
+}
+
+// d += B dV B' of one vector of channels: put(i, j, value).
+template <class F, class Put>
+LASEM_INLINE void input_grad_transform(const Scalar* v, int64_t batch_stride, const Put& put) {
+  constexpr int n = F::kSide;
+  Vec half[n][n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    Vec d[n], t[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) d[i] = load(v + (i * n + j) * batch_stride);
+    F::input_grad(d, t);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) half[i][j] = t[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    Vec t[n];
+    F::input_grad(half[i], t);
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) put(i, j, t[j]);
+  }
+}
+
+// Adds one tile's dV to the image. Tiles come top-left first, so the two leading rows and columns
+// of a patch were written by a neighbour unless the tile is the first of its row or column.
+template <class F>
+static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y, int64_t x,
+                                   Scalar* outside, const Scalar* v, int64_t batch_stride) {
+  constexpr int n = F::kSide;
+  const LevelShape& s = p.shape;
+  const int64_t iy = y - s.padding, ix = x - s.padding, channels = s.in_channels;
+  if constexpr (F::kDirect) {
+    for (int64_t pos = 0; pos < n * n; ++pos) {
+      const Scalar* row = v + pos * batch_stride;
+      for_patch_runs(s, iy + pos / n, ix + pos % n, [&](int64_t to, int64_t from, int64_t count) {
+        if (to >= 0) add_run(image + to, row + from, count);
+      });
+    }
+  } else {
+    const bool first_row = y == -s.pool_pad, first_column = x == -s.pool_pad;
+    const auto fresh = [&](int i, int j) {
+      return (i >= 2 || first_row) && (j >= 2 || first_column);
+    };
+    const int64_t whole = channels / kLanes * kLanes;
+    Scalar* pixels[n][n];
+    patch_pixels<n>(s, image, iy, ix, outside, pixels);
+    for (int64_t c = 0; c < whole; c += kLanes)
+      input_grad_transform<F>(v + c, batch_stride, [&](int i, int j, Vec d) {
+        Scalar* to = pixels[i][j] + c;
+        store(to, fresh(i, j) ? d : add(load(to), d));
+      });
+    if (whole < channels)
+      input_grad_transform<F>(v + whole, batch_stride, [&](int i, int j, Vec d) {
+        Scalar* to = pixels[i][j] + whole;
+        const int64_t left = channels - whole;
+        store_n(to, fresh(i, j) ? d : add(load_n(to, left), d), left);
+      });
+  }
+}
+
+LASEM_INLINE bool any_nonzero(const Scalar* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (p[i] != 0) return true;
+  return false;
+}
+
+template <class F, int kPool>
+struct Backward {
+  static constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
+  const LevelPlan& p;
+  const LevelBackward& args;
+  Scalar *v, *m, *edge, *du, *dbias;  // edge: C zeros to read, then C to throw away
+
+  Scalar* dx_of(int64_t image) const {
+    const LevelShape& s = p.shape;
+    return static_cast<Scalar*>(args.dx) + image * s.height * s.width * s.in_channels;
+  }
+
+  // Fetches the gradient of a unit ahead of its use: its few lines lie too far apart for the
+  // hardware.
+  void prefetch(const Unit& u) const {
+    const LevelShape& s = p.shape;
+    prefetch_patch(
+        p, static_cast<const Scalar*>(args.x) + u.image * s.height * s.width * s.in_channels, u);
+    for (int64_t g = 0; g < s.branches; ++g)
+      for (int64_t wy = 0; wy < R / kPool; ++wy) {
+        const int64_t row = (u.out_image + g * s.samples) * s.out_height + u.wy + wy;
+        const int64_t at = (row * s.out_width + u.wx) * s.out_channels;
+        const int64_t n = R / kPool * s.out_channels;
+        const char* dy = static_cast<const char*>(args.dy) + at * sizeof(Scalar);
+        for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(Scalar)); b += 64)
+          __builtin_prefetch(dy + b);
+        for (int64_t b = 0; b < n; b += 64) __builtin_prefetch(args.code + at + b);
+      }
+  }
+
+  void gather(const Unit& u, int64_t i, int64_t v_stride, int64_t m_stride) const {
+    const LevelShape& s = p.shape;
+    const Scalar* x = static_cast<const Scalar*>(args.x);
+    for (int t = 0; t < tiles; ++t)
+      input_tile<F>(p, x + u.image * s.height * s.width * s.in_channels, u.y + t / side * F::kTile,
+                    u.x + t % side * F::kTile, edge, v + (i * tiles + t) * p.depth_stride,
+                    v_stride);
+    for (int64_t vector = 0; vector < p.out_vectors; ++vector) {
+      const int64_t branch = vector / p.branch_vectors;
+      const int64_t co = vector % p.branch_vectors * kLanes, column = s.out_channels;
+      const int64_t row = s.out_width * column;
+      const int64_t at =
+          ((u.out_image + branch * s.samples) * s.out_height + u.wy) * row + u.wx * column + co;
+      const Source from = {static_cast<const Scalar*>(args.dy) + at, args.code + at, row, column,
+                           column - co};
+      Scalar* to = m + i * tiles * p.out_stride + vector * kLanes;
+      Vec d[R][R];
+      const Vec sum = unpool_unit<kPool, R>(p, u, from, d);
+      store(dbias + vector * kLanes, add(load(dbias + vector * kLanes), sum));
+      if constexpr (side == 1) {
+        output_grad_tile<F>(d, to, m_stride);
+      } else {
+        for (int t = 0; t < tiles; ++t) {
+          Vec part[F::kTile][F::kTile];
+#pragma GCC unroll 16
+          for (int e = 0; e < F::kTile * F::kTile; ++e)
+            part[e / F::kTile][e % F::kTile] =
+                d[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile];
+          output_grad_tile<F>(part, to + t * p.out_stride, m_stride);
+        }
+      }
+    }
+  }
+
+  void flush(const Unit* block, int64_t units) const {
+    if (units == 0) return;
+    const int64_t rows = units * tiles * p.rows_per_tile;
+    const int64_t v_stride = F::kDirect ? units * tiles * p.depth_stride : in_batch(p);
+    const int64_t m_stride = F::kDirect ? units * tiles * p.out_stride : out_batch(p, p.out_stride);
+    for (int64_t i = 0; i < units; ++i) {
+      if (i + 1 < units) prefetch(block[i + 1]);
+      gather(block[i], i, v_stride, m_stride);
+    }
+    for (int64_t b = 0; b < p.batches; ++b) {
+      Scalar* vb = v + b * in_batch(p);
+      const Scalar* mb = m + b * out_batch(p, p.out_stride);
+      gemm_transposed_add(rows, p.depth, p.out_stride, vb, p.depth_stride, mb, p.out_stride,
+                          du + b * p.depth * p.out_stride);
+      if (!args.dx) continue;
+      // V of this batch is spent: dV takes its place.
+      for (int64_t panel = 0; panel < p.depth_stride / kPanel; ++panel)
+        gemm_panel(rows, p.out_vectors * kLanes, mb, p.out_stride,
+                   static_cast<const Scalar*>(args.packed) +
+                       (panel * p.batches + b) * p.out_stride * kPanel,
+                   vb + panel * kPanel, p.depth_stride);
+    }
+    if (!args.dx) return;
+    for (int64_t i = 0; i < units; ++i)
+      for (int t = 0; t < tiles; ++t) {
+        const int64_t y = block[i].y + t / side * F::kTile, x = block[i].x + t % side * F::kTile;
+        input_grad_tile<F>(p, dx_of(block[i].image), y, x, edge + p.shape.in_channels,
+                           v + (i * tiles + t) * p.depth_stride, v_stride);
+      }
+  }
+
+  // A sample whose gradient is exactly zero is left out, not multiplied: its input may be inf or
+  // NaN.
+  bool image_takes_part(int64_t image) const {
+    const LevelShape& s = p.shape;
+    const int64_t size = s.out_height * s.out_width * s.out_channels;
+    const Unit u = unit_of(p, image, 0, 0);
+    for (int64_t g = 0; g < s.branches; ++g)
+      if (any_nonzero(static_cast<const Scalar*>(args.dy) + (u.out_image + g * s.samples) * size,
+                      size))
+        return true;
+    return false;
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    constexpr int64_t kMaxUnits = 128 * 4;
+    const LevelShape& s = p.shape;
+    const int64_t reach_y = p.units_y * R - s.pool_pad + 2 - s.padding;
+    const int64_t reach_x = p.units_x * R - s.pool_pad + 2 - s.padding;
+    const bool covered = !F::kDirect && reach_y >= s.height && reach_x >= s.width;
+    const int64_t capacity = at_most(p.block_units, kMaxUnits);
+    Unit block[kMaxUnits];
+    int64_t units = 0;
+    for (int64_t image = begin; image < end; ++image) {
+      const bool part = image_takes_part(image);
+      if (args.dx && (!part || !covered))
+        memset(dx_of(image), 0, sizeof(Scalar) * s.height * s.width * s.in_channels);
+      if (!part) continue;
+      for (int64_t uy = 0; uy < p.units_y; ++uy)
+        for (int64_t ux = 0; ux < p.units_x; ++ux) {
+          block[units++] = unit_of(p, image, uy, ux);
+          if (units == capacity) {
+            flush(block, units);
+            units = 0;
+          }
+        }
+    }
+    flush(block, units);
+  }
+};
+
+template <class F, int kPool>
+static void backward_images(const LevelPlan& p, const LevelBackward& args, Scalar* scratch,
+                            int64_t task, int64_t begin, int64_t end) {
+  Scalar* partial = static_cast<Scalar*>(args.partial) + task * p.partial_size;
+  Scalar* m = scratch + p.batches * in_batch(p);
+  memset(partial, 0, sizeof(Scalar) * p.partial_size);
+  // Panel padding of dM is read by the products and never written below.
+  if (p.out_vectors * kLanes != p.out_stride)
+    memset(m, 0, sizeof(Scalar) * p.batches * out_batch(p, p.out_stride));
+  Scalar* edge = m + p.batches * out_batch(p, p.out_stride);
+  memset(edge, 0, sizeof(Scalar) * 2 * p.shape.in_channels);
+  const Backward<F, kPool> backward = {
+      p, args, scratch, m, edge, partial, partial + p.batches * p.depth * p.out_stride};
+  backward.run(begin, end);
+}
+
+}  // namespace LASEM_ISA
+}  // namespace lasem_fast

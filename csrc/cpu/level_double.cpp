@@ -1,0 +1,21 @@
+// The level kernels for float64, without special instructions: for gradcheck and tests.
+#define LASEM_ISA portable
+#define LASEM_ISA_PORTABLE
+#include "isa_begin.h"
+#include "simd.h"
+#include "gemm.h"
+#include "direct_transforms.h"
+#include "winograd_transforms.h"
+#include "level_plan.h"
+#include "weight_transforms.h"
+#include "level_forward.h"
+#include "level_backward.h"
+#include "level_kernels.h"
+
+namespace lasem_fast {
+const LevelKernels kLevelDouble = {portable::make_plan,    portable::run_pack,
+                                   portable::run_forward,  portable::run_pack_back,
+                                   portable::run_backward, portable::run_finish};
+}  // namespace lasem_fast
+
+#include "isa_end.h"

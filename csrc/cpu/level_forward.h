@@ -1,0 +1,253 @@
+// Forward: gather and transform a block of tiles, multiply, transform back; bias, ReLU and pool in
+// registers.
+
+namespace lasem_fast {
+namespace LASEM_ISA {
+
+// Addresses of a patch's pixels, where `outside` stands for each pixel beyond the border.
+template <int n, class T>
+LASEM_INLINE void patch_pixels(const LevelShape& s, T* image, int64_t iy, int64_t ix, T* outside,
+                               T* (&pixels)[n][n]) {
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j) {
+      const bool inside = iy + i >= 0 && iy + i < s.height && ix + j >= 0 && ix + j < s.width;
+      pixels[i][j] = inside ? image + ((iy + i) * s.width + ix + j) * s.in_channels : outside;
+    }
+}
+
+// V = B' d B of one vector of channels, where pixel(i, j) gives d; v is the tile's row of batch 0.
+template <class F, class Pixel>
+LASEM_INLINE void input_transform(const Pixel& pixel, Scalar* v, int64_t batch_stride) {
+  constexpr int n = F::kSide;
+  Vec half[n][n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    Vec d[n], t[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) d[i] = pixel(i, j);
+    F::input(d, t);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) half[i][j] = t[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i) {
+    Vec t[n];
+    F::input(half[i], t);
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) store(v + (i * n + j) * batch_stride, t[j]);
+  }
+}
+
+// The input patch of the tile whose outputs start at (y, x); v is the tile's row of batch 0.
+template <class F>
+static inline void input_tile(const LevelPlan& p, const Scalar* image, int64_t y, int64_t x,
+                              const Scalar* zeros, Scalar* v, int64_t batch_stride) {
+  constexpr int n = F::kSide;
+  const LevelShape& s = p.shape;
+  const int64_t iy = y - s.padding, ix = x - s.padding, channels = s.in_channels;
+  if constexpr (F::kDirect) {
+    for (int64_t pos = 0; pos < n * n; ++pos) {
+      Scalar* row = v + pos * batch_stride;
+      for_patch_runs(s, iy + pos / n, ix + pos % n, [&](int64_t from, int64_t to, int64_t count) {
+        from < 0 ? zero_run(row + to, count) : copy_run(row + to, image + from, count);
+      });
+    }
+  } else {
+    const int64_t whole = channels / kLanes * kLanes;
+    if (iy >= 0 && ix >= 0 && iy + n <= s.height && ix + n <= s.width) {
+      const int64_t row = s.width * channels;
+      const Scalar* corner = image + iy * row + ix * channels;
+      for (int64_t c = 0; c < whole; c += kLanes)
+        input_transform<F>([&](int i, int j) { return load(corner + i * row + j * channels + c); },
+                           v + c, batch_stride);
+      if (whole < channels)
+        input_transform<F>(
+            [&](int i, int j) {
+              return load_n(corner + i * row + j * channels + whole, channels - whole);
+            },
+            v + whole, batch_stride);
+    } else {
+      const Scalar* pixels[n][n];
+      patch_pixels<n>(s, image, iy, ix, zeros, pixels);
+      for (int64_t c = 0; c < whole; c += kLanes)
+        input_transform<F>([&](int i, int j) { return load(pixels[i][j] + c); }, v + c,
+                           batch_stride);
+      if (whole < channels)
+        input_transform<F>(
+            [&](int i, int j) { return load_n(pixels[i][j] + whole, channels - whole); }, v + whole,
+            batch_stride);
+    }
+  }
+}
+
+// Fetches the rows of a unit's patch that its left neighbour did not read: the transform goes
+// through them a column at a time, a pattern the hardware does not follow.
+LASEM_INLINE void prefetch_patch(const LevelPlan& p, const Scalar* image, const Unit& u) {
+  const LevelShape& s = p.shape;
+  const int64_t side = p.unit * p.tile, top = u.y - s.padding, left = u.x - s.padding + 2;
+  const int64_t from = at_least(left, 0), to = at_most(left + side, s.width);
+  const int64_t bytes = (to - from) * s.in_channels * static_cast<int64_t>(sizeof(Scalar));
+  for (int64_t y = at_least(top, 0); y < at_most(top + side + 2, s.height); ++y) {
+    const char* row = reinterpret_cast<const char*>(image + (y * s.width + from) * s.in_channels);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+  }
+}
+
+// Convolution outputs of one tile and one vector of channels; m is the tile's row of batch 0.
+template <class F>
+LASEM_INLINE void output_tile(const Scalar* m, int64_t batch_stride, Vec bias,
+                              Vec (&y)[F::kTile][F::kTile]) {
+  constexpr int n = F::kSide, k = F::kTile;
+  Vec half[k][n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    Vec d[n], t[k];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) d[i] = load(m + (i * n + j) * batch_stride);
+    F::output(d, t);
+#pragma GCC unroll 8
+    for (int i = 0; i < k; ++i) half[i][j] = t[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < k; ++i) {
+    Vec t[k];
+    F::output(half[i], t);
+#pragma GCC unroll 8
+    for (int j = 0; j < k; ++j) y[i][j] = add(t[j], bias);
+  }
+}
+
+// Where one vector of channels of a unit lies in y and code.
+struct Sink {
+  Scalar* y;
+  uint8_t* code;
+  int64_t row, column, lanes;
+};
+
+// ReLU and pool of one window. The running maximum starts at 0 with code 255: both are one compare.
+template <int kPool, int R>
+LASEM_INLINE void pool_window(const Vec (&o)[R][R], int wy, int wx, Vec& best, Code& code) {
+  best = zero();
+  code = code_splat(255);
+#pragma GCC unroll 9
+  for (int t = 0; t < kPool * kPool; ++t) {
+    const Vec v = o[wy * kPool + t / kPool][wx * kPool + t % kPool];
+    const Mask m = wins(v, best);
+    best = select(m, v, best);
+    code = code_select(m, code_splat(t), code);
+  }
+}
+
+template <int kPool, int R>
+LASEM_INLINE void pool_unit(const LevelPlan& p, const Unit& u, Vec (&o)[R][R], const Sink& sink) {
+  const LevelShape& s = p.shape;
+  constexpr int windows = R / kPool;
+  const bool inside = u.y >= 0 && u.x >= 0 && u.y + R <= s.conv_height && u.x + R <= s.conv_width &&
+                      u.wy + windows <= s.out_height && u.wx + windows <= s.out_width;
+  Vec best;
+  Code code;
+  if (inside && sink.lanes >= kLanes) {
+#pragma GCC unroll 4
+    for (int wy = 0; wy < windows; ++wy)
+#pragma GCC unroll 4
+      for (int wx = 0; wx < windows; ++wx) {
+        pool_window<kPool>(o, wy, wx, best, code);
+        const int64_t at = wy * sink.row + wx * sink.column;
+        store(sink.y + at, best);
+        code_store(sink.code + at, code);
+      }
+    return;
+  }
+  // An output beyond the border must not win its window: 0 never does.
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < R; ++j)
+      if (u.y + i < 0 || u.y + i >= s.conv_height || u.x + j < 0 || u.x + j >= s.conv_width)
+        o[i][j] = zero();
+  for (int wy = 0; wy < windows && u.wy + wy < s.out_height; ++wy)
+    for (int wx = 0; wx < windows && u.wx + wx < s.out_width; ++wx) {
+      pool_window<kPool>(o, wy, wx, best, code);
+      const int64_t at = wy * sink.row + wx * sink.column;
+      store_some(sink.y + at, best, sink.lanes);
+      code_store_some(sink.code + at, code, sink.lanes);
+    }
+}
+
+template <class F, int kPool>
+static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar* scratch,
+                           int64_t begin, int64_t end) {
+  constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
+  const LevelShape& s = p.shape;
+  const Scalar* x = static_cast<const Scalar*>(args.x);
+  const Scalar* bias = static_cast<const Scalar*>(args.bias);
+  const Scalar* packed = static_cast<const Scalar*>(args.packed);
+  const int64_t image_size = s.height * s.width * s.in_channels;
+  const int64_t per_image = p.units_y * p.units_x;
+  const int64_t total = s.prefixes * s.samples * per_image;
+  Scalar* v = scratch;
+  Scalar* m = v + p.batches * in_batch(p);
+  Scalar* zeros = m + p.batches * out_batch(p, kPanel);
+  memset(zeros, 0, sizeof(Scalar) * s.in_channels);
+
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * p.block_units;
+    const int64_t units = at_most(p.block_units, total - first);
+    const int64_t rows = units * tiles * p.rows_per_tile;
+    // Direct: the outputs of a tile are further rows of the one product, not further products.
+    const int64_t v_stride = F::kDirect ? units * tiles * p.depth_stride : in_batch(p);
+    const int64_t m_stride = F::kDirect ? units * tiles * kPanel : out_batch(p, kPanel);
+    const auto unit = [&](int64_t i) {
+      const int64_t image = (first + i) / per_image, at = (first + i) % per_image;
+      return unit_of(p, image, at / p.units_x, at % p.units_x);
+    };
+
+    for (int64_t i = 0; i < units; ++i) {
+      const Unit u = unit(i);
+      if (i + 1 < units) {
+        const Unit next = unit(i + 1);
+        prefetch_patch(p, x + next.image * image_size, next);
+      }
+      for (int t = 0; t < tiles; ++t)
+        input_tile<F>(p, x + u.image * image_size, u.y + t / side * F::kTile,
+                      u.x + t % side * F::kTile, zeros, v + (i * tiles + t) * p.depth_stride,
+                      v_stride);
+    }
+    for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
+      const Scalar* w = packed + panel * p.batches * p.depth * kPanel;
+      for (int64_t b = 0; b < p.batches; ++b)
+        gemm_panel(rows, p.depth, v + b * in_batch(p), p.depth_stride, w + b * p.depth * kPanel,
+                   m + b * out_batch(p, kPanel), kPanel);
+      for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
+        const int64_t vector = panel * 2 + h, branch = vector / p.branch_vectors;
+        const int64_t co = vector % p.branch_vectors * kLanes, left = s.out_channels - co;
+        const Vec offset = load_some(bias + branch * s.out_channels + co, left);
+        for (int64_t i = 0; i < units; ++i) {
+          const Unit u = unit(i);
+          const int64_t column = s.out_channels, row = s.out_width * column;
+          const int64_t at =
+              ((u.out_image + branch * s.samples) * s.out_height + u.wy) * row + u.wx * column + co;
+          const Sink sink = {static_cast<Scalar*>(args.y) + at, args.code + at, row, column, left};
+          const Scalar* from = m + i * tiles * kPanel + h * kLanes;
+          if constexpr (side == 1) {
+            Vec o[R][R];
+            output_tile<F>(from, m_stride, offset, o);
+            pool_unit<kPool, R>(p, u, o, sink);
+          } else {
+            Vec o[R][R];
+            for (int t = 0; t < tiles; ++t) {
+              Vec part[F::kTile][F::kTile];
+              output_tile<F>(from + t * kPanel, m_stride, offset, part);
+#pragma GCC unroll 16
+              for (int e = 0; e < F::kTile * F::kTile; ++e)
+                o[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile] =
+                    part[e / F::kTile][e % F::kTile];
+            }
+            pool_unit<kPool, R>(p, u, o, sink);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace LASEM_ISA
+}  // namespace lasem_fast

@@ -1,0 +1,79 @@
+// Chooses the instantiation for a level's tile and pool.
+
+namespace lasem_fast {
+namespace LASEM_ISA {
+
+// Calls body with the algorithm as the type of its first argument and the pool as that of its
+// second.
+template <int kN>
+struct Int {
+  static constexpr int value = kN;
+};
+template <class T>
+struct Type {
+  using type = T;
+};
+
+template <class F, class Body>
+static void with_pool(int64_t pool, const Body& body) {
+  if (pool == 1) return body(Type<F>{}, Int<1>{});
+  if (pool == 2) return body(Type<F>{}, Int<2>{});
+  body(Type<F>{}, Int<3>{});
+}
+
+template <class Body>
+static void with_algorithm(const LevelPlan& p, const Body& body) {
+  switch (p.shape.tile) {
+    case 1:
+      if (p.shape.pool == 1) return body(Type<Direct<2>>{}, Int<1>{});
+      if (p.shape.pool == 2) return body(Type<Direct<2>>{}, Int<2>{});
+      return body(Type<Direct<3>>{}, Int<3>{});
+    case 2:
+      return with_pool<Winograd2>(p.shape.pool, body);
+    case 3:
+      return with_pool<Winograd3>(p.shape.pool, body);
+    default:
+      return with_pool<Winograd4>(p.shape.pool, body);
+  }
+}
+
+static void run_pack(const LevelPlan& p, const void* weight, void* packed, int64_t begin,
+                     int64_t end) {
+  with_algorithm(p, [&](auto algorithm, auto) {
+    pack<typename decltype(algorithm)::type>(p, static_cast<const Scalar*>(weight),
+                                             static_cast<Scalar*>(packed), begin, end);
+  });
+}
+
+static void run_forward(const LevelPlan& p, const LevelForward& args, void* scratch, int64_t begin,
+                        int64_t end) {
+  with_algorithm(p, [&](auto algorithm, auto pool) {
+    forward_blocks<typename decltype(algorithm)::type, decltype(pool)::value>(
+        p, args, static_cast<Scalar*>(scratch), begin, end);
+  });
+}
+
+static void run_pack_back(const LevelPlan& p, const void* weight, void* packed, int64_t begin,
+                          int64_t end) {
+  with_algorithm(p, [&](auto algorithm, auto) {
+    pack_back<typename decltype(algorithm)::type>(p, static_cast<const Scalar*>(weight),
+                                                  static_cast<Scalar*>(packed), begin, end);
+  });
+}
+
+static void run_backward(const LevelPlan& p, const LevelBackward& args, void* scratch, int64_t task,
+                         int64_t begin, int64_t end) {
+  with_algorithm(p, [&](auto algorithm, auto pool) {
+    backward_images<typename decltype(algorithm)::type, decltype(pool)::value>(
+        p, args, static_cast<Scalar*>(scratch), task, begin, end);
+  });
+}
+
+static void run_finish(const LevelPlan& p, const LevelBackward& args, int64_t begin, int64_t end) {
+  with_algorithm(p, [&](auto algorithm, auto) {
+    finish<typename decltype(algorithm)::type>(p, args, begin, end);
+  });
+}
+
+}  // namespace LASEM_ISA
+}  // namespace lasem_fast

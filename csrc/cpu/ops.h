@@ -1,0 +1,28 @@
+// The operators, as registered. Schemas, fakes and autograd are in Python.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include "stable_torch.h"
+
+namespace lasem_fast {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                          int64_t padding, int64_t pool, int64_t pool_pad,
+                                          int64_t out_h, int64_t out_w, int64_t tile);
+
+std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, const Tensor& x,
+                                                           const Tensor& code, const Tensor& weight,
+                                                           int64_t padding, int64_t pool,
+                                                           int64_t pool_pad, int64_t tile,
+                                                           bool need_dx);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> posterior_head(const Tensor& logits,
+                                                                  const Tensor& labels,
+                                                                  const Tensor& log_prior,
+                                                                  int64_t likelihood);
+
+}  // namespace lasem_fast

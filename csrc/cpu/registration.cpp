@@ -1,0 +1,49 @@
+// The extension module `_cpu`: operator implementations for the CPU key, and queries about this
+// machine.
+#include <Python.h>
+
+#include "cpu_dispatch.h"
+#include "ops.h"
+#include "scratch.h"
+#include "stable_torch.h"
+
+STABLE_TORCH_LIBRARY_IMPL(lasem_fast, CPU, m) {
+  m.impl("winograd_level", TORCH_BOX(&lasem_fast::winograd_level));
+  m.impl("winograd_level_backward", TORCH_BOX(&lasem_fast::winograd_level_backward));
+  m.impl("posterior_head", TORCH_BOX(&lasem_fast::posterior_head));
+}
+
+namespace {
+
+PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(lasem_fast::isa_name()); }
+
+PyObject* isa_reason(PyObject*, PyObject*) {
+  return PyUnicode_FromString(lasem_fast::isa_reason());
+}
+
+PyObject* force_isa(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  if (!lasem_fast::force_isa(name))
+    return PyErr_Format(PyExc_ValueError,
+                        "isa must be one this CPU has (avx2, avx512) or '', got %s", name);
+  Py_RETURN_NONE;
+}
+
+PyObject* clear_scratch(PyObject*, PyObject*) {
+  return PyLong_FromSize_t(lasem_fast::clear_scratch());
+}
+
+PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "Instruction set of the float32 kernels, '' where there is none."},
+    {"isa_reason", isa_reason, METH_NOARGS, "Why isa() is '', else ''."},
+    {"force_isa", force_isa, METH_VARARGS, "Force 'avx2' or 'avx512'; '' restores the default."},
+    {"clear_scratch", clear_scratch, METH_NOARGS, "Free idle scratch memory; returns its bytes."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }

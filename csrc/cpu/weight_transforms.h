@@ -1,0 +1,148 @@
+// Weights into packed panels (U = G g G'), and the weight gradient out of them (dg = G' dU G).
+
+namespace lasem_fast {
+namespace LASEM_ISA {
+
+// taps [9] of one filter per lane -> u [kSide * kSide].
+template <class F>
+static inline void filter_transform(const Vec (&taps)[9], Vec* u) {
+  constexpr int n = F::kSide;
+  Vec half[n][3];
+  for (int i = 0; i < n; ++i)
+    for (int x = 0; x < 3; ++x)
+      half[i][x] = fma(splat(F::kG[i][2]), taps[6 + x],
+                       fma(splat(F::kG[i][1]), taps[3 + x], mul(splat(F::kG[i][0]), taps[x])));
+  for (int i = 0; i < n; ++i)
+    for (int j = 0; j < n; ++j)
+      u[i * n + j] = fma(splat(F::kG[j][2]), half[i][2],
+                         fma(splat(F::kG[j][1]), half[i][1], mul(splat(F::kG[j][0]), half[i][0])));
+}
+
+template <class F>
+static inline void filter_gradient(const Vec* u, Vec (&taps)[9]) {
+  constexpr int n = F::kSide;
+  Vec half[3][n];
+  for (int y = 0; y < 3; ++y)
+    for (int j = 0; j < n; ++j) {
+      Vec sum = mul(splat(F::kG[0][y]), u[j]);
+      for (int i = 1; i < n; ++i) sum = fma(splat(F::kG[i][y]), u[i * n + j], sum);
+      half[y][j] = sum;
+    }
+  for (int y = 0; y < 3; ++y)
+    for (int x = 0; x < 3; ++x) {
+      Vec sum = mul(splat(F::kG[0][x]), half[y][0]);
+      for (int j = 1; j < n; ++j) sum = fma(splat(F::kG[j][x]), half[y][j], sum);
+      taps[y * 3 + x] = sum;
+    }
+}
+
+// Output o counts lanes over all branches, each padded to whole vectors; null for a padding lane.
+LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const Scalar* weight, int64_t o,
+                                     int64_t c) {
+  const LevelShape& s = p.shape;
+  const int64_t branch = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
+  if (branch >= s.branches || co >= s.out_channels) return nullptr;
+  return weight + ((branch * s.out_channels + co) * s.in_channels + c) * 9;
+}
+
+// packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
+template <class F>
+static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
+                 int64_t end) {
+  const int64_t channels = p.shape.in_channels;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t panel = item / channels, c = item % channels;
+    alignas(64) Scalar taps[9][kPanel];
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const Scalar* w = filter_of(p, weight, panel * kPanel + lane, c);
+      for (int t = 0; t < 9; ++t) taps[t][lane] = w ? w[t] : 0;
+    }
+    Scalar* to = packed + panel * p.batches * p.depth * kPanel;
+    for (int64_t h = 0; h < kPanel; h += kLanes) {
+      if constexpr (F::kDirect) {
+        for (int64_t t = 0; t < 9; ++t)
+          store(to + (t * channels + c) * kPanel + h, load(taps[t] + h));
+      } else {
+        Vec filter[9], u[F::kSide * F::kSide];
+        for (int t = 0; t < 9; ++t) filter[t] = load(taps[t] + h);
+        filter_transform<F>(filter, u);
+        for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
+          store(to + (b * p.depth + c) * kPanel + h, u[b]);
+      }
+    }
+  }
+}
+
+// packed [depth panel][batch][output][kPanel]; one item is one output.
+template <class F>
+static void pack_back(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
+                      int64_t end) {
+  const int64_t channels = p.shape.in_channels, panels = p.depth_stride / kPanel;
+  for (int64_t o = begin; o < end; ++o) {
+    const Scalar* w = filter_of(p, weight, o, 0);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      Scalar* to = packed + (panel * p.batches * p.out_stride + o) * kPanel;
+      if constexpr (F::kDirect) {
+        for (int64_t lane = 0; lane < kPanel; ++lane) {
+          const int64_t k = panel * kPanel + lane;
+          to[lane] = w && k < p.depth ? w[k % channels * 9 + k / channels] : 0;
+        }
+      } else {
+        alignas(64) Scalar taps[9][kPanel];
+        for (int64_t lane = 0; lane < kPanel; ++lane) {
+          const int64_t c = panel * kPanel + lane;
+          for (int t = 0; t < 9; ++t) taps[t][lane] = w && c < channels ? w[c * 9 + t] : 0;
+        }
+        for (int64_t h = 0; h < kPanel; h += kLanes) {
+          Vec filter[9], u[F::kSide * F::kSide];
+          for (int t = 0; t < 9; ++t) filter[t] = load(taps[t] + h);
+          filter_transform<F>(filter, u);
+          for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
+            store(to + b * p.out_stride * kPanel + h, u[b]);
+        }
+      }
+    }
+  }
+}
+
+// Sums the tasks' partial gradients in task order; one item is one input channel of one vector of
+// outputs.
+template <class F>
+static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin, int64_t end) {
+  const LevelShape& s = p.shape;
+  const Scalar* partial = static_cast<const Scalar*>(args.partial);
+  Scalar* dweight = static_cast<Scalar*>(args.dweight);
+  Scalar* dbias = static_cast<Scalar*>(args.dbias);
+  const int64_t bias_at = p.batches * p.depth * p.out_stride;
+  const auto sum_at = [&](int64_t at) {
+    Vec sum = load(partial + at);
+    for (int64_t t = 1; t < args.tasks; ++t)
+      sum = add(sum, load(partial + t * p.partial_size + at));
+    return sum;
+  };
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t v = item / s.in_channels, c = item % s.in_channels;
+    const int64_t branch = v / p.branch_vectors, co = v % p.branch_vectors * kLanes;
+    const int64_t n = at_most(kLanes, s.out_channels - co);
+    Vec taps[9];
+    if constexpr (F::kDirect) {
+      for (int64_t t = 0; t < 9; ++t)
+        taps[t] = sum_at((t * s.in_channels + c) * p.out_stride + v * kLanes);
+    } else {
+      Vec u[F::kSide * F::kSide];
+      for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
+        u[b] = sum_at((b * p.depth + c) * p.out_stride + v * kLanes);
+      filter_gradient<F>(u, taps);
+    }
+    alignas(64) Scalar lanes_of[9][kLanes];
+    for (int t = 0; t < 9; ++t) store(lanes_of[t], taps[t]);
+    for (int64_t lane = 0; lane < n; ++lane) {
+      Scalar* w = dweight + ((branch * s.out_channels + co + lane) * s.in_channels + c) * 9;
+      for (int t = 0; t < 9; ++t) w[t] = lanes_of[t][lane];
+    }
+    if (c == 0) store_some(dbias + branch * s.out_channels + co, sum_at(bias_at + v * kLanes), n);
+  }
+}
+
+}  // namespace LASEM_ISA
+}  // namespace lasem_fast

@@ -1,0 +1,140 @@
+// F(m x m, 3 x 3) in one dimension: y = A' [(G g) * (B' d)], and the transposes that differentiate
+// it. Interpolation points were chosen for rounding error: 0, +-sqrt(1/2), +-sqrt(2), inf for m = 4
+// and 0, +-3/4, 2, inf for m = 3 have about half the error of the usual integer points.
+
+namespace lasem_fast {
+namespace LASEM_ISA {
+
+struct Winograd2 {
+  static constexpr bool kDirect = false;
+  static constexpr int kTile = 2, kSide = 4;
+  static constexpr double kG[4][3] = {{-1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+
+  LASEM_INLINE void input(const Vec (&d)[4], Vec (&v)[4]) {
+    v[0] = sub(d[2], d[0]);
+    v[1] = add(d[2], d[1]);
+    v[2] = sub(d[2], d[1]);
+    v[3] = sub(d[3], d[1]);
+  }
+  LASEM_INLINE void input_grad(const Vec (&v)[4], Vec (&d)[4]) {
+    d[0] = sub(zero(), v[0]);
+    d[1] = sub(sub(v[1], v[2]), v[3]);
+    d[2] = add(add(v[1], v[2]), v[0]);
+    d[3] = v[3];
+  }
+  LASEM_INLINE void output(const Vec (&m)[4], Vec (&y)[2]) {
+    y[0] = add(add(m[1], m[2]), m[0]);
+    y[1] = add(sub(m[1], m[2]), m[3]);
+  }
+  LASEM_INLINE void output_grad(const Vec (&y)[2], Vec (&m)[4]) {
+    m[0] = y[0];
+    m[1] = add(y[0], y[1]);
+    m[2] = sub(y[0], y[1]);
+    m[3] = y[1];
+  }
+};
+
+struct Winograd3 {
+  static constexpr bool kDirect = false;
+  static constexpr int kTile = 3, kSide = 5;
+  static constexpr double kG[5][3] = {{8.0 / 9, 0, 0},
+                                      {-32.0 / 45, -24.0 / 45, -18.0 / 45},
+                                      {-32.0 / 99, 24.0 / 99, -18.0 / 99},
+                                      {8.0 / 55, 16.0 / 55, 32.0 / 55},
+                                      {0, 0, 1}};
+
+  LASEM_INLINE void input(const Vec (&d)[5], Vec (&v)[5]) {
+    const Vec two = splat(2), p = splat(0.75), pp = splat(0.5625);
+    const Vec u0 = fnma(two, d[0], d[1]), u1 = fnma(two, d[1], d[2]);
+    const Vec u2 = fnma(two, d[2], d[3]), u3 = fnma(two, d[3], d[4]);
+    v[0] = fnma(pp, u0, u2);
+    v[1] = fma(p, u1, u2);
+    v[2] = fnma(p, u1, u2);
+    v[3] = fnma(pp, d[1], d[3]);
+    v[4] = fnma(pp, u1, u3);
+  }
+  LASEM_INLINE void input_grad(const Vec (&v)[5], Vec (&d)[5]) {
+    const Vec two = splat(2), p = splat(0.75), pp = splat(0.5625);
+    const Vec u1 = fnma(pp, v[4], mul(p, sub(v[1], v[2])));
+    const Vec u2 = add(add(v[1], v[2]), v[0]);
+    d[0] = mul(splat(1.125), v[0]);
+    d[1] = fnma(two, u1, fnma(pp, v[3], mul(splat(-0.5625), v[0])));
+    d[2] = fnma(two, u2, u1);
+    d[3] = fnma(two, v[4], add(u2, v[3]));
+    d[4] = v[4];
+  }
+  LASEM_INLINE void output(const Vec (&m)[5], Vec (&y)[3]) {
+    const Vec s = add(m[1], m[2]), d = sub(m[1], m[2]);
+    y[0] = add(add(m[0], s), m[3]);
+    y[1] = fma(splat(0.75), d, add(m[3], m[3]));
+    y[2] = fma(splat(0.5625), s, fma(splat(4), m[3], m[4]));
+  }
+  LASEM_INLINE void output_grad(const Vec (&y)[3], Vec (&m)[5]) {
+    const Vec even = fma(splat(0.5625), y[2], y[0]);
+    m[0] = y[0];
+    m[1] = fma(splat(0.75), y[1], even);
+    m[2] = fnma(splat(0.75), y[1], even);
+    m[3] = fma(splat(2), fma(splat(2), y[2], y[1]), y[0]);
+    m[4] = y[2];
+  }
+};
+
+struct Winograd4 {
+  static constexpr bool kDirect = false;
+  static constexpr int kTile = 4, kSide = 6;
+  static constexpr double kRoot = 1.41421356237309504880;
+  static constexpr double kG[6][3] = {{1, 0, 0},
+                                      {-2.0 / 3, -kRoot / 3, -1.0 / 3},
+                                      {-2.0 / 3, kRoot / 3, -1.0 / 3},
+                                      {1.0 / 6, kRoot / 6, 1.0 / 3},
+                                      {1.0 / 6, -kRoot / 6, 1.0 / 3},
+                                      {0, 0, 1}};
+
+  LASEM_INLINE void input(const Vec (&d)[6], Vec (&v)[6]) {
+    const Vec p = splat(kRoot / 2), q = splat(kRoot), two = splat(2), half = splat(0.5);
+    const Vec even1 = fnma(two, d[2], d[4]), odd1 = fnma(two, d[1], d[3]);
+    const Vec even2 = fnma(half, d[2], d[4]), odd2 = fnma(half, d[1], d[3]);
+    v[0] = fnma(splat(2.5), d[2], add(d[0], d[4]));
+    v[1] = fma(p, odd1, even1);
+    v[2] = fnma(p, odd1, even1);
+    v[3] = fma(q, odd2, even2);
+    v[4] = fnma(q, odd2, even2);
+    v[5] = fnma(splat(2.5), d[3], add(d[1], d[5]));
+  }
+  LASEM_INLINE void input_grad(const Vec (&v)[6], Vec (&d)[6]) {
+    const Vec two = splat(2), half = splat(0.5), c = splat(2.5);
+    const Vec s1 = add(v[1], v[2]), s2 = add(v[3], v[4]);
+    const Vec o1 = mul(splat(kRoot / 2), sub(v[1], v[2]));
+    const Vec o2 = mul(splat(kRoot), sub(v[3], v[4]));
+    d[0] = v[0];
+    d[1] = fnma(two, o1, fnma(half, o2, v[5]));
+    d[2] = fnma(c, v[0], fnma(two, s1, mul(splat(-0.5), s2)));
+    d[3] = fnma(c, v[5], add(o1, o2));
+    d[4] = add(add(s1, s2), v[0]);
+    d[5] = v[5];
+  }
+  LASEM_INLINE void output(const Vec (&m)[6], Vec (&y)[4]) {
+    const Vec two = splat(2), half = splat(0.5);
+    const Vec s1 = add(m[1], m[2]), s2 = add(m[3], m[4]);
+    const Vec o1 = mul(splat(kRoot / 2), sub(m[1], m[2]));
+    const Vec o2 = mul(splat(kRoot), sub(m[3], m[4]));
+    y[0] = add(add(m[0], s1), s2);
+    y[1] = add(o1, o2);
+    y[2] = fma(half, s1, add(s2, s2));
+    y[3] = fma(half, o1, fma(two, o2, m[5]));
+  }
+  LASEM_INLINE void output_grad(const Vec (&y)[4], Vec (&m)[6]) {
+    const Vec p = splat(kRoot / 2), q = splat(kRoot), two = splat(2), half = splat(0.5);
+    const Vec even1 = fma(half, y[2], y[0]), odd1 = fma(half, y[3], y[1]);
+    const Vec even2 = fma(two, y[2], y[0]), odd2 = fma(two, y[3], y[1]);
+    m[0] = y[0];
+    m[1] = fma(p, odd1, even1);
+    m[2] = fnma(p, odd1, even1);
+    m[3] = fma(q, odd2, even2);
+    m[4] = fnma(q, odd2, even2);
+    m[5] = y[3];
+  }
+};
+
+}  // namespace LASEM_ISA
+}  // namespace lasem_fast

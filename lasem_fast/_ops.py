@@ -1,0 +1,198 @@
+"""Contracts of the CPU kernels: schemas, fakes and autograd.
+
+The extension ``_cpu`` registers implementations only, so that importing this module works without
+it; then :func:`supported` is false, :func:`why_unsupported` says why, and the operators raise
+``NotImplementedError``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+try:
+    from lasem_fast import _cpu
+except ImportError as error:
+    _cpu = None
+    _import_error = str(error)
+
+_library = torch.library.Library("lasem_fast", "FRAGMENT")
+_library.define(
+    "winograd_level(Tensor x, Tensor weight, Tensor bias, int padding, int pool, int pool_pad, "
+    "int out_h, int out_w, int tile) -> (Tensor, Tensor)"
+)
+_library.define(
+    "winograd_level_backward(Tensor dy, Tensor x, Tensor code, Tensor weight, int padding, "
+    "int pool, int pool_pad, int tile, bool need_dx) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "posterior_head(Tensor logits, Tensor labels, Tensor log_prior, int likelihood) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+_level = torch.ops.lasem_fast.winograd_level.default
+_level_backward = torch.ops.lasem_fast.winograd_level_backward.default
+_posterior_head = torch.ops.lasem_fast.posterior_head.default
+
+
+@torch.library.register_fake("lasem_fast::winograd_level", lib=_library)
+def _(x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile):
+    prefixes, samples = x.shape[:2]
+    branches, out_channels = weight.shape[:2]
+    size = (prefixes, branches, samples, out_h, out_w, out_channels)
+    return x.new_empty(size), x.new_empty(size, dtype=torch.uint8)
+
+
+@torch.library.register_fake("lasem_fast::winograd_level_backward", lib=_library)
+def _(dy, x, code, weight, padding, pool, pool_pad, tile, need_dx):
+    dx = torch.empty_like(x) if need_dx else x.new_empty((0,))
+    return dx, torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+
+
+@torch.library.register_fake("lasem_fast::posterior_head", lib=_library)
+def _(logits, labels, log_prior, likelihood):
+    per_config = logits.new_empty(logits.shape[:1])
+    return (
+        per_config,
+        torch.empty_like(per_config),
+        torch.empty_like(per_config),
+        logits.new_empty(()),
+        torch.empty_like(logits),
+    )
+
+
+def isa() -> str | None:
+    """Instruction set of the float32 kernels (``"avx512"``, ``"avx2"``), or ``None``."""
+    return (_cpu.isa() or None) if _cpu else None
+
+
+def force_isa(name: str | None) -> None:
+    """Use ``"avx2"`` or ``"avx512"`` from now on; ``None`` restores the choice made at start.
+
+    At start the best instruction set of this CPU is taken, or the one that the environment variable
+    ``LASEM_FAST_CPU_ISA`` names. Raises ``ValueError`` if this CPU lacks it.
+    """
+    if _cpu is None:
+        raise RuntimeError(f"the CPU extension is not installed: {_import_error}")
+    _cpu.force_isa(name or "")
+
+
+def why_unsupported() -> str:
+    """Why float32 has no kernels here, in words; empty where it has."""
+    return _cpu.isa_reason() if _cpu else f"the CPU extension is not installed: {_import_error}"
+
+
+def supported() -> bool:
+    """Whether the float32 kernels can run on this machine."""
+    return isa() is not None
+
+
+def clear_scratch() -> int:
+    """Free the scratch memory kept between steps; returns its size in bytes."""
+    return _cpu.clear_scratch() if _cpu else 0
+
+
+class WinogradLevel(torch.autograd.Function):
+    """One tree level with its backward: one operator call in each direction."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile):
+        y, code = _level(x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile)
+        ctx.save_for_backward(x, weight, code)
+        ctx.sizes = padding, pool, pool_pad, tile
+        ctx.mark_non_differentiable(code)
+        ctx.set_materialize_grads(False)
+        return y, code
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 9
+        x, weight, code = ctx.saved_tensors
+        need_dx = ctx.needs_input_grad[0]
+        dx, dweight, dbias = _level_backward(dy.contiguous(), x, code, weight, *ctx.sizes, need_dx)
+        return (dx if need_dx else None, dweight, dbias) + (None,) * 6
+
+
+class PosteriorHead(torch.autograd.Function):
+    """The posterior head; only ``loss`` has a gradient, and the posterior is constant in it."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, log_prior, likelihood):
+        log_likelihood, posterior, nll, loss, dlogits = _posterior_head(
+            logits.contiguous(), labels, log_prior, likelihood
+        )
+        ctx.save_for_backward(dlogits)
+        ctx.mark_non_differentiable(log_likelihood, posterior, nll)
+        ctx.set_materialize_grads(False)
+        return log_likelihood, posterior, nll, loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _likelihood, _posterior, _nll, dloss):
+        if dloss is None:
+            return (None,) * 4
+        (dlogits,) = ctx.saved_tensors
+        return dlogits * dloss, None, None, None
+
+
+def winograd_level(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    padding: int,
+    pool: int = 1,
+    pool_pad: int = 0,
+    out_size: tuple[int, int] | None = None,
+    tile: int = 4,
+) -> Tensor:
+    """One level: ``max_pool2d(relu(conv2d(x, weight, bias)))`` of every prefix in every branch.
+
+    Args:
+        x: ``[P, N, H, W, C]``, contiguous, float32 (float64: slow, for tests).
+        weight: ``[G, Co, C, 3, 3]``, one filter bank per branch.
+        bias: ``[G, Co]``.
+        padding: of the convolution, 0 or 1; its stride is 1.
+        pool: window and stride of the pool, 1 (none), 2 or 3.
+        pool_pad: padding before the first window, at most ``pool // 2``; never wins.
+        out_size: ``(out_h, out_w)``; windows are clipped at the border, so floor and ceil mode are
+            both a choice of it. ``None`` is floor mode.
+        tile: ``m`` of Winograd F(m x m, 3 x 3): 2, 3 or 4, larger being faster and rounding more;
+            1 is the direct algorithm, which up to 4 input channels is always used.
+
+    Returns:
+        ``[P, G, N, out_h, out_w, Co]``; ``y.flatten(0, 1)`` is the next level's ``x``.
+
+    Raises:
+        RuntimeError: a shape, dtype or size that does not fit, naming the argument.
+    """
+    if out_size is None:
+        out_size = tuple(
+            (n + 2 * padding - 2 + 2 * pool_pad - pool) // pool + 1 for n in x.shape[2:4]
+        )
+    return WinogradLevel.apply(x, weight, bias, padding, pool, pool_pad, *out_size, tile)[0]
+
+
+def posterior_head(
+    logits: Tensor, labels: Tensor, log_prior: Tensor, *, mean_likelihood: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Posterior of every configuration, and the loss whose gradient it weights.
+
+    Args:
+        logits: ``[configurations, N, K]``, float32 or float64.
+        labels: ``[N]``, int64, in ``[0, K)``.
+        log_prior: ``[configurations]``, float32 or float64; ``-inf`` excludes a configuration.
+        mean_likelihood: ``L_c = log mean_i p_i`` instead of the joint ``sum_i log p_i``.
+
+    Returns:
+        ``log_likelihood``, ``posterior``, ``nll`` (``[configurations]`` each) and ``loss``, the sum
+        of ``posterior * nll``. A configuration whose ``nll`` is not finite has log-likelihood
+        ``-inf``, nll ``inf``, posterior 0 and no gradient; if none is left, ``loss`` is NaN.
+
+    Raises:
+        RuntimeError: a shape or dtype that does not fit, or a label out of range.
+    """
+    return PosteriorHead.apply(logits, labels, log_prior, int(mean_likelihood))

@@ -1,0 +1,119 @@
+"""The `cpp` backend: 3x3 convolution, ReLU and pool of a level as one Winograd kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast import _ops
+from lasem_fast.fold import Fold, RowsFirst, folded
+from lasem_fast.layers import PlainStage, plain_stage, same_form
+from lasem_fast.network import tensors_in_force
+from lasem_fast.transfer import Branch
+
+
+class Pool(NamedTuple):
+    """A max-pool whose stride is its window; ``size`` 1 is none."""
+
+    size: int = 1
+    padding: int = 0
+    ceil: bool = False
+
+    def output(self, size: int) -> int:
+        """The pooled size of ``size`` pixels, by PyTorch's rule."""
+        span = size + 2 * self.padding - self.size
+        windows = (-(-span // self.size) if self.ceil else span // self.size) + 1
+        # a last window that would start in the padding behind the image is left out
+        if self.ceil and (windows - 1) * self.size >= size + self.padding:
+            windows -= 1
+        return windows
+
+    @property
+    def tile(self) -> int:
+        """Output tile of the Winograd transform: a multiple of the window."""
+        return 3 if self.size == 3 else 4
+
+
+def winograd_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
+    """A level whose stage is a 3x3 convolution, ReLU and perhaps a 2x2 or 3x3 max-pool.
+
+    Args:
+        branches: the B branches of a stage.
+        h: the level's input, P ``rows`` of float32 images on the CPU.
+        rows: number of rows P.
+
+    Returns:
+        The output with ``P * B`` rows, branch innermost; None for any other stage or input.
+    """
+    first = plain_stage(branches[0].module)
+    pool = None if first is None else _pool_after(first)
+    if pool is None or not _fits(first.core) or not _takes(h):
+        return None
+    stages = [first, *(plain_stage(branch.module) for branch in branches[1:])]
+    if not all(same_form(first, stage) for stage in stages[1:]):
+        return None
+    weights = tensors_in_force(branches, stages, "weight")
+    biases = tensors_in_force(branches, stages, "bias")
+    if weights is None or biases is None or any(w.dtype != torch.float32 for w in weights):
+        return None
+    weight = torch.stack(weights)
+    bias = weight.new_zeros(weight.shape[:2]) if biases[0] is None else torch.stack(biases)
+    x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data
+    padding = _padding(first.core)
+    size = tuple(pool.output(n + 2 * padding - 2) for n in x.shape[2:4])
+    y = _ops.winograd_level(
+        x, weight, bias, padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
+        tile=pool.tile,
+    )  # fmt: skip
+    return RowsFirst(y.flatten(0, 1))
+
+
+def _takes(h: Fold) -> bool:
+    data = h.data if isinstance(h, RowsFirst) else (h if isinstance(h, Tensor) else h.parts[0])
+    if isinstance(h, Tensor) and h.dim() != 4:
+        return False
+    return (
+        data.device.type == "cpu"
+        and data.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _fits(conv: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
+        and conv.stride == (1, 1)
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.padding in ("same", "valid", (0, 0), (1, 1))
+    )
+
+
+def _padding(conv: nn.Conv2d) -> int:
+    return 1 if conv.padding in ("same", (1, 1)) else 0
+
+
+def _pool_after(stage: PlainStage) -> Pool | None:
+    """The pool behind a convolution and ReLU, in either order; None for any other layers."""
+    if stage.before:
+        return None
+    layers = [layer for layer in stage.after if type(layer) is not nn.Identity]
+    pools = [layer for layer in layers if type(layer) is nn.MaxPool2d]
+    if [type(layer) for layer in layers if layer not in pools] != [nn.ReLU] or len(pools) > 1:
+        return None
+    return _pool(pools[0]) if pools else Pool()
+
+
+def _pool(layer: nn.MaxPool2d) -> Pool | None:
+    def same(value: int | tuple[int, int]) -> int | None:
+        pair = value if isinstance(value, tuple) else (value, value)
+        return pair[0] if pair[0] == pair[1] else None
+
+    size, stride, padding = same(layer.kernel_size), same(layer.stride), same(layer.padding)
+    if size not in (2, 3) or stride != size or padding is None or same(layer.dilation) != 1:
+        return None
+    return Pool(size, padding, layer.ceil_mode)

@@ -1,0 +1,71 @@
+"""How the rows of a level are held: folded into the batch, one batch per branch, or rows first.
+
+The common form is a folded batch with samples outermost: entry ``n * P + r`` of ``[N * P, ...]``
+is sample n under prefix r. A convolution of both branches' weights gives the next level in that
+form by a view. The other forms are put into it only where something needs it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasem_fast.plan import Level
+
+
+class Stacks(NamedTuple):
+    """The rows of a level before they are put together: one folded batch per used branch."""
+
+    parts: list[Tensor]
+    level: Level
+
+    def folded(self) -> Tensor:
+        """All rows in nested-loop order, ``[N * P, ...]``."""
+        parts, level = self
+        if len(parts) == 1:
+            return parts[0]
+        samples = parts[0].shape[0] // len(level.rows_of(level.used_branches[0]))
+        if level.is_full:
+            split = [part.unflatten(0, (samples, level.width)) for part in parts]
+            return torch.stack(split, dim=2).flatten(0, 2)
+        rows = torch.cat([part.unflatten(0, (samples, -1)) for part in parts], dim=1)
+        order = torch.tensor(level.merge_order(), device=rows.device)
+        return rows.index_select(1, order).flatten(0, 1)
+
+
+class RowsFirst(NamedTuple):
+    """Images with rows outermost and channels last, ``[P, N, H, W, C]``, as kernels like them."""
+
+    data: Tensor
+
+    @classmethod
+    def of(cls, h: Tensor | RowsFirst, rows: int) -> RowsFirst:
+        """From a folded batch ``[N * P, C, H, W]`` of P ``rows``."""
+        if isinstance(h, RowsFirst):
+            return h
+        return cls(h.unflatten(0, (-1, rows)).permute(1, 0, 3, 4, 2).contiguous())
+
+    def folded(self) -> Tensor:
+        """All rows in nested-loop order, ``[N * P, C, H, W]``."""
+        return self.data.permute(1, 0, 4, 2, 3).flatten(0, 1)
+
+
+Fold = Tensor | Stacks | RowsFirst
+
+
+def folded(h: Fold) -> Tensor:
+    """Any form as a folded batch with samples outermost."""
+    return h if isinstance(h, Tensor) else h.folded()
+
+
+def rows_of(h: Tensor, width: int, rows: tuple[int, ...]) -> Tensor:
+    """Some of the ``width`` rows of a folded batch."""
+    if rows == tuple(range(width)):
+        return h
+    split = h.unflatten(0, (-1, width))
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    if step > 0 and rows == tuple(range(rows[0], rows[-1] + 1, step)):
+        return split[:, rows[0] : rows[-1] + 1 : step].flatten(0, 1)
+    return split.index_select(1, torch.tensor(rows, device=h.device)).flatten(0, 1)
