@@ -199,6 +199,6 @@ def test_the_next_task_finds_unclaimed_stages_drawn_anew(share):
     claimed, unclaimed = (0, 1) if 1 in share else (1, 0)
     assert float(net.shared[claimed][0].weight.detach()) == 5
     torch.manual_seed(3)
-    fresh = nn.Conv2d(1, 1, 1).double()
-    nn.init.kaiming_uniform_(fresh.weight, a=math.sqrt(5))
-    assert 0 < abs(float(net.shared[unclaimed][0].weight.detach())) <= 1
+    fresh = nn.Conv2d(1, 1, 1, dtype=torch.float64)
+    assert torch.equal(net.shared[unclaimed][0].weight, fresh.weight)
+    assert torch.equal(net.shared[unclaimed][0].bias, fresh.bias)
