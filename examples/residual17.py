@@ -103,8 +103,8 @@ def main() -> None:
     tree = seconds_per_step(em, x, y, args.repeats)
     naive = seconds_per_step(lf.LASEM.reference(net, space, "reference"), x, y, args.repeats)
     print(
-        f"one step (E, M, backward), {torch.get_num_threads()} thread(s): {em.backend} tree {tree:.3f} s, "
-        f"naive loop {naive:.3f} s, {naive / tree:.2f} times as long"
+        f"one step (E, M, backward), {torch.get_num_threads()} thread(s): "
+        f"{em.backend} tree {tree:.3f} s, naive loop {naive:.3f} s, {naive / tree:.2f} times as long"
     )
     em.end_task("digits")
 
