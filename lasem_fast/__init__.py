@@ -5,7 +5,7 @@ a network as a latent variable; this package evaluates all configurations throug
 tree.
 """
 
-from lasem_fast import likelihoods, priors, transfer
+from lasem_fast import initialisers, likelihoods, nets, optim, priors, transfer
 from lasem_fast._dispatch import backends
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.em import LASEM, EMStep
@@ -19,7 +19,10 @@ __all__ = [
     "TransferNet",
     "__version__",
     "backends",
+    "initialisers",
     "likelihoods",
+    "nets",
+    "optim",
     "priors",
     "transfer",
 ]

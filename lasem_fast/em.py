@@ -51,6 +51,10 @@ class LASEM(nn.Module):
             leave out configurations that overflow; this waits for the device at every step. On the
             CPU they always run, except inside ``torch.compile``. Where they do not run, a bad step
             has a NaN loss.
+        redraw_unclaimed: at the end of a task, once no other task is under way, draw those shared
+            stages anew that no task has kept so far, so that the next task finds them untrained
+            (the authors' release). Draws from PyTorch's random state, which has to be the same in
+            all processes of a distributed run.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -68,6 +72,7 @@ class LASEM(nn.Module):
         backend: str = "auto",
         *,
         validate: bool = False,
+        redraw_unclaimed: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(net, TransferNet):
@@ -76,7 +81,9 @@ class LASEM(nn.Module):
         self.likelihood = as_likelihood(likelihood)
         self.backend = _dispatch.choose(backend)
         self.validate = bool(validate)
+        self.redraw_unclaimed = bool(redraw_unclaimed)
         self.net = net
+        self.register_buffer("_bits", self.space.bits, persistent=False)
         self._prior = as_prior(prior)
         self._prior.check(len(self.space))
         self._rollback = Rollback()
@@ -86,8 +93,22 @@ class LASEM(nn.Module):
     def reference(
         cls, net: TransferNet, space: ConfigSpace | None = None, backend: str = "auto"
     ) -> LASEM:
-        """The choices of the authors' release: mean likelihood, mean-posterior prior."""
-        return cls(net, space, likelihood="mean", prior="mean_posterior", backend=backend)
+        """The choices of the authors' release, for reproduction.
+
+        Mean likelihood, mean-posterior prior, unclaimed shared stages drawn anew for every task.
+        What every LASEM does belongs to it too: the E-step runs without dropout and the M-step
+        with a mask of its own for every configuration, and a task that comes back after its end is
+        trained with the configuration it kept. :mod:`lasem_fast.nets` has the release's networks
+        and :class:`lasem_fast.optim.TFRMSprop` its optimiser.
+        """
+        return cls(
+            net,
+            space,
+            likelihood="mean",
+            prior="mean_posterior",
+            backend=backend,
+            redraw_unclaimed=True,
+        )
 
     def forward(self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None = None) -> EMStep:
         """One E-step and the loss of one M-step.
@@ -151,7 +172,8 @@ class LASEM(nn.Module):
 
         Shared weights of the stages that the configuration does not share get back the values from
         before the task; where mini-batches of other tasks came in between, the changes that those
-        made stay. Specific branches that it does not use are dropped.
+        made stay. Specific branches and adapters that it does not use are dropped. With
+        ``redraw_unclaimed``, shared stages that no task has kept are then drawn anew.
 
         Args:
             task: a task that has not ended.
@@ -171,6 +193,8 @@ class LASEM(nn.Module):
             chosen = self.space[self.space.index(config)]
         self._rollback.end(task, chosen, self.net.shared)
         self.net.keep(task, chosen)
+        if self.redraw_unclaimed and self._rollback.is_idle:
+            self.net.redraw_unclaimed()
         return chosen
 
     def _check_call(
@@ -227,8 +251,9 @@ class LASEM(nn.Module):
             posterior = self._infer(task, log_likelihood, usable, x)
         else:
             posterior = self._frozen(frozen, m_step, rows)
+        loss = expected_nll(posterior if rows is None else posterior[rows], m_step.nll)
         return EMStep(
-            loss=expected_nll(posterior if rows is None else posterior[rows], m_step.nll),
+            loss=self._with_auxiliary(loss, posterior, task),
             posterior=posterior,
             log_likelihood=log_likelihood,
             nll=_spread(e_step.nll.detach(), rows, usable, torch.inf),
@@ -304,13 +329,25 @@ class LASEM(nn.Module):
             )
         loss = m_step.nll.sum()
         here = torch.arange(len(self.space), device=loss.device) == row
+        posterior = here.to(loss.dtype)
         return EMStep(
-            loss=loss,
-            posterior=here.to(loss.dtype),
+            loss=self._with_auxiliary(loss, posterior, task),
+            posterior=posterior,
             log_likelihood=torch.where(here, m_step.log_likelihood, -torch.inf),
             nll=torch.where(here, m_step.nll.detach(), torch.inf),
             dropped_mass=torch.zeros_like(loss),
         )
+
+    def _with_auxiliary(self, loss: Tensor, posterior: Tensor, task: str) -> Tensor:
+        """Adds each stage's auxiliary term, weighted by the posterior that the stage is shared."""
+        terms = self.net.auxiliary_losses(task)
+        if all(term is None for term in terms):
+            return loss
+        shared = posterior @ self._bits.to(posterior)
+        for weight, term in zip(shared.unbind(), terms, strict=True):
+            if term is not None:
+                loss = loss + weight * term
+        return loss
 
     def _log_prior(self, task: str) -> Tensor:
         if task not in self._prior.states:

@@ -20,13 +20,15 @@ class TransferNet(nn.Module):
 
     Args:
         stages: the network up to its head, cut into d stages; each an ordinary module with one
-            tensor in and one out that treats the samples of a batch independently. The modules
-            themselves become the shared branches.
-        transfer: the transfer mechanism, ``"hps"`` (hard parameter sharing) or a
+            tensor in and one out that treats the samples of a batch independently. With hps the
+            modules themselves become the shared branches; tf and dfcnn take copies.
+        transfer: the transfer mechanism, ``"hps"`` (hard parameter sharing), ``"tf"`` (tensor
+            factorisation), ``"dfcnn"`` (deconvolutional factorisation) or a
             :class:`~lasem_fast.transfer.TransferMechanism`.
 
     Attributes:
-        shared: ``shared[l]`` is the shared branch of stage l (0-based).
+        shared: ``shared[l]`` is what all tasks share of stage l (0-based): the branch itself, or
+            what the mechanism generates it from.
         specific: ``specific[task][l]`` is the task's own branch; None once it has been dropped.
         adapters: ``adapters[task][l]`` are the task's factors inside the shared branch, or None.
         heads: ``heads[task]`` maps the last stage's output to ``[N, K]``.
@@ -44,11 +46,12 @@ class TransferNet(nn.Module):
         stages = list(stages) if isinstance(stages, Iterable) else stages
         _checks.check_stages(stages)
         self.mechanism = _mechanism(transfer)
-        self.shared = nn.ModuleList(stages)
+        self.shared = nn.ModuleList(self.mechanism.shared_modules(stages))
         self.specific = TaskModules()
         self.adapters = TaskModules()
         self.heads = TaskModules()
         self._configs: dict[str, Configuration | None] = {}
+        self._without_adapters: dict[str, set[int]] = {}  # stages whose adapters were dropped
 
     @property
     def depth(self) -> int:
@@ -81,6 +84,7 @@ class TransferNet(nn.Module):
         self.specific[task] = nn.ModuleList(specific)
         self.adapters[task] = nn.ModuleList(adapters)
         self._configs[task] = None
+        self._without_adapters[task] = set()
         new = (self.specific[task], self.adapters[task], head)
         return [p for module in new for p in module.parameters()]
 
@@ -93,15 +97,29 @@ class TransferNet(nn.Module):
         _checks.check_task(task, self._configs)
         return self._configs[task]
 
-    def branches(self, task: str) -> list[tuple[Branch, Branch | None]]:
+    def branches(self, task: str) -> list[tuple[Branch | None, Branch | None]]:
         """For every stage its branches for this task, shared first; None for a dropped one."""
         pairs = []
-        for stage, own, factors in zip(
-            self.shared, self.specific[task], self.adapters[task], strict=True
-        ):
-            shared = self.mechanism.shared_branch(stage, factors)
+        for i, own in enumerate(self.specific[task]):
+            shared = None
+            if i not in self._without_adapters[task]:
+                shared = self.mechanism.shared_branch(self.shared[i], self.adapters[task][i])
             pairs.append((shared, None if own is None else Branch(own)))
         return pairs
+
+    def auxiliary_losses(self, task: str) -> list[Tensor | None]:
+        """For every stage what sharing it adds to a configuration's loss; None for nothing."""
+        return [
+            self.mechanism.auxiliary_loss(shared, factors)
+            for shared, factors in zip(self.shared, self.adapters[task], strict=True)
+        ]
+
+    def redraw_unclaimed(self) -> None:
+        """Draws the shared stages anew, in place, that no ended task has in its configuration."""
+        ended = [config for config in self._configs.values() if config is not None]
+        for i, shared in enumerate(self.shared):
+            if not any(config[i] for config in ended):
+                self.mechanism.reset_shared(shared)
 
     def task_parameters(self, task: str) -> list[nn.Parameter]:
         """What an optimiser of this task trains, each parameter once.
@@ -157,19 +175,12 @@ class TransferNet(nn.Module):
             bits = parse_config(config, self.depth)
         branches = self.branches(task)
         dropped = [i + 1 for i, bit in enumerate(bits) if branches[i][0 if bit else 1] is None]
-        if dropped or (kept is not None and not self._adapters_kept(task, bits)):
+        if dropped:
             raise ValueError(
                 f"config: expected {list(kept)}, the configuration that task {task!r} ended with "
                 f"(its other branches were dropped), got {list(bits)}"
             )
         return [pair[0 if bit else 1] for pair, bit in zip(branches, bits, strict=True)]
-
-    def _adapters_kept(self, task: str, bits: Configuration) -> bool:
-        kept = self._configs[task]
-        return all(
-            kept[i] or not bit or self.mechanism.new_adapters(self.shared[i]) is None
-            for i, bit in enumerate(bits)
-        )
 
     def keep(self, task: str, config: Any) -> None:
         """Ends a task with this configuration and drops the branches that it does not use."""
@@ -177,6 +188,8 @@ class TransferNet(nn.Module):
         if self.config(task) is not None:
             raise ValueError(f"task: expected one that has not ended, got {task!r}, which has")
         for stage, bit in enumerate(bits):
+            if not bit and self.adapters[task][stage] is not None:
+                self._without_adapters[task].add(stage)
             (self.specific if bit else self.adapters)[task][stage] = None
         self._configs[task] = bits
 
@@ -218,6 +231,7 @@ class TransferNet(nn.Module):
             if self.adapters[task][i] is None:
                 self.adapters[task][i] = self._like_stage(self.mechanism.new_adapters(stage), stage)
         self._configs[task] = None
+        self._without_adapters[task] = set()
 
 
 def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:

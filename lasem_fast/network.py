@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from lasem_fast.layers import active_random_layers
+from lasem_fast.layers import PlainStage, active_random_layers
 from lasem_fast.transfer import Branch
 
 
@@ -41,3 +41,18 @@ class Network(NamedTuple):
         finally:
             for layer in layers:
                 layer.training = True
+
+
+def tensors_in_force(
+    branches: Sequence[Branch], stages: Sequence[PlainStage], name: str
+) -> list[Tensor] | list[None] | None:
+    """A parameter of every branch's weighted layer, generated or its own.
+
+    None if they cannot be put side by side: they differ in shape, or only some branches have it.
+    """
+    tensors = [
+        branch.parameter(stage.core, stage.name, name)
+        for branch, stage in zip(branches, stages, strict=True)
+    ]
+    shapes = {None if tensor is None else tensor.shape for tensor in tensors}
+    return tensors if len(shapes) == 1 else None

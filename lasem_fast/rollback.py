@@ -43,6 +43,11 @@ class Rollback(nn.Module):
         self.anchor: _Values | None = None
         self.changes = TaskModules()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no open task has made a step."""
+        return self.settled is None
+
     def begin(self, task: str, ended: bool, shared: nn.ModuleList) -> None:
         """Says whose step comes next; must be called before the optimiser changes anything."""
         if task == self.active:

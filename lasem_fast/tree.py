@@ -128,8 +128,10 @@ def _call(branch: Branch, h: Tensor) -> Tensor:
 
 def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:
     """Whether the branches of a stage are one and the same function."""
-    modules = [branch.module for branch in branches if branch is not None]
-    return not any(True for m in modules for _ in (*m.parameters(), *m.buffers()))
+    there = [branch for branch in branches if branch is not None]
+    if any(branch.tensors for branch in there):
+        return False
+    return not any(True for b in there for _ in (*b.module.parameters(), *b.module.buffers()))
 
 
 def _first_random_stage(network: Network) -> int | None:
@@ -159,5 +161,6 @@ def _split(branches: Sequence[Branch | None]) -> tuple[list, list] | None:
 
 def _part(branch: Branch, start: int, stop: int | None) -> Branch:
     module = branch.module[start:stop]
-    names = {name for name, _ in module.named_parameters()}
-    return Branch(module, {k: t for k, t in branch.tensors.items() if k in names})
+    layers = dict(module.named_children())
+    tensors = {k: t for k, t in branch.tensors.items() if k.partition(".")[0] in layers}
+    return Branch(module, tensors)

@@ -28,11 +28,27 @@ def logits_of(net, config, x, task):
     return net.heads[task](h)
 
 
-def brute_force(net, bits, x, y, task, *, log_prior=None, likelihood="joint", posterior=None):
-    """Loss, posterior and gradients of one mini-batch, without configurations that overflow."""
+def brute_force(
+    net,
+    bits,
+    x,
+    y,
+    task,
+    *,
+    log_prior=None,
+    likelihood="joint",
+    posterior=None,
+    logits=logits_of,
+    penalty=None,
+):
+    """Loss, posterior and gradients of one mini-batch, without configurations that overflow.
+
+    ``logits`` evaluates one configuration; ``penalty(stage)`` is what a configuration's loss, but
+    not its likelihood, has on top for sharing a stage.
+    """
     log_probs = []
     for config in bits.tolist():
-        log_p = logits_of(net, config, x, task).log_softmax(dim=1)
+        log_p = logits(net, config, x, task).log_softmax(dim=1)
         log_probs.append(log_p[torch.arange(len(y)), y])
     nll = [-p.mean() for p in log_probs]
     usable = [bool(torch.isfinite(n)) for n in nll]
@@ -53,8 +69,13 @@ def brute_force(net, bits, x, y, task, *, log_prior=None, likelihood="joint", po
         posterior = (joint - joint.max()).exp()
         posterior = posterior / posterior.sum()
     named = dict(net.named_parameters())
+    costs = list(nll)
+    if penalty is not None:
+        for row, config in enumerate(bits.tolist()):
+            for stage in (i for i, shared in enumerate(config) if shared):
+                costs[row] = costs[row] + penalty(stage)
     loss = sum(
-        (p * n for p, n, ok in zip(posterior.tolist(), nll, usable, strict=True) if ok),
+        (p * c for p, c, ok in zip(posterior.tolist(), costs, usable, strict=True) if ok),
         start=0 * sum(p.sum() for p in named.values()),
     )
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from lasem_fast.fold import Fold, folded
 from lasem_fast.layers import plain_stage, same_form
+from lasem_fast.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
 
@@ -31,19 +32,18 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
     first = plain[0]
     if first is None or any(not same_form(first, other) for other in plain[1:]):
         return None
+    wide = {}
+    for name in ("weight", "bias"):
+        tensors = tensors_in_force(branches, plain, name)
+        if tensors is None:
+            return None
+        if tensors[0] is not None:
+            wide[name] = torch.cat(tensors)
     h = folded(h)
     for layer in first.before:
         h = layer(h)
     if isinstance(first.core, nn.Linear) and h.dim() != 2:
         return None
-    wide = {}
-    for name in ("weight", "bias"):
-        tensors = [
-            branch.parameter(stage.core, stage.name, name)
-            for branch, stage in zip(branches, plain, strict=True)
-        ]
-        if tensors[0] is not None:
-            wide[name] = torch.cat(tensors)
     h = functional_call(first.core, wide, (h,))
     for layer in first.after:
         h = layer(h)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lasem_fast import _ops
 from lasem_fast.fold import Fold, RowsFirst, folded
 from lasem_fast.layers import PlainStage, plain_stage, same_form
+from lasem_fast.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
 
@@ -49,11 +50,9 @@ def winograd_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst 
     stages = [first, *(plain_stage(branch.module) for branch in branches[1:])]
     if not all(same_form(first, stage) for stage in stages[1:]):
         return None
-    weights, biases = [], []
-    for branch, stage in zip(branches, stages, strict=True):
-        weights.append(branch.parameter(stage.core, stage.name, "weight"))
-        biases.append(branch.parameter(stage.core, stage.name, "bias"))
-    if any(w.dtype != torch.float32 for w in weights):
+    weights = tensors_in_force(branches, stages, "weight")
+    biases = tensors_in_force(branches, stages, "bias")
+    if weights is None or biases is None or any(w.dtype != torch.float32 for w in weights):
         return None
     weight = torch.stack(weights)
     bias = weight.new_zeros(weight.shape[:2]) if biases[0] is None else torch.stack(biases)

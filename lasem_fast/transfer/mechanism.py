@@ -18,6 +18,7 @@ class Branch(NamedTuple):
         tensors: plain tensors that stand in for the module's own parameters, by their names inside
             the module; empty where the module's own are meant. This is how a generated weight (a
             factorised kernel, an adapted linear layer) reaches the tree: generated once per step.
+            A parameter that only ever comes from here is None in the module.
     """
 
     module: nn.Module
@@ -31,12 +32,15 @@ class Branch(NamedTuple):
 
     def parameter(self, layer: nn.Module, layer_name: str, name: str) -> Tensor | None:
         """The tensor in force as parameter ``name`` of the layer called ``layer_name``."""
-        full_name = f"{layer_name}.{name}" if layer_name else name
-        return self.tensors.get(full_name, getattr(layer, name))
+        return self.tensors.get(inner_name(layer_name, name), getattr(layer, name))
 
 
 class TransferMechanism:
     """How a stage is shared between tasks and how a task gets a branch of its own.
+
+    A subclass has to define :meth:`shared_branch`; everything else has a default. Each method is
+    handed a module of ``net.shared`` and, where there are any, the task's adapters of that stage;
+    a mechanism itself holds settings only, no tensors.
 
     Args:
         init: called on every new module to give it its initial weights; None:
@@ -46,19 +50,43 @@ class TransferMechanism:
     def __init__(self, init: Callable[[nn.Module], object] | None = None) -> None:
         self.init = reset_parameters if init is None else init
 
-    def new_specific(self, stage: nn.Module) -> nn.Module:
+    def shared_modules(self, stages: list[nn.Module]) -> list[nn.Module]:
+        """What is registered as ``net.shared``, one module per stage: the stages themselves.
+
+        A mechanism that keeps something else than the stage's weights returns modules that hold
+        that. Called once, before anything is registered; it may refuse a stage with a ValueError.
+        """
+        return stages
+
+    def reset_shared(self, shared: nn.Module) -> None:
+        """Draws a shared stage anew, in place, as if no task had ever trained it."""
+        self.init(shared)
+
+    def new_specific(self, shared: nn.Module) -> nn.Module:
         """The task's own branch of a stage: a module of the same form with new weights."""
-        specific = copy.deepcopy(stage)
+        specific = copy.deepcopy(shared)
         self.init(specific)
         return specific
 
-    def new_adapters(self, stage: nn.Module) -> nn.Module | None:
+    def new_adapters(self, shared: nn.Module) -> nn.Module | None:
         """The task's own factors inside the shared branch, or None if there are none."""
         return None
 
-    def shared_branch(self, stage: nn.Module, adapters: nn.Module | None) -> Branch:
-        """The shared branch as the task sees it."""
+    def shared_branch(self, shared: nn.Module, adapters: nn.Module | None) -> Branch:
+        """The shared branch as the task sees it; called once per mini-batch.
+
+        What it computes from ``adapters`` and from the weights of ``shared`` goes into
+        ``Branch.tensors`` and carries gradients to both.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define shared_branch")
+
+    def auxiliary_loss(self, shared: nn.Module, adapters: nn.Module | None) -> Tensor | None:
+        """A scalar that a configuration's loss has on top for sharing this stage, or None.
+
+        It is weighted by the posterior probability that the stage is shared, and is no part of the
+        likelihood.
+        """
+        return None
 
 
 def reset_parameters(module: nn.Module) -> None:
@@ -67,3 +95,8 @@ def reset_parameters(module: nn.Module) -> None:
         reset = getattr(layer, "reset_parameters", None)
         if callable(reset):
             reset()
+
+
+def inner_name(layer_name: str, name: str) -> str:
+    """The name of a layer's parameter inside a module; ``layer_name`` is "" for itself."""
+    return f"{layer_name}.{name}" if layer_name else name

@@ -1,0 +1,82 @@
+"""The optimiser of the authors' release, for reproduction runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class TFRMSprop(Optimizer):
+    """RMSProp as TensorFlow 1 computes it.
+
+    ``ms <- decay ms + (1 - decay) g^2``, from ms = 1; ``w <- w - lr g / sqrt(ms + eps)``. Two
+    things differ from :class:`torch.optim.RMSprop`: ms starts at 1 rather than 0, so a new task
+    warms up for about a hundred steps, and eps is inside the square root. Parameters without a
+    gradient are left alone. The release makes a new optimiser for every task and lets the learning
+    rate fall with the epochs e of the whole run as lr / (1 + e rate)::
+
+        optimizer = lf.optim.TFRMSprop(net.task_parameters(task), lr=1e-4)
+        scheduler = LambdaLR(optimizer, lambda e: 1 / (1 + (epochs_before + e) / 4000))
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate, at least 0; a float or a tensor of one element.
+        decay: of the mean square, in 0..1.
+        eps: above 0.
+
+    Raises:
+        ValueError: an argument is not as described.
+        RuntimeError: in ``step``, a gradient is sparse.
+    """
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-4, decay: float = 0.9, eps: float = 1e-10
+    ) -> None:
+        if not 0 <= float(lr) < math.inf:
+            raise ValueError(f"lr: expected a finite number of at least 0, got {lr!r}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: expected a number in 0..1, got {decay!r}")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
+        super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the loss again with gradients and returns it.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params]
+        if any(g.is_sparse for g in grads):
+            raise RuntimeError("TFRMSprop: expected dense gradients, got a sparse one")
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["mean_square"] = torch.ones_like(p)
+        mean_squares = [self.state[p]["mean_square"] for p in params]
+        torch._foreach_mul_(mean_squares, group["decay"])
+        torch._foreach_addcmul_(mean_squares, grads, grads, 1 - group["decay"])
+        roots = torch._foreach_add(mean_squares, group["eps"])
+        torch._foreach_sqrt_(roots)
+        updates = torch._foreach_div(grads, roots)
+        torch._foreach_mul_(updates, group["lr"])
+        torch._foreach_sub_(params, updates)
