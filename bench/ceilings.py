@@ -37,6 +37,7 @@ _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 def gemm_peak(dtype: str, device: str, size: int | None = None, rounds: int = 8) -> float:
     """FLOP/s of the best of a few square matrix products."""
     size = size or (8192 if device == "cuda" else 2048)
+    set_tf32(dtype == "tf32")
     a = torch.randn(size, size, device=device).to(_DTYPES[dtype])
     best = float("inf")
     for _ in range(rounds):
@@ -71,16 +72,23 @@ def fma_peak(threads: int, rounds: int = 2_000_000, repeats: int = 5) -> float |
     return threads * rounds * _FLOPS_PER_ROUND / best
 
 
+def set_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the inputs of fp32 products to tf32."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def synchronize(device: str) -> None:
     """Waits for the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def measure(dtypes: set[str], device: str) -> dict[str, float | None]:
+def measure(device: str) -> dict[str, float | None]:
     """GEMM peaks by dtype and the CPU's FMA peak, in FLOP/s."""
+    dtypes = ("fp32", "bf16") if device == "cpu" else ("fp32", "tf32", "bf16")
     peaks: dict[str, float | None] = {
-        f"gemm {dtype}": gemm_peak(dtype, device) for dtype in sorted(dtypes)
+        f"gemm {dtype}": gemm_peak(dtype, device) for dtype in dtypes
     }
     if device == "cpu":
         peaks["fma fp32"] = fma_peak(torch.get_num_threads())

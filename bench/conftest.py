@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 import pytest
-import torch
 
 from bench import cases, ceilings, machine, peers, race
 
@@ -36,9 +35,7 @@ def _device(config) -> str:
 
 def _measured_peaks(config) -> dict[str, float | None]:
     if _peaks not in config.stash:
-        if config.getoption("device") == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        config.stash[_peaks] = ceilings.measure({"fp32", "bf16"}, _device(config))
+        config.stash[_peaks] = ceilings.measure(_device(config))
     return config.stash[_peaks]
 
 

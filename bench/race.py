@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bench import ceilings
 from bench.cases import Case
 from bench.ceilings import synchronize
 from bench.gate import Gate, WrongResult, answer_of
@@ -47,6 +48,7 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
     Returns:
         A lane for every column, by name.
     """
+    ceilings.set_tf32(case.dtype == "tf32")
     problem = case.problem()
     slack = max(column.slack for column in columns)
     gates = {}

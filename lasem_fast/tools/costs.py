@@ -23,7 +23,7 @@ from lasem_fast.plan import Plan
 from lasem_fast.tools.memory import MemoryCount
 from lasem_fast.tree import Tree
 
-_MOST_CONFIGURATIONS = 4096
+MOST_CONFIGURATIONS = 4096
 
 
 class LevelCost(NamedTuple):
@@ -76,9 +76,9 @@ def step_cost(
     Raises:
         ValueError: more configurations than the tree can be planned for.
     """
-    if len(space) > _MOST_CONFIGURATIONS:
+    if len(space) > MOST_CONFIGURATIONS:
         raise ValueError(
-            f"groups: expected at most {_MOST_CONFIGURATIONS} configurations, got {len(space)}; "
+            f"groups: expected at most {MOST_CONFIGURATIONS} configurations, got {len(space)}; "
             f"bind stages into groups"
         )
     net = copy.deepcopy(net).to("meta")
