@@ -71,9 +71,7 @@ class Case:
         x = torch.randn(self.batch, *spec.sample, generator=generator)
         y = torch.randint(CLASSES, (self.batch,), generator=generator)
         space = ConfigSpace(net.depth, groups=self.groups)
-        return Problem(
-            self, net.to(self.device), space, x.to(self.device), y.to(self.device)
-        )
+        return Problem(self, net.to(self.device), space, x.to(self.device), y.to(self.device))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def gemm_peak(dtype: str, device: str, size: int | None = None, rounds: int = 8)
 
 
 def fma_peak(threads: int, rounds: int = 2_000_000, repeats: int = 5) -> float | None:
-    """FLOP/s of fp32 multiply-adds in registers on ``threads`` CPU cores; None without a compiler."""
+    """FLOP/s of fp32 multiply-adds in registers on ``threads`` cores; None without a compiler."""
     compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -87,9 +87,7 @@ def synchronize(device: str) -> None:
 def measure(device: str) -> dict[str, float | None]:
     """GEMM peaks by dtype and the CPU's FMA peak, in FLOP/s."""
     dtypes = ("fp32", "bf16") if device == "cpu" else ("fp32", "tf32", "bf16")
-    peaks: dict[str, float | None] = {
-        f"gemm {dtype}": gemm_peak(dtype, device) for dtype in dtypes
-    }
+    peaks: dict[str, float | None] = {f"gemm {dtype}": gemm_peak(dtype, device) for dtype in dtypes}
     if device == "cpu":
         peaks["fma fp32"] = fma_peak(torch.get_num_threads())
     return peaks

@@ -72,6 +72,10 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
+    for benchmark in output_json["benchmarks"]:
+        # Objects as text, with their addresses; extra_info says it readably.
+        for name in ("param", "params", "options"):
+            benchmark.pop(name, None)
     output_json["peaks"] = _measured_peaks(config)
     output_json["load_average_at_end"] = machine.load_average()
     output_json["refused"] = [

@@ -52,8 +52,10 @@ def brute_force(problem: Problem, configs: list[tuple[bool, ...]], dtype: torch.
     log_likelihood, nlls, grads = [], [], []
     for config in configs:
         h = x
-        with torch.autocast(x.device.type, enabled=False) if dtype is torch.float64 else (
-            problem.case.precision()
+        with (
+            torch.autocast(x.device.type, enabled=False)
+            if dtype is torch.float64
+            else (problem.case.precision())
         ):
             for stage, shared in enumerate(config):
                 h = (net.shared if shared else net.specific[TASK])[stage](h)
@@ -125,7 +127,7 @@ class Gate:
     def errors(self, answer: Answer) -> dict[str, float]:
         """Relative errors in the Euclidean norm: loss, posterior, and the worst gradient's.
 
-        Infinite where a value is missing or not finite. Where the truth is 0, the error is absolute.
+        Infinite where a value is missing or not finite; absolute where the truth is 0.
         """
         errors = dict.fromkeys(("loss", "posterior", "gradients"), 0.0)
         for name, truth in self.truth.values.items():

@@ -73,6 +73,7 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
         except Exception as error:  # a peer that cannot run here must not end the suite
             lane.refused = f"{column.name} did not run: {type(error).__name__}: {error}"
             continue
+        runner.net.zero_grad()
         lane.peak_memory = measured_peak(runner.step, case.device)
         steps[column.name] = runner.step
         round_time += _seconds(runner.step, case.device)

@@ -11,13 +11,14 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench.peers import BASE, PEERS
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_NOT_RUN = "–"
+_NOT_RUN = "-"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def report(results: Sequence[Results]) -> str:
     parts = []
     for one in results:
         parts += [_origin(one), time_table(one), _details(one), _refusals(one)]
-    for old, new in zip(results, results[1:], strict=False):
+    for old, new in pairwise(results):
         parts.append(comparison(old, new))
     return "\n\n".join(part for part in parts if part)
 

@@ -1,7 +1,7 @@
 """What a step costs, counted on the meta device: FLOPs and memory, level by level.
 
 Nothing is computed and nothing is allocated: the tree itself runs on tensors that have shapes only.
-FLOPs are PyTorch's own count (``torch.utils.flop_counter``), one multiply-add being two.
+One multiply-add is two FLOPs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lasem_fast.backends import plain_torch
 from lasem_fast.configs import ConfigSpace
@@ -20,7 +19,7 @@ from lasem_fast.em import LASEM
 from lasem_fast.net import TransferNet
 from lasem_fast.network import Network
 from lasem_fast.plan import Plan
-from lasem_fast.tools.memory import MemoryCount
+from lasem_fast.tools.count import Count
 from lasem_fast.tree import Tree
 
 MOST_CONFIGURATIONS = 4096
@@ -113,7 +112,7 @@ def _levels(net: TransferNet, task: str, space: ConfigSpace, x: Tensor) -> list[
         tree = Tree(plan, plain_torch.all_branches)
 
         def forward(tree: Tree = tree, network: Network = network) -> Tensor:
-            return tree.logits(network, x)
+            return tree.logits_without_and_with_noise(network, x)[1]
 
         flops, held, _ = _count(forward, net, (x,))
         levels.append(LevelCost(len(plan.levels[-1]), flops - flops_before, held - held_before))
@@ -130,10 +129,10 @@ def _count(
 ) -> tuple[int, int, int]:
     """FLOPs of forward and backward, bytes alive between them, and peak bytes."""
     module.zero_grad()
-    memory = MemoryCount()
-    memory.ignore(*module.parameters(), *module.buffers(), *inputs)
-    with FlopCounterMode(display=False) as counter, memory:
+    count = Count()
+    count.ignore(*module.parameters(), *module.buffers(), *inputs)
+    with count:
         out = forward()
-        held = memory.alive
+        held = count.alive
         out.sum().backward()
-    return counter.get_total_flops(), held, memory.peak
+    return count.flops, held, count.peak

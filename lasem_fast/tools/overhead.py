@@ -98,6 +98,7 @@ def measure(
         once |= _phases(em, prior, optimizer, task, x, y)
         for name, value in once.items() if round_ else ():  # the first round warms up
             seconds[name].append(value)
+    optimizer.zero_grad()
     ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     return {
         "net": looked_at.name,

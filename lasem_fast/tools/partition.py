@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from lasem_fast.tools.calibration import StageTime
@@ -77,7 +77,7 @@ def partitions(depth: int, groups: int) -> Iterator[tuple[int, ...]]:
     """All ways to cut ``depth`` stages into ``groups`` runs, as sizes."""
     for cuts in combinations(range(1, depth), groups - 1):
         edges = (0, *cuts, depth)
-        yield tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+        yield tuple(b - a for a, b in pairwise(edges))
 
 
 def rows_of(sizes: Sequence[int]) -> list[int]:

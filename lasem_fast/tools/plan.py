@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add = parser.add_argument
     add("--device", default="cpu", help="where to calibrate the times (default cpu)")
     add("--partition", type=subject.positive, metavar="G",
-        help="find the best partition into G groups (default: as many as the budget allows)")  # fmt: skip
+        help="find the best partition into G groups (default: as many as fit)")  # fmt: skip
     add("--max-seconds", type=_above_zero, help="budget per step, of the search for a partition")
     add("--max-memory", type=_above_zero, metavar="MIB", help="budget of peak memory, likewise")
     add("--json", action="store_true", help="print JSON in place of tables")
@@ -171,9 +170,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table.add_row("stage evaluations", str(evaluations["tree"]), str(evaluations["naive"]),
                   str(result["stages"]))  # fmt: skip
     table.add_row("GFLOP", *(f"{result['flops'][k] / 1e9:.3g}" for k in ("tree", "naive", "base")))
-    table.add_row(
-        "predicted ms", *(f"{1e3 * seconds[k]:.3g}" for k in ("tree", "naive", "base"))
-    )
+    table.add_row("predicted ms", *(f"{1e3 * seconds[k]:.3g}" for k in ("tree", "naive", "base")))
     console.print(table)
     table = _table("Level by level", "", "rows", "GFLOP", "memory, MiB", "predicted ms")
     for level in result["levels"]:

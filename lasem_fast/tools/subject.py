@@ -117,9 +117,7 @@ def _builtin(name: str) -> Subject:
 def _users(name: str) -> Subject:
     module_name, colon, function_name = name.partition(":")
     if not colon or not function_name:
-        raise ValueError(
-            f"NET: expected one of {sorted(NETS)} or module:function, got {name!r}"
-        )
+        raise ValueError(f"NET: expected one of {sorted(NETS)} or module:function, got {name!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -141,8 +139,7 @@ def _users(name: str) -> Subject:
 def _unpacked(made: Any, name: str) -> tuple[TransferNet, str, Tensor]:
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise ValueError(
-            f"{name}: expected (stages, head, sample) or (net, sample), got "
-            f"{type(made).__name__}"
+            f"{name}: expected (stages, head, sample) or (net, sample), got {type(made).__name__}"
         )
     sample = made[-1] if isinstance(made[-1], Tensor) else torch.empty(tuple(made[-1]))
     if len(made) == 3:
