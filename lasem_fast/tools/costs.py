@@ -48,8 +48,9 @@ class StepCost(NamedTuple):
         naive_flops: of the naive loop with one forward.
         base_flops: of one configuration alone.
         held: bytes alive between forward and backward, without weights and mini-batch.
-        peak: largest number of bytes alive during the step, gradients included, without weights
-            and mini-batch.
+        peak: largest number of bytes alive during the step, gradients included, without weights,
+            mini-batch and the private workspace of operators (a strided convolution's backward may
+            copy its operands).
     """
 
     levels: list[LevelCost]
