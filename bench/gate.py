@@ -10,6 +10,7 @@ weights and inputs that are ``slack`` roundings away, where some ties fall the o
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,38 +43,36 @@ class Answer:
 def brute_force(problem: Problem, configs: list[tuple[bool, ...]], dtype: torch.dtype) -> Answer:
     """Algorithm 1 as it is written, with the net and the mini-batch in ``dtype``.
 
-    One configuration at a time, so that the memory is that of one; float32 runs under the case's
-    autocast.
+    One configuration at a time, so that the memory is that of one: each gradient is weighted
+    relative to the most probable configuration so far. float32 runs under the case's autocast.
     """
     net = copy.deepcopy(problem.net).to(dtype)
     x = problem.x.to(dtype)
-    names = list(dict(net.named_parameters()))
-    parameters = list(net.parameters())
-    log_likelihood, nlls, grads = [], [], []
+    named = dict(net.named_parameters())
+    totals = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+    nlls, top = [], torch.full((), -torch.inf, dtype=dtype, device=x.device)
     for config in configs:
-        h = x
-        with (
-            torch.autocast(x.device.type, enabled=False)
-            if dtype is torch.float64
-            else (problem.case.precision())
-        ):
+        with problem.case.precision() if dtype is torch.float32 else nullcontext():
+            h = x
             for stage, shared in enumerate(config):
                 h = (net.shared if shared else net.specific[TASK])[stage](h)
             logits = net.heads[TASK](h)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits, problem.y)
-        grads.append(torch.autograd.grad(nll, parameters, allow_unused=True))
+        nll = F.cross_entropy(logits.to(dtype), problem.y)
+        grads = torch.autograd.grad(nll, list(named.values()), allow_unused=True)
         nlls.append(nll.detach())
-        log_likelihood.append(-nll.detach() * len(x))
-    posterior = torch.stack(log_likelihood).softmax(0)
-    values = {"loss": (posterior * torch.stack(nlls)).sum(), "posterior": posterior}
-    for i, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        total = torch.zeros_like(parameter)
-        for weight, grad in zip(posterior, grads, strict=True):
-            if grad[i] is not None:
-                total += weight * grad[i]
-        values[name] = total
-    return _answer(values, float(torch.stack(log_likelihood).abs().max()))
+        before, value = top, -len(x) * nll.detach()
+        top = torch.maximum(before, value)
+        for total, grad in zip(totals.values(), grads, strict=True):
+            total *= (before - top).exp()
+            if grad is not None:
+                total += (value - top).exp() * grad
+    nll = torch.stack(nlls)
+    log_likelihood = -len(x) * nll
+    posterior = log_likelihood.softmax(0)
+    values = {"loss": (posterior * nll).sum(), "posterior": posterior}
+    for name, total in totals.items():
+        values[name] = total / (log_likelihood - top).exp().sum()
+    return _answer(values, float(log_likelihood.abs().max()))
 
 
 def answer_of(runner: Runner, outcome: Outcome) -> Answer:

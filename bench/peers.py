@@ -36,14 +36,6 @@ class Outcome(NamedTuple):
     posterior: Tensor
 
 
-@dataclass
-class Runner:
-    """A column made ready for one problem."""
-
-    net: TransferNet
-    step: Callable[[], Outcome]
-
-
 @dataclass(frozen=True)
 class Column:
     """One way of computing a training step.
@@ -73,8 +65,18 @@ class Count:
     def posterior(self, log_likelihood: Tensor) -> Tensor:
         """softmax_c(log prior_c + L_c); counts the winner."""
         posterior = ((self.wins / self.wins.sum()).log() + log_likelihood.detach()).softmax(0)
-        self.wins[posterior.argmax()] += 1
+        # Not wins[argmax] += 1, which would wait for the device.
+        self.wins += torch.arange(len(posterior), device=posterior.device) == posterior.argmax()
         return posterior
+
+
+@dataclass
+class Runner:
+    """A column made ready for one problem."""
+
+    net: TransferNet
+    step: Callable[[], Outcome]
+    count: Count | None = None
 
 
 def _copied(problem: Problem) -> TransferNet:
@@ -159,7 +161,7 @@ def _from_logits(problem: Problem, net: TransferNet, logits: Callable[[Tensor], 
             out = logits(x)
         return _finish(_nll(out, problem.y), count, len(problem.x))
 
-    return Runner(net, step)
+    return Runner(net, step, count)
 
 
 def _loop(net: TransferNet, configs: list[tuple[bool, ...]], x: Tensor) -> Tensor:
@@ -259,6 +261,7 @@ def graphed_tree(problem: Problem) -> Runner:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outcome = tree.step()
+    tree.count.wins.fill_(1)  # as before the steps that warmed up
 
     def step() -> Outcome:
         graph.replay()
