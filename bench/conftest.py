@@ -16,7 +16,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("lasem_fast benchmark")
     group.addoption("--suite", choices=("quick", "full"), default="quick", help="which rows")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="of the full suite")
-    group.addoption("--seconds", type=float, default=20.0, help="of timing per row")
+    group.addoption("--seconds", type=float, default=12.0, help="of timing per row")
 
 
 def pytest_generate_tests(metafunc):

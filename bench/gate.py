@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.cases import TASK, Case, Problem
 from bench.peers import Column, Outcome, Runner
 
-_NEIGHBOURS = 3
+_NEIGHBOURS = 2
 
 
 class WrongResult(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -74,9 +75,10 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
             lane.refused = f"{column.name} did not run: {type(error).__name__}: {error}"
             continue
         runner.net.zero_grad()
+        start = time.perf_counter()
         lane.peak_memory = measured_peak(runner.step, case.device)
+        round_time += time.perf_counter() - start
         steps[column.name] = runner.step
-        round_time += _seconds(runner.step, case.device)
     rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(budget / max(round_time, 1e-6))))
     gc.collect()
     for _ in range(rounds if steps else 0):
@@ -86,7 +88,7 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
     return lanes
 
 
-def _seconds(step, device: str) -> float:
+def _seconds(step: Callable[[], object], device: str) -> float:
     synchronize(device)
     start = time.perf_counter()
     step()
