@@ -72,7 +72,13 @@ class Count:
 
 @dataclass
 class Runner:
-    """A column made ready for one problem."""
+    """A column made ready for one problem.
+
+    Attributes:
+        net: whose parameters the gradients are in.
+        step: one training step.
+        count: the prior, where the column keeps one itself.
+    """
 
     net: TransferNet
     step: Callable[[], Outcome]

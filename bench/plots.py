@@ -71,6 +71,7 @@ def _times_base(results: Results) -> plt.Figure:
     axes.set_yticks([j + 0.4 - width / 2 for j in range(len(rows))], rows, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(left=1)
     axes.set_xlabel("times the base learner")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
