@@ -4,13 +4,32 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+RESULTS ?= bench/results
+# Freed memory is kept, for every column alike: no page faults in the times of large mini-batches.
+KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
+BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet $(ARGS)
+
+.PHONY: demo test lint bench bench-full clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lasem_fast demo $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+# A refused column fails the run, but the report of all others is still written.
+bench: $(VENV)/.ready
+	mkdir -p $(RESULTS)
+	status=0; $(KEEP_MEMORY) $(BENCH) --benchmark-json=$(RESULTS)/quick.json || status=$$?; \
+	$(BIN)/python -m bench.report $(RESULTS)/quick.json --plots $(RESULTS) && exit $$status
+
+# Every row and column, with the allocator as it is and then with freed memory kept.
+bench-full: $(VENV)/.ready
+	mkdir -p $(RESULTS)
+	status=0; $(BENCH) --suite full --benchmark-json=$(RESULTS)/full.json || status=$$?; \
+	$(KEEP_MEMORY) $(BENCH) --suite full --benchmark-json=$(RESULTS)/full-kept.json || status=$$?; \
+	$(BIN)/python -m bench.report $(RESULTS)/full.json $(RESULTS)/full-kept.json \
+	--plots $(RESULTS) && exit $$status
 
 lint: $(VENV)/.ready
 	$(BIN)/pip install --quiet ruff==0.14.5

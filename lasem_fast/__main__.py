@@ -26,6 +26,21 @@ COMMANDS = {
         extra="demo",
         needs=(("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("rich", "rich")),
     ),
+    "overhead": Command(
+        "lasem_fast.tools.overhead",
+        "what an EM step costs: time per phase, beside a plain step and the naive loop",
+        extra="bench",
+        needs=(("rich", "rich"),),
+    ),
+    "plan": Command(
+        "lasem_fast.tools.plan",
+        "what a search would cost before it is run, and which groups fit a budget",
+        extra="bench",
+        needs=(("rich", "rich"),),
+    ),
+    "doctor": Command(
+        "lasem_fast.tools.doctor", "versions, backends and why not, build flags, CPU features"
+    ),
 }
 
 

@@ -1,0 +1,1 @@
+"""The benchmark suite: the library beside what a user would pick instead (``make bench``)."""

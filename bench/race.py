@@ -1,0 +1,96 @@
+"""Times the columns of one row against one another, in turns."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from bench import ceilings
+from bench.cases import Case
+from bench.ceilings import synchronize
+from bench.gate import Gate, WrongResult, answer_of
+from bench.peers import Column
+from lasem_fast.tools.memory import measured_peak
+
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 25
+
+
+@dataclass
+class Lane:
+    """What is known of a column after a race.
+
+    Attributes:
+        seconds: of every round; empty where the column was refused.
+        first_step: seconds from nothing to the end of the first step, compilation included.
+        peak_memory: bytes that PyTorch allocated at most during a step, weights not included.
+        errors: against float64 brute force, relative.
+        refused: why there is no time, or "".
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    first_step: float = 0.0
+    peak_memory: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+    refused: str = ""
+
+
+def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
+    """One round is one step of every column that passed the gate; rounds fill the budget.
+
+    Args:
+        case: the row.
+        columns: the columns, each timed once per round in this order.
+        budget: seconds that all rounds together should take; at least three rounds are run.
+
+    Returns:
+        A lane for every column, by name.
+    """
+    ceilings.set_tf32(case.dtype == "tf32")
+    problem = case.problem()
+    slack = max(column.slack for column in columns)
+    gates = {}
+    if any(column.all_configurations for column in columns):
+        gates[True] = Gate(problem, largest_slack=slack)
+    if not all(column.all_configurations for column in columns):
+        gates[False] = Gate(problem, [problem.space.all], largest_slack=slack)
+    lanes, steps, round_time = {}, {}, 0.0
+    for column in columns:
+        lane = lanes[column.name] = Lane()
+        try:
+            start = time.perf_counter()
+            runner = column.build(problem)
+            outcome = runner.step()
+            synchronize(case.device)
+            lane.first_step = time.perf_counter() - start
+            gate = gates[column.all_configurations]
+            lane.errors = gate.check(column, answer_of(runner, outcome))
+        except WrongResult as error:
+            lane.refused = str(error)
+            continue
+        except Exception as error:  # a peer that cannot run here must not end the suite
+            lane.refused = f"{column.name} did not run: {type(error).__name__}: {error}"
+            continue
+        runner.net.zero_grad()
+        start = time.perf_counter()
+        lane.peak_memory = measured_peak(runner.step, case.device)
+        round_time += time.perf_counter() - start
+        steps[column.name] = runner.step
+    rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(budget / max(round_time, 1e-6))))
+    gc.collect()
+    for _ in range(rounds if steps else 0):
+        for name, step in steps.items():
+            lanes[name].seconds.append(_seconds(step, case.device))
+    torch.compiler.reset()
+    return lanes
+
+
+def _seconds(step: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,217 @@
+"""``python -m bench.report FILE...``: results as Markdown tables and plots; two files are compared.
+
+The tables go to standard output, or between the two marker lines of a document (``--into``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from bench.peers import BASE, PEERS
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_NOT_RUN = "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of one row: see ``extra_info`` in :mod:`bench.test_speed`."""
+
+    info: dict[str, Any]
+
+    @property
+    def row(self) -> str:
+        return self.info["row"]
+
+    @property
+    def column(self) -> str:
+        return self.info["column"]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.info["seconds"])
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, relative to the median."""
+        seconds = self.info["seconds"]
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results file."""
+
+    machine: dict[str, Any]
+    commit: str
+    peaks: dict[str, float | None]
+    refused: dict[tuple[str, str], str]
+    cells: dict[tuple[str, str], Cell]
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Reads a file that ``make bench`` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        data = json.loads(path.read_text())
+        if "peaks" not in data or "benchmarks" not in data:
+            raise ValueError(f"FILE: expected results of the benchmark suite, got {path.name}")
+        commit = data["commit_info"].get("id", "unknown")[:9]
+        if data["commit_info"].get("dirty"):
+            commit += " with changes"
+        cells = [Cell(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]]
+        return cls(
+            data["machine_info"],
+            commit,
+            data["peaks"],
+            {(r["row"], r["column"]): r["why"] for r in data["refused"]},
+            {(cell.row, cell.column): cell for cell in cells},
+        )
+
+    def rows(self) -> list[str]:
+        """Names of the rows, in the order of the file."""
+        return list(dict.fromkeys(row for row, _ in [*self.cells, *self.refused]))
+
+    def columns(self) -> list[str]:
+        """Names of the columns: the peers in their order, then the library's."""
+        present = dict.fromkeys(column for _, column in [*self.cells, *self.refused])
+        peers = [column.name for column in PEERS if column.name in present]
+        return [*peers, *(column for column in present if column not in peers)]
+
+    def times_base(self, row: str, column: str) -> float | None:
+        """How many times the base learner's time a column takes."""
+        cell, base = self.cells.get((row, column)), self.cells.get((row, BASE))
+        return cell.median / base.median if cell and base else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of make bench")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write the plots there")
+    parser.add_argument("--into", type=Path, metavar="DOC",
+        help=f"put the tables into DOC, between the lines {BEGIN} and {END}")  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        results = [Results.load(path) for path in args.files]
+        text = report(results)
+        if args.into:
+            args.into.write_text(inserted(args.into.read_text(), text))
+        else:
+            print(text)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if args.plots:
+        from bench import plots
+
+        for path in plots.draw(results[-1], args.plots):
+            print(f"Written: {path}", file=sys.stderr)
+    return 0
+
+
+def report(results: Sequence[Results]) -> str:
+    """All tables as Markdown; with two results or more also each one against the one before."""
+    parts = []
+    for one in results:
+        parts += [_origin(one), time_table(one), _details(one), _refusals(one)]
+    for old, new in pairwise(results):
+        parts.append(comparison(old, new))
+    return "\n\n".join(part for part in parts if part)
+
+
+def inserted(document: str, text: str) -> str:
+    """The document with ``text`` between its marker lines."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"DOC: expected the lines {BEGIN} and {END}, got a document without them")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def _origin(results: Results) -> str:
+    machine = results.machine
+    peaks = ", ".join(
+        f"{name} {peak / 1e9:.0f} GFLOP/s" for name, peak in results.peaks.items() if peak
+    )
+    return (
+        f"{machine['device']}, {machine['threads']} threads of {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, {machine['simd']}, malloc: {machine['malloc']}; PyTorch "
+        f"{machine['torch']}, commit {results.commit}. Measured peaks: {peaks}."
+    )
+
+
+def time_table(results: Results) -> str:
+    """Milliseconds of a step (median, half the interquartile range) and times the base learner."""
+    columns = results.columns()
+    lines = []
+    for row in results.rows():
+        cells = [row]
+        for column in columns:
+            cell = results.cells.get((row, column))
+            if cell is None:
+                cells.append("refused" if (row, column) in results.refused else _NOT_RUN)
+                continue
+            text = f"{1e3 * cell.median:.3g} ±{100 * cell.spread:.0f}%"
+            times = results.times_base(row, column)
+            cells.append(text if times is None or column == BASE else f"{text} ({times:.1f}x)")
+        lines.append(cells)
+    return markdown(["ms (times the base learner)", *columns], lines)
+
+
+def _details(results: Results) -> str:
+    lines = [
+        [
+            row, column,
+            f"{cell.info['peak_memory'] / 2**20:.0f}",
+            f"{cell.info['first_step']:.2g}",
+            f"{cell.info['tree_flops'] / 1e9:.3g}",
+            f"{100 * cell.info['fraction_of_peak']:.0f}%",
+            f"{max(cell.info['errors'].values()):.1e}",
+        ]
+        for (row, column), cell in results.cells.items()
+    ]  # fmt: skip
+    headings = ["row", "column", "peak memory, MiB", "first step, s", "GFLOP of the tree",
+                "of measured peak", "error"]  # fmt: skip
+    return markdown(headings, lines)
+
+
+def _refusals(results: Results) -> str:
+    return "\n".join(f"- Refused: {row}: {why}" for (row, _), why in results.refused.items())
+
+
+def comparison(old: Results, new: Results) -> str:
+    """Time of the old commit over that of the new one: above 1 the new one is faster."""
+    both = [key for key in new.cells if key in old.cells]
+    columns = [c for c in new.columns() if any(column == c for _, column in both)]
+    rows = [r for r in new.rows() if any(row == r for row, _ in both)]
+    lines = [
+        [row, *(_speedup(old.cells.get((row, c)), new.cells.get((row, c))) for c in columns)]
+        for row in rows
+    ]
+    return markdown([f"time of {old.commit} / time of {new.commit}", *columns], lines)
+
+
+def _speedup(old: Cell | None, new: Cell | None) -> str:
+    return f"{old.median / new.median:.2f}" if old and new else _NOT_RUN
+
+
+def markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are set to the right."""
+    rule = ["---", *["--:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, rule, *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What EM costs: the sub-commands ``overhead``, ``plan`` and ``doctor`` (extra ``bench``)."""

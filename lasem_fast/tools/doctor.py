@@ -1,0 +1,109 @@
+"""``python -m lasem_fast doctor``: what is installed, what can run, and why the rest cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lasem_fast
+
+_PACKAGES = ("numpy", "triton", "rich", "matplotlib", "pytest-benchmark", "scikit-learn")
+_CPU_FEATURES = (
+    "fma", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve",
+    "bf16",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Prints the diagnosis; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    args = parser.parse_args(argv)
+    result = diagnose()
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return 0
+    for heading, facts in result.items():
+        print(f"{heading}:")
+        for name, value in facts.items():
+            print(f"  {name}: {value}")
+    return 0
+
+
+def diagnose() -> dict[str, dict[str, Any]]:
+    """Versions, backends, build flags and hardware; no paths and no host name."""
+    return {
+        "versions": _versions(),
+        "backends": lasem_fast.backends(),
+        "PyTorch's build": _build(),
+        "CPU": _cpu(),
+        "CUDA": _cuda(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "lasem_fast": lasem_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _build() -> dict[str, Any]:
+    config = torch.__config__.show()
+    flags = re.search(r"CXX_FLAGS=([^,]*)", config)
+    return {
+        "compiler": next((s[4:] for line in config.splitlines()
+                          if (s := line.strip()).startswith("- GCC")), "unknown"),
+        "C++ flags": flags.group(1).strip() if flags else "unknown",
+        "C++11 ABI": torch.compiled_with_cxx11_abi(),
+        "CUDA": torch.version.cuda or "none",
+        "oneDNN": torch.backends.mkldnn.is_available(),
+        "MKL": torch.backends.mkl.is_available(),
+        "OpenMP": torch.backends.openmp.is_available(),
+    }  # fmt: skip
+
+
+def _cpu() -> dict[str, Any]:
+    flags = _cpu_flags()
+    return {
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "used by PyTorch": torch.backends.cpu.get_cpu_capability(),
+        "features": ", ".join(name for name in _CPU_FEATURES if name in flags) or "unknown",
+    }
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return set(next(flags, "").split())
+
+
+def _cuda() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"devices": "none"}
+    return {
+        f"device {i}": f"{torch.cuda.get_device_name(i)}, compute capability "
+        f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
+        for i in range(torch.cuda.device_count())
+    }

@@ -1,0 +1,211 @@
+"""``python -m lasem_fast plan``: what a search would cost, before it is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lasem_fast.configs import ConfigSpace
+from lasem_fast.plan import Plan
+from lasem_fast.tools import subject
+from lasem_fast.tools.calibration import StageTime, naive_seconds, stage_times, tree_seconds
+from lasem_fast.tools.costs import MOST_CONFIGURATIONS, StepCost, step_cost
+from lasem_fast.tools.partition import best_partition
+from lasem_fast.tools.subject import Subject
+
+MIB = 2**20
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Prints the plan; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    subject.add_net_arguments(parser)
+    add = parser.add_argument
+    add("--device", default="cpu", help="where to calibrate the times (default cpu)")
+    add("--partition", type=subject.positive, metavar="G",
+        help="find the best partition into G groups (default: as many as fit)")  # fmt: skip
+    add("--max-seconds", type=_above_zero, help="budget per step, of the search for a partition")
+    add("--max-memory", type=_above_zero, metavar="MIB", help="budget of peak memory, likewise")
+    add("--json", action="store_true", help="print JSON in place of tables")
+    args = parser.parse_args(argv)
+    try:
+        looked_at = subject.load(args)
+        result = make_plan(
+            looked_at,
+            device=args.device,
+            partition=args.partition,
+            max_seconds=args.max_seconds,
+            max_memory=None if args.max_memory is None else args.max_memory * MIB,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if args.json:
+        print(json.dumps(result, indent=1, allow_nan=False))
+    else:
+        _print(result, Console())
+    return 0
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {value}")
+    return value
+
+
+def make_plan(
+    looked_at: Subject,
+    *,
+    device: str = "cpu",
+    partition: int | None = None,
+    max_seconds: float | None = None,
+    max_memory: float | None = None,
+) -> dict[str, Any]:
+    """The costs of a search: counted on the meta device, times from a quick calibration.
+
+    Args:
+        looked_at: the net, its mini-batch and groups.
+        device: where to calibrate.
+        partition: number of groups to find the best partition for; None: as many as fit, if there
+            is a budget.
+        max_seconds: per step.
+        max_memory: peak bytes of a step.
+
+    Returns:
+        What ``--json`` prints: seconds, bytes, FLOPs.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+    net, task, sample, batch = looked_at.net, looked_at.task, looked_at.sample, looked_at.batch
+    if partition is not None and partition > net.depth:
+        raise ValueError(f"partition: expected at most {net.depth} groups, got {partition}")
+    space = looked_at.space()
+    cost = step_cost(net, task, space, sample, batch)
+    x, _ = looked_at.batch_of(batch, device)
+    times = stage_times(net.to(device), task, x)
+    plan = Plan.of_configs(space.configs)
+    result = {
+        "net": looked_at.name,
+        "batch": batch,
+        "stages": net.depth,
+        "groups": list(space.groups or ()),
+        "configurations": len(space),
+        "stage_evaluations": {"tree": plan.stage_evaluations, "naive": len(space) * net.depth},
+        "flops": {"tree": cost.flops, "naive": cost.naive_flops, "base": cost.base_flops},
+        "memory": {"held": cost.held, "peak": cost.peak},
+        "predicted_seconds": {
+            "tree": tree_seconds(times, space),
+            "naive": naive_seconds(times, space),
+            "base": sum(t.seconds(1) for t in times),
+        },
+        "levels": _levels(cost, times),
+    }
+    if partition is not None or max_seconds is not None or max_memory is not None:
+        result["partitions"] = _partitions(
+            looked_at, times, partition, max_seconds or math.inf, max_memory or math.inf
+        )
+    return result
+
+
+def _levels(cost: StepCost, times: Sequence[StageTime]) -> list[dict[str, Any]]:
+    names = [*(f"stage {i + 1}" for i in range(len(times) - 1)), "head"]
+    return [
+        {"level": name, **level._asdict(), "predicted_seconds": time.seconds(level.rows)}
+        for name, level, time in zip(names, cost.levels, times, strict=True)
+    ]
+
+
+def _partitions(
+    looked_at: Subject,
+    times: Sequence[StageTime],
+    groups: int | None,
+    max_seconds: float,
+    max_memory: float,
+) -> list[dict[str, Any]]:
+    """The best partition for each number of groups, up to the largest that fits."""
+    depth = looked_at.net.depth
+    net, task, sample, batch = looked_at.net, looked_at.task, looked_at.sample, looked_at.batch
+
+    def cost_of(sizes: tuple[int, ...]) -> StepCost:
+        return step_cost(net, task, ConfigSpace(depth, groups=sizes), sample, batch)
+
+    # All stages in one group have two rows each.
+    held = [level.held // 2 for level in cost_of((depth,)).levels[:-1]]
+    most = min(depth, MOST_CONFIGURATIONS.bit_length() - 1)
+    found = []
+    for g in range(1, most + 1) if groups is None else [groups]:
+        best = best_partition(
+            times, held, g, lambda sizes: cost_of(sizes).peak,
+            max_seconds=max_seconds, max_memory=max_memory,
+        )  # fmt: skip
+        if best is None:
+            break
+        found.append(
+            {
+                "groups": list(best.sizes),
+                "configurations": 2**g,
+                "predicted_seconds": best.seconds,
+                "peak": best.peak,
+            }
+        )
+    return found
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    evaluations, seconds = result["stage_evaluations"], result["predicted_seconds"]
+    groups = f", groups {result['groups']}" if len(result["groups"]) < result["stages"] else ""
+    console.print(
+        f"{result['net']}: {result['stages']} stages{groups}, {result['configurations']} "
+        f"configurations, mini-batch of {result['batch']}"
+    )
+    table = _table("One training step", "", "tree", "naive loop", "one configuration")
+    table.add_row("stage evaluations", str(evaluations["tree"]), str(evaluations["naive"]),
+                  str(result["stages"]))  # fmt: skip
+    table.add_row("GFLOP", *(f"{result['flops'][k] / 1e9:.3g}" for k in ("tree", "naive", "base")))
+    table.add_row("predicted ms", *(f"{1e3 * seconds[k]:.3g}" for k in ("tree", "naive", "base")))
+    console.print(table)
+    table = _table("Level by level", "", "rows", "GFLOP", "memory, MiB", "predicted ms")
+    for level in result["levels"]:
+        table.add_row(level["level"], str(level["rows"]), f"{level['flops'] / 1e9:.3g}",
+                      f"{level['held'] / MIB:.1f}",
+                      f"{1e3 * level['predicted_seconds']:.3g}")  # fmt: skip
+    console.print(table)
+    memory = result["memory"]
+    console.print(
+        f"Memory beside weights and mini-batch: {memory['held'] / MIB:.1f} MiB between forward and "
+        f"backward, {memory['peak'] / MIB:.1f} MiB at the peak (gradients included)."
+    )
+    if "partitions" in result:
+        _print_partitions(result["partitions"], console)
+
+
+def _print_partitions(found: list[dict[str, Any]], console: Console) -> None:
+    if not found:
+        console.print("No partition fits the budget.")
+        return
+    table = _table(
+        "Fastest partitions within the budget", "groups", "configurations", "predicted ms",
+        "peak memory, MiB",
+    )  # fmt: skip
+    for row in found:
+        table.add_row(
+            ",".join(map(str, row["groups"])), str(row["configurations"]),
+            f"{1e3 * row['predicted_seconds']:.3g}", f"{row['peak'] / MIB:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"Best: ConfigSpace({sum(found[-1]['groups'])}, groups={found[-1]['groups']})")
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left")
+    return table

@@ -1,0 +1,239 @@
+"""overhead, plan and doctor: what they count is what PyTorch measures; users' nets go through."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import sys
+from itertools import product
+
+import pytest
+import torch
+from nets import Residual
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lasem_fast as lf
+from lasem_fast.__main__ import main
+from lasem_fast.tools import doctor, subject
+from lasem_fast.tools.builtin import NETS
+from lasem_fast.tools.calibration import StageTime
+from lasem_fast.tools.costs import step_cost
+from lasem_fast.tools.memory import measured_held, measured_peak
+from lasem_fast.tools.partition import best_partition, partitions, rows_of
+
+USERS_NET = """
+import torch
+from torch import nn
+import lasem_fast as lf
+
+def stages():
+    conv = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Dropout(0.2))
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(288, 16), nn.ReLU())
+    return [conv, dense], nn.Linear(16, 3), (1, 6, 6)
+
+def net():
+    net = lf.TransferNet([nn.Embedding(7, 4), nn.Sequential(nn.Linear(4, 4), nn.GELU())])
+    net.add_task("mine", nn.Sequential(nn.Flatten(), nn.Linear(20, 3)))
+    return net, torch.zeros(5, dtype=torch.int64)
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def users_net(tmp_path, monkeypatch):
+    """A module outside the package, in the current directory."""
+    (tmp_path / "users_net.py").write_text(USERS_NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+
+
+def _block_net():
+    stages = [
+        nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        Residual(16),
+        nn.Sequential(nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.Tanh()),
+    ]
+    return stages, nn.Sequential(nn.Flatten(), nn.Linear(16 * 64, 5)), (3, 32, 32)
+
+
+def _net_of(name):
+    if name == "blocks":
+        stages, head, sample = _block_net()
+        groups = None
+    else:
+        spec = NETS[name]
+        stages, head, sample, groups = spec.stages(), spec.head(10), spec.sample, spec.groups
+    net = lf.TransferNet(stages)
+    net.add_task("t", head)
+    return net, lf.ConfigSpace(net.depth, groups=groups), torch.empty(sample)
+
+
+@pytest.fixture(params=["cifar-4", "cifar-6", "residual-17", "blocks"])
+def measured(request):
+    """A net's predicted cost and a way to run its step for real."""
+    net, space, sample = _net_of(request.param)
+    samples = 2
+    cost = step_cost(net, "t", space, sample, samples)
+    em = lf.LASEM(net, space, backend="torch")
+    x, y = torch.randn(samples, *sample.shape), torch.zeros(samples, dtype=torch.int64)
+    em(x, y, "t")
+    return cost, em, x, y
+
+
+def test_flops_are_those_of_pytorchs_counter(measured):
+    cost, em, x, y = measured
+    with FlopCounterMode(display=False) as counter:
+        em(x, y, "t").loss.backward()
+    assert cost.flops == counter.get_total_flops()
+    assert sum(level.flops for level in cost.levels) == cost.flops
+
+
+def test_flops_of_the_naive_loop_and_of_one_configuration(measured):
+    cost, em, x, y = measured
+    naive = lf.LASEM(em.net, em.space, backend="reference")
+    with FlopCounterMode(display=False) as counter:
+        naive(x, y, "t", posterior=torch.full((len(em.space),), 1 / len(em.space))).loss.backward()
+    assert cost.naive_flops == counter.get_total_flops()
+    assert cost.naive_flops == len(em.space) * cost.base_flops
+
+
+def test_memory_is_within_ten_percent_of_pytorchs_profile(measured):
+    cost, em, x, y = measured
+    held = measured_held(lambda: em(x, y, "t").loss)
+    assert cost.held == pytest.approx(held, rel=0.1)
+    assert sum(level.held for level in cost.levels) == cost.held
+
+
+@pytest.mark.parametrize("measured", ["cifar-4", "cifar-6", "residual-17"], indirect=True)
+def test_peak_memory_is_within_ten_percent_of_pytorchs_profile(measured):
+    cost, em, x, y = measured
+
+    def step():
+        em.net.zero_grad()
+        em(x, y, "t").loss.backward()
+
+    em.net.zero_grad()
+    assert cost.peak == pytest.approx(measured_peak(step, "cpu"), rel=0.1)
+
+
+def test_counting_leaves_the_net_alone():
+    net, space, sample = _net_of("cifar-4")
+    before = [p.detach().clone() for p in net.parameters()]
+    step_cost(net, "t", space, sample, 2)
+    assert all(p.device.type == "cpu" and p.grad is None for p in net.parameters())
+    assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_too_many_configurations_are_refused():
+    net = lf.TransferNet([nn.Linear(2, 2) for _ in range(13)])
+    net.add_task("t", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected at most 4096 configurations, got 8192"):
+        step_cost(net, "t", lf.ConfigSpace(13), torch.empty(2), 1)
+
+
+def test_partitions_are_all_of_them():
+    sizes = set(partitions(5, 3))
+    assert sizes == {s for s in product(range(1, 4), repeat=3) if sum(s) == 5}
+    assert rows_of((2, 1, 2)) == [2, 2, 4, 8, 8]
+
+
+def test_best_partition_puts_few_and_cheap_stages_last():
+    times = [StageTime(0.0, t) for t in (1.0, 5.0, 1.0, 1.0, 0.1)]
+    found = best_partition(times, [1] * 4, 2, sum)
+    by_hand = {
+        s: sum(r * t.per_row for r, t in zip(rows_of(s), times[:4], strict=True)) + 0.4
+        for s in partitions(4, 2)
+    }
+    assert found.sizes == min(by_hand, key=by_hand.__getitem__) == (3, 1)
+    assert found.seconds == pytest.approx(by_hand[found.sizes])
+
+
+def test_best_partition_keeps_to_the_budget():
+    times = [StageTime(0.0, 1.0)] * 3 + [StageTime(0.0, 0.0)]
+    peak = {(2, 1): 100, (1, 2): 50}
+    fastest = best_partition(times, [0] * 3, 2, peak.__getitem__)
+    assert (fastest.sizes, fastest.peak) == ((2, 1), 100)
+    smaller = best_partition(times, [0] * 3, 2, peak.__getitem__, max_memory=60)
+    assert smaller.sizes == (1, 2)
+    assert best_partition(times, [0] * 3, 2, peak.__getitem__, max_memory=40) is None
+    assert best_partition(times, [0] * 3, 2, peak.__getitem__, max_seconds=7) is None
+    assert best_partition(times, [30] * 3, 2, peak.__getitem__, max_memory=math.inf) is not None
+    assert best_partition(times, [30] * 3, 2, peak.__getitem__, max_memory=200) is None
+
+
+@pytest.mark.usefixtures("users_net")
+@pytest.mark.parametrize("name", ["users_net:stages", "users_net:net"])
+def test_a_users_net_goes_through_overhead(name, capsys):
+    assert main(["overhead", name, "--batch", "4", "--rounds", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["batch"], result["configurations"], result["backend"]) == (4, 4, "torch")
+    two_forwards = name.endswith("stages")  # its dropout makes the E-step's forward another one
+    phases = {"E forward", "posterior", "prior", "backward", "optimiser"}
+    assert set(result["phases_ms"]) == phases | ({"M forward"} if two_forwards else set())
+    assert set(result["step_ms"]) == {"EM step", "plain step", "naive loop"}
+    assert all(value > 0 for value in result["peak_bytes"].values())
+
+
+@pytest.mark.usefixtures("users_net")
+@pytest.mark.parametrize("name", ["users_net:stages", "users_net:net"])
+def test_a_users_net_goes_through_plan(name, capsys):
+    argv = ["plan", name, "--batch", "4", "--max-memory", "100", "--json"]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["stage_evaluations"] == {"tree": 6, "naive": 8}
+    assert [level["rows"] for level in result["levels"]] == [2, 4, 4]
+    assert [found["groups"] for found in result["partitions"]] == [[2], [1, 1]]
+
+
+@pytest.mark.usefixtures("users_net")
+def test_tables_are_printed(capsys):
+    assert main(["overhead", "users_net:stages", "--rounds", "1"]) == 0
+    assert "EM costs" in capsys.readouterr().out
+    assert main(["plan", "users_net:stages", "--partition", "2"]) == 0
+    assert "Best: ConfigSpace(2, groups=[1, 1])" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("users_net")
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plan", "no-such-net"], "expected one of"),
+        (["plan", "no_such_module:f"], "expected a module that can be imported"),
+        (["plan", "users_net:absent"], "expected a function 'absent'"),
+        (
+            ["plan", "users_net:nothing"],
+            "expected (stages, head, sample) or (net, sample), got int",
+        ),
+        (["plan", "users_net:stages", "--groups", "3"], "add up to depth=2"),
+        (["plan", "users_net:stages", "--partition", "3"], "expected at most 2 groups, got 3"),
+        (["plan", "users_net:stages", "--max-memory", "0"], "expected a number above 0"),
+        (["overhead", "users_net:stages", "--batch", "0"], "expected at least 1, got 0"),
+        (["overhead", "users_net:stages", "--backend", "cuda"], "backend 'cuda'"),
+    ],
+)
+def test_errors_name_what_was_expected(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_says_how_to_name_a_net(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    assert subject.HOW_TO_NAME_A_NET.strip() in capsys.readouterr().out
+
+
+def test_doctor_says_what_can_run_and_names_no_machine(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch: {torch.__version__}" in text
+    assert main(["doctor", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["backends"] == lf.backends()
+    assert result == json.loads(json.dumps(doctor.diagnose()))
+    assert json.dumps(socket.gethostname()) not in json.dumps(result)
