@@ -37,7 +37,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 
 # torch comes first and by version, so that nothing else decides which build of it is taken.
-$(VENV)/.ready: pyproject.toml setup.py
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH) "numpy<2.4" "setuptools>=77" wheel ninja
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
