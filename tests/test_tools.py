@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lasem_fast as lf
 from lasem_fast.__main__ import main
+from lasem_fast._dispatch import choose
 from lasem_fast.tools import doctor, subject
 from lasem_fast.tools.builtin import NETS
 from lasem_fast.tools.calibration import StageTime
@@ -170,7 +171,7 @@ def test_best_partition_keeps_to_the_budget():
 def test_a_users_net_goes_through_overhead(name, capsys):
     assert main(["overhead", name, "--batch", "4", "--rounds", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["batch"], result["configurations"], result["backend"]) == (4, 4, "torch")
+    assert (result["batch"], result["configurations"], result["backend"]) == (4, 4, choose("auto"))
     two_forwards = name.endswith("stages")  # its dropout makes the E-step's forward another one
     phases = {"E forward", "posterior", "prior", "backward", "optimiser"}
     assert set(result["phases_ms"]) == phases | ({"M forward"} if two_forwards else set())

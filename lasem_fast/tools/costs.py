@@ -110,7 +110,7 @@ def _levels(net: TransferNet, task: str, space: ConfigSpace, x: Tensor) -> list[
         prefixes = list(dict.fromkeys(config[:depth] for config in space.configs))
         plan = Plan.of_configs(prefixes)
         network = Network(net.branches(task)[:depth], nn.Flatten(), task)
-        tree = Tree(plan, plain_torch.all_branches)
+        tree = Tree(plan, [plain_torch.wide_level])
 
         def forward(tree: Tree = tree, network: Network = network) -> Tensor:
             return tree.logits_without_and_with_noise(network, x)[1]
