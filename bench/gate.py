@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from torch import Tensor
 from bench.cases import TASK, Case, Problem
 from bench.peers import Column, Outcome, Runner
 
+# Ties that fall the other way are few and their jumps differ much, so that a few neighbours say
+# little: before a column is refused, more of them are looked at.
 _NEIGHBOURS = 2
+_MOST_NEIGHBOURS = 24
 
 
 class WrongResult(Exception):
@@ -109,10 +113,17 @@ class Gate:
         floor = self._floor(problem.case)
         self.error = {kind: max(error, floor[kind]) for kind, error in rounded.items()}
         self.jump = dict.fromkeys(floor, 0.0)
-        for seed in range(_NEIGHBOURS):
-            near = _neighbour(problem, seed, largest_slack)
-            for kind, error in self.errors(brute_force(near, configs, torch.float32)).items():
-                self.jump[kind] = max(self.jump[kind], error)
+        self._configs = configs
+        self._neighbours = (
+            _neighbour(problem, seed, largest_slack) for seed in range(_MOST_NEIGHBOURS)
+        )
+        for near in islice(self._neighbours, _NEIGHBOURS):
+            self._look_at(near)
+
+    def _look_at(self, near: Problem) -> None:
+        """Takes in how far off brute force is on a neighbouring problem."""
+        for kind, error in self.errors(brute_force(near, self._configs, torch.float32)).items():
+            self.jump[kind] = max(self.jump[kind], error)
 
     def _floor(self, case: Case) -> dict[str, float]:
         """What no method at this precision can promise: to be closer than one rounding.
@@ -147,8 +158,11 @@ class Gate:
         """
         errors = self.errors(answer)
         for kind, error in errors.items():
-            allowed = max(column.slack * self.error[kind], self.jump[kind])
-            if not error <= allowed:
+            while not error <= (allowed := max(column.slack * self.error[kind], self.jump[kind])):
+                near = next(self._neighbours, None)
+                if near is not None:
+                    self._look_at(near)
+                    continue
                 raise WrongResult(
                     f"{column.name}: {kind} off by {error:.3g} (relative); right is up to "
                     f"{allowed:.3g}, from the naive loop's own {self.error[kind]:.3g} at this "
