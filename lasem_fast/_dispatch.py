@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lasem_fast import _ops
-from lasem_fast.backends import plain_torch, winograd
+from lasem_fast.backends import cpu_scores, plain_torch, winograd
 from lasem_fast.configs import Configuration
+from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
 from lasem_fast.tree import Tree
@@ -47,9 +48,21 @@ def choose(backend: Any) -> str:
     return backend
 
 
+def operations(backend: str) -> Operations:
+    """What a backend that can run does in its own way."""
+    if backend == "reference":
+        return Operations()
+    if backend == "cpp":
+        return Operations(
+            levels=(winograd.winograd_level, plain_torch.wide_level),
+            heads=(plain_torch.channels_last_head,),
+            scores=(cpu_scores.scores,),
+        )
+    return Operations(levels=(plain_torch.wide_level,))
+
+
 def evaluator(backend: str, configs: Sequence[Configuration]) -> NaiveLoop | Tree:
     """What evaluates these configurations with a backend that can run."""
     if backend == "reference":
         return NaiveLoop(configs)
-    kernels = [winograd.winograd_level] if backend == "cpp" else []
-    return Tree(Plan.of_configs(configs), [*kernels, plain_torch.wide_level])
+    return Tree(Plan.of_configs(configs), operations(backend))

@@ -88,6 +88,7 @@ class LASEM(nn.Module):
         self._prior.check(len(self.space))
         self._rollback = Rollback()
         self._evaluator = _dispatch.evaluator(self.backend, self.space.configs)
+        self._score_operations = _dispatch.operations(self.backend).scores
 
     @classmethod
     def reference(
@@ -240,7 +241,12 @@ class LASEM(nn.Module):
     def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
         network = self._network(task)
         one_pass = frozen is not None
-        e_step, m_step = self._evidence(self._evaluator, network, x, y, one_pass)
+        e_output, m_output = self._outputs(self._evaluator, network, x, y, one_pass)
+        if e_output is m_output and frozen is None:
+            step = self._scored_step(m_output, y, task)
+            if step is not None:
+                return step
+        e_step, m_step = self._evidence(e_output, m_output, y)
         usable = torch.isfinite(e_step.nll) & torch.isfinite(m_step.nll)
         rows = None
         if self._reads_values(x) and not bool(usable.all()):
@@ -259,6 +265,37 @@ class LASEM(nn.Module):
             nll=_spread(e_step.nll.detach(), rows, usable, torch.inf),
             dropped_mass=torch.zeros_like(posterior[0]),
         )
+
+    def _scored_step(self, output: Tensor, y: Tensor, task: str) -> EMStep | None:
+        """The step through a backend's posterior head.
+
+        None where it has none, or where a configuration is to be left out (see _search_step).
+        """
+        reads_values = self._reads_values(output)
+        # what an operation on a device has counted could not be taken back after the checks
+        if not self._score_operations or (reads_values and output.device.type != "cpu"):
+            return None
+        known = task in self._prior.states
+        self._log_prior(task)
+        for operation in self._score_operations:
+            scores = operation(output, y, self.likelihood, self._prior, task)
+            if scores is None:
+                continue
+            # one value that is not finite makes the sum so, and the loss alone may hide it
+            if reads_values and not bool(torch.isfinite(scores.nll.sum() + scores.loss)):
+                break
+            if not scores.counted:
+                self._prior.update(task, scores.posterior, torch.isfinite(scores.nll).any())
+            return EMStep(
+                loss=self._with_auxiliary(scores.loss, scores.posterior, task),
+                posterior=scores.posterior,
+                log_likelihood=scores.log_likelihood,
+                nll=scores.nll,
+                dropped_mass=torch.zeros_like(scores.loss),
+            )
+        if not known:
+            self._prior.forget(task)
+        return None
 
     def _infer(self, task: str, log_likelihood: Tensor, usable: Tensor, x: Tensor) -> Tensor:
         """The E-step's posterior; the prior takes it in."""
@@ -287,15 +324,18 @@ class LASEM(nn.Module):
             )
         return left / left.sum()
 
-    def _evidence(
+    def _outputs(
         self, evaluator: Any, network: Network, x: Tensor, y: Tensor, one_pass: bool
-    ) -> tuple[Evidence, Evidence]:
-        """The evidence for the E-step and for the M-step; one object where they do not differ."""
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs ``[C, N, ...]`` for the E-step and the M-step; one object if they are equal."""
         if one_pass:
             e_output = m_output = self._run(evaluator.logits, network, x)
         else:
             e_output, m_output = self._run(evaluator.logits_without_and_with_noise, network, x)
         self.likelihood.check_target(y, m_output, values=self._reads_values(x))
+        return e_output, m_output
+
+    def _evidence(self, e_output: Tensor, m_output: Tensor, y: Tensor) -> tuple[Evidence, Evidence]:
         m_step = evidence(m_output, y, self.likelihood)
         return (m_step if e_output is m_output else evidence(e_output, y, self.likelihood)), m_step
 
@@ -306,7 +346,8 @@ class LASEM(nn.Module):
         rows = usable.nonzero().squeeze(1)
         while rows.numel() > 0:
             evaluator = _dispatch.evaluator(self.backend, [self.space[r] for r in rows.tolist()])
-            e_step, m_step = self._evidence(evaluator, network, x, y, one_pass)
+            outputs = self._outputs(evaluator, network, x, y, one_pass)
+            e_step, m_step = self._evidence(*outputs, y)
             good = torch.isfinite(e_step.nll) & torch.isfinite(m_step.nll)
             if bool(good.all()):
                 return rows, e_step, m_step
@@ -321,7 +362,8 @@ class LASEM(nn.Module):
         """A plain training step of the configuration that an ended task kept."""
         row = self.space.index(config)
         evaluator = _dispatch.evaluator(self.backend, [config])
-        _, m_step = self._evidence(evaluator, self._network(task), x, y, one_pass=True)
+        outputs = self._outputs(evaluator, self._network(task), x, y, one_pass=True)
+        _, m_step = self._evidence(*outputs, y)
         if self._reads_values(x) and not bool(torch.isfinite(m_step.nll).all()):
             raise ValueError(
                 f"x: expected a mini-batch with a finite loss, got {float(m_step.nll)} for the "

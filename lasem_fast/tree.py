@@ -6,7 +6,7 @@ a loop over rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from lasem_fast import _checks
 from lasem_fast.fold import Fold, Stacks, folded, rows_of
 from lasem_fast.layers import active_random_layers, has_hooks, may_write_input
 from lasem_fast.network import Network
+from lasem_fast.operations import Operations
 from lasem_fast.plan import Level, Plan
 from lasem_fast.transfer import Branch
-
-LevelOperation = Callable[[Sequence[Branch], Fold, int], "Fold | None"]
 
 
 class Tree:
@@ -26,13 +25,10 @@ class Tree:
 
     Args:
         plan: what to evaluate.
-        operations: a backend's operations for a level on which every row goes through every
-            branch, best first: ``(branches, h, rows) -> output`` for the ``rows`` prefixes in
-            ``h``, or None for a stage that the operation does not take. A stage that none takes
-            has each of its branches called once on the folded batch.
+        operations: a backend's operations on whole levels and on the leaves.
     """
 
-    def __init__(self, plan: Plan, operations: Sequence[LevelOperation]) -> None:
+    def __init__(self, plan: Plan, operations: Operations) -> None:
         self.plan = plan
         self.operations = operations
 
@@ -83,7 +79,7 @@ class Tree:
         """A level whose rows go through different branches of the same input."""
         used = [branches[b] for b in level.used_branches]
         if merge and level.is_full:
-            for operation in self.operations:
+            for operation in self.operations.levels:
                 out = operation(used, h, level.width)
                 if out is not None:
                     return out
@@ -109,16 +105,24 @@ class Tree:
 
     def _finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
-        h = folded(h)
         leaves = len(self.plan.levels[-1])
+        logits = self._rows_first_logits(network, h, leaves, samples)
+        if self.plan.leaves == tuple(range(leaves)):
+            return logits
+        return logits[torch.tensor(self.plan.leaves, device=logits.device)]
+
+    def _rows_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
+        for operation in self.operations.heads:
+            logits = operation(network.head, h, leaves)
+            if logits is not None:
+                _checks.check_logits(logits, leaves, samples, network.task)
+                return logits.unflatten(0, (leaves, samples))
+        h = folded(h)
         if may_write_input(network.head):
             h = h.clone()
         logits = network.head(h)
         _checks.check_logits(logits, leaves, samples, network.task)
-        logits = logits.unflatten(0, (samples, leaves))
-        if self.plan.leaves == tuple(range(leaves)):
-            return logits.transpose(0, 1)
-        return logits[:, torch.tensor(self.plan.leaves, device=logits.device)].transpose(0, 1)
+        return logits.unflatten(0, (samples, leaves)).transpose(0, 1)
 
 
 def _call(branch: Branch, h: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
-"""The `torch` backend: a level in plain PyTorch, on any device and in any dtype."""
+"""Levels and heads in plain PyTorch, on any device and in any dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lasem_fast.fold import Fold, folded
-from lasem_fast.layers import plain_stage, same_form
+from lasem_fast.fold import Fold, RowsFirst, folded
+from lasem_fast.layers import flatten_then_linear, plain_stage, same_form
 from lasem_fast.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
@@ -60,3 +61,29 @@ def _branches_into_batch(h: Tensor, branches: int) -> Tensor:
         split = h.unflatten(1, (branches, -1)).permute(0, 1, 3, 4, 2)
         return split.flatten(0, 1).permute(0, 3, 1, 2)
     return h.unflatten(1, (branches, -1)).flatten(0, 1)
+
+
+def channels_last_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
+    """A head that flattens images and goes on with a linear layer, on channels-last images.
+
+    The linear layer's weight is put into the images' order instead of the images into its own,
+    which moves less memory.
+
+    Args:
+        head: a task's head.
+        h: the leaves, images with rows outermost and channels last.
+        rows: number of leaves P.
+
+    Returns:
+        The logits ``[P * N, K]``, rows outermost; None for any other head or form, and where the
+        weight is the larger one.
+    """
+    if not isinstance(h, RowsFirst) or not flatten_then_linear(head):
+        return None
+    samples, height, width, channels = h.data.shape[1:]
+    linear = head[1]
+    if linear.in_features != height * width * channels or linear.out_features > rows * samples:
+        return None
+    weight = linear.weight.unflatten(1, (channels, height * width)).transpose(1, 2).flatten(1)
+    logits = F.linear(h.data.flatten(2).flatten(0, 1), weight, linear.bias)
+    return head[2:](logits)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.backends import plain_torch
+from lasem_fast import _dispatch
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.em import LASEM
 from lasem_fast.net import TransferNet
@@ -110,7 +110,7 @@ def _levels(net: TransferNet, task: str, space: ConfigSpace, x: Tensor) -> list[
         prefixes = list(dict.fromkeys(config[:depth] for config in space.configs))
         plan = Plan.of_configs(prefixes)
         network = Network(net.branches(task)[:depth], nn.Flatten(), task)
-        tree = Tree(plan, [plain_torch.wide_level])
+        tree = Tree(plan, _dispatch.operations("torch"))
 
         def forward(tree: Tree = tree, network: Network = network) -> Tensor:
             return tree.logits_without_and_with_noise(network, x)[1]

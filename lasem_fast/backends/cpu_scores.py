@@ -1,0 +1,37 @@
+"""The `cpp` backend: the posterior head of one mini-batch as one C++ kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasem_fast import _ops
+from lasem_fast.likelihoods import Joint, Likelihood, Mean
+from lasem_fast.operations import Scores
+from lasem_fast.priors import Prior
+
+
+def scores(
+    logits: Tensor, y: Tensor, likelihood: Likelihood, prior: Prior, task: str
+) -> Scores | None:
+    """Likelihoods, posterior and loss of a classification mini-batch on the CPU.
+
+    Args:
+        logits: ``[C, N, K]``.
+        y: class labels ``[N]``, int64.
+        likelihood: :class:`~lasem_fast.likelihoods.Joint` or
+            :class:`~lasem_fast.likelihoods.Mean`.
+        prior: any; it is not updated.
+        task: whose prior it is.
+
+    Returns:
+        The scores; None for another likelihood, device or dtype.
+    """
+    if type(likelihood) not in (Joint, Mean) or logits.device.type != "cpu":
+        return None
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if logits.dtype not in (torch.float32, torch.float64):
+        return None
+    mean = type(likelihood) is Mean
+    return Scores(*_ops.posterior_head(logits, y, prior.log_prob(task), mean_likelihood=mean))
