@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -116,20 +117,26 @@ def check_target(y: Any, x: Tensor) -> None:
 
 def check_finite_input(x: Tensor) -> None:
     """No NaN and no infinity in the batch (reads the values)."""
-    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
-        bad = int((~torch.isfinite(x)).sum())
+    if not x.is_floating_point() or _has_finite_sum(x):
+        return
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
         raise ValueError(f"x: expected finite values, got {bad} that are NaN or infinite")
 
 
 def check_finite_weights(named: Iterable[tuple[str, Tensor]]) -> None:
     """No NaN and no infinity in the weights (reads the values)."""
     named = [(name, p.detach()) for name, p in named if p.is_floating_point()]
-    # a sum is one fast pass that NaN and infinity survive; that it may overflow is looked into
-    if all(bool(torch.isfinite(p.sum())) for _, p in named):
+    if all(_has_finite_sum(p) for _, p in named):
         return
     bad = [name for name, p in named if not bool(torch.isfinite(p).all())]
     if bad:
         raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
+
+
+def _has_finite_sum(values: Tensor) -> bool:
+    """One fast pass that NaN and infinity survive; finite values may overflow in it, too."""
+    return math.isfinite(values.sum().item())
 
 
 def check_posterior(posterior: Any, n_configs: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -282,7 +283,7 @@ class LASEM(nn.Module):
             if scores is None:
                 continue
             # one value that is not finite makes the sum so, and the loss alone may hide it
-            if reads_values and not bool(torch.isfinite(scores.nll.sum() + scores.loss)):
+            if reads_values and not math.isfinite((scores.nll.sum() + scores.loss).item()):
                 break
             if not scores.counted:
                 self._prior.update(task, scores.posterior, torch.isfinite(scores.nll).any())

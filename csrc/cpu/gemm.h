@@ -9,6 +9,13 @@ static inline void micro(int64_t depth, const Scalar* __restrict a, int64_t ai, 
                          const Scalar* __restrict b, int64_t ldb, Scalar* __restrict c,
                          int64_t ldc) {
   Vec acc[kM][2];
+  // The rows of c lie too far apart for the hardware to fetch them ahead of the addition.
+  if constexpr (kAdd) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i)
+      for (int byte = 0; byte < kPanel * static_cast<int>(sizeof(Scalar)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(c + i * ldc) + byte, 1);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kM; ++i) {
     acc[i][0] = zero();

@@ -73,7 +73,10 @@ void* allocate(size_t bytes) {
   Block block = take(p, capacity);
   if (!block.data) {
     const size_t used = p.used_bytes + capacity;
-    const size_t limit = std::max(p.most_used_bytes, used);
+    // The sizes of a step differ, so that what serves one output often cannot serve the next: with
+    // no room for idle blocks beside those in use, a few would be given back and faulted in again
+    // at every step.
+    const size_t limit = std::max(p.most_used_bytes, used) / 2 * 3;
     while (!p.idle.empty() && used + p.idle_bytes > limit) drop(p, 0);
     block = {std::aligned_alloc(std::min(kGrain, kHugePage), capacity), capacity};
     if (!block.data) throw std::bad_alloc();

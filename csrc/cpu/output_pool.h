@@ -10,7 +10,7 @@
 namespace lasem_fast {
 
 // An uninitialised contiguous tensor on the CPU. All pooled memory together, in tensors and idle,
-// stays below the most that tensors have held at one time.
+// stays below 1.5 times the most that tensors have held at one time.
 torch::stable::Tensor new_output(std::initializer_list<int64_t> sizes,
                                  torch::headeronly::ScalarType dtype, size_t element_size);
 
