@@ -76,7 +76,12 @@ def machine(device: torch.device) -> str:
     """What the times of a device depend on, in words."""
     if device.type == "cuda":
         return _gpu(device.index or 0)
-    return f"{_cpu()}, {_ops.isa()}, {torch.get_num_threads()} threads, {_versions()}"
+    return _cpu_with(_ops.isa(), torch.get_num_threads())
+
+
+@lru_cache
+def _cpu_with(isa: str | None, threads: int) -> str:
+    return f"{_cpu()}, {isa or 'no kernels'}, {threads} threads, {_versions()}"
 
 
 @lru_cache

@@ -65,8 +65,10 @@ def fastest(ways: Mapping[str, LevelOperation]) -> LevelOperation:
         The operation; it returns None for what none of them takes.
     """
 
+    decided: dict[tuple[str, _Shape], str | None] = {}
+
     def operation(branches: Sequence[Branch], h: Fold, rows: int) -> Fold | None:
-        way = None if torch.compiler.is_compiling() else _chosen(ways, branches, h, rows)
+        way = None if torch.compiler.is_compiling() else _chosen(ways, branches, h, rows, decided)
         if way is not None and (out := ways[way](branches, h, rows)) is not None:
             return out
         for name, other in ways.items():
@@ -78,24 +80,29 @@ def fastest(ways: Mapping[str, LevelOperation]) -> LevelOperation:
 
 
 def _chosen(
-    ways: Mapping[str, LevelOperation], branches: Sequence[Branch], h: Fold, rows: int
+    ways: Mapping[str, LevelOperation],
+    branches: Sequence[Branch],
+    h: Fold,
+    rows: int,
+    decided: dict[tuple[str, _Shape], str | None],
 ) -> str | None:
-    """The way to try first; None for the order given."""
+    """The way to try first; None for the order given. ``decided`` is what was found before."""
     stage = _stage(branches[0].module)
     if not stage:
         return None
-    tensors = _tensors(h)
-    device = tensors[0].device
+    device = _tensors(h)[0].device
     shape = _shape(stage, branches, h, rows)
-    known = choices().of(machine(device))
-    choice = known.get(str(shape))
-    if choice is None:
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not choices().may_measure or capturing:
-            return None
-        choice = _measure(ways, branches, h, rows, shape)
-        choices().remember(machine(device), str(shape), choice)
-    return choice.way if choice.way in ways else None
+    key = machine(device), shape
+    if key not in decided:
+        choice = choices().of(key[0]).get(str(shape))
+        if choice is None:
+            capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if capturing or not choices().may_measure:
+                return None
+            choice = _measure(ways, branches, h, rows, shape)
+            choices().remember(key[0], str(shape), choice)
+        decided[key] = choice.way if choice.way in ways else None
+    return decided[key]
 
 
 _stages: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
