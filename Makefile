@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet $(ARGS)
 
-.PHONY: demo test lint bench bench-full clean
+.PHONY: demo test lint sanitize bench bench-full clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lasem_fast demo $(ARGS)
@@ -35,6 +35,16 @@ lint: $(VENV)/.ready
 	$(BIN)/pip install --quiet ruff==0.14.5
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The C++ kernels' tests with the extension built under AddressSanitizer and UBSan, beside the
+# package: the interpreter itself is not, so its runtime is loaded first and leaks are not looked for.
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=undefined
+RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(VENV)/.ready
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" LASEM_FAST_REQUIRE_EXT=1 \
+	$(BIN)/python setup.py --quiet build --build-lib build/sanitized --build-temp build/sanitized-objects
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=build/sanitized $(BIN)/pytest -o pythonpath=tests tests/test_cpu_kernels.py tests/test_winograd_level.py $(ARGS)
 
 # torch comes first and by version, so that nothing else decides which build of it is taken.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
