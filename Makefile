@@ -38,13 +38,16 @@ lint: $(VENV)/.ready
 
 # The C++ kernels' tests with the extension built under AddressSanitizer and UBSan, beside the
 # package: the interpreter itself is not, so its runtime is loaded first and leaks are not looked for.
+# Freed outputs are really freed there, so the test that they are used again is left out.
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=undefined
 RUNTIMES = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 sanitize: $(VENV)/.ready
 	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" LASEM_FAST_REQUIRE_EXT=1 \
 	$(BIN)/python setup.py --quiet build --build-lib build/sanitized --build-temp build/sanitized-objects
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=build/sanitized $(BIN)/pytest -o pythonpath=tests tests/test_cpu_kernels.py tests/test_winograd_level.py $(ARGS)
+	PYTHONPATH=build/sanitized $(BIN)/pytest -o pythonpath=tests \
+	--deselect tests/test_cpu_kernels.py::test_memory_of_outputs_is_used_again_and_given_back \
+	tests/test_cpu_kernels.py tests/test_winograd_level.py tests/test_channels_last_linear.py $(ARGS)
 
 # torch comes first and by version, so that nothing else decides which build of it is taken.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)
