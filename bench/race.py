@@ -26,7 +26,7 @@ class Lane:
     Attributes:
         seconds: of every round; empty where the column was refused.
         first_step: seconds from nothing to the end of the first step, compilation included.
-        peak_memory: bytes that PyTorch allocated at most during a step, weights not included.
+        peak_memory: bytes that PyTorch and the kernels held at most in a step, without weights.
         errors: against float64 brute force, relative.
         refused: why there is no time, or "".
     """
