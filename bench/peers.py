@@ -326,10 +326,17 @@ PEERS = [
 _SLACK = {"cpp": 12.0}
 
 
+def library_column(backend: str) -> Column:
+    """The library with one backend."""
+    return Column(
+        f"lasem_fast {backend}", partial(ours, backend=backend), slack=_SLACK.get(backend, 4.0)
+    )
+
+
 def library_columns() -> list[Column]:
     """The library with every backend that can run here; the naive reference is a peer above."""
     return [
-        Column(f"lasem_fast {name}", partial(ours, backend=name), slack=_SLACK.get(name, 4.0))
+        library_column(name)
         for name, state in lf.backends().items()
         if state == "available" and name != "reference"
     ]

@@ -32,7 +32,8 @@ def capture(
         em: made without ``validate``; its net on a CUDA device.
         optimizer: one whose state is on the device alone, such as ``SGD``, ``Adam(...,
             capturable=True)`` or :class:`lasem_fast.optim.TFRMSprop`. A learning rate that changes
-            should be a tensor on the device; each change of a float costs a new capture.
+            should be a tensor on the device (``SGD`` then needs ``fused=True``); each change of a
+            float costs a new capture.
         x: a mini-batch such as will come, ``[N, ...]``.
         y: its targets.
         task: a task that has not ended.
