@@ -116,6 +116,31 @@ def quick() -> list[Case]:
     ]
 
 
+def gpu(device: str) -> list[Case]:
+    """The rows of ``bench/on_gpu.sh``, the most important first: minutes on one GPU."""
+    rows = [
+        ("cifar-4", 10, None),
+        ("stl-6", 10, None),
+        ("office-home-4", 16, None),
+        ("residual-17", 10, (1,) * 8),
+        ("residual-17", 128, (1,) * 8),
+    ]
+    slow = (*NAIVE, *COMPILED[:1], *VMAP)
+    first = [Case(net, batch, "bf16", device, groups, slow) for net, batch, groups in rows]
+    slower = (*slow, *COMPILED)
+    others = [
+        Case(net, batch, dtype, device, groups, slower)
+        for dtype in ("tf32", "fp32")
+        for net, batch, groups in rows[:4]
+    ]
+    return [*first, *others]
+
+
+def smoke(device: str) -> list[Case]:
+    """One small row with the columns that are quick: whether the suite runs at all."""
+    return [Case("cifar-4", 2, "fp32", device, without=(*COMPILED, *VMAP, *NAIVE))]
+
+
 def full(device: str) -> list[Case]:
     """The rows of ``make bench-full``: every net at the paper's batch and at larger ones."""
     dtypes = ("fp32", "bf16") if device == "cpu" else ("fp32", "tf32", "bf16")
