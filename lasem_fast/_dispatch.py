@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from lasem_fast import _ops
-from lasem_fast.backends import cpu_scores, plain_torch, triton_scores, winograd
+from lasem_fast.backends import (
+    cpu_scores,
+    plain_torch,
+    triton_level,
+    triton_scores,
+    winograd,
+)
 from lasem_fast.configs import Configuration
 from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
@@ -53,7 +59,9 @@ def choose(backend: Any) -> str:
         raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
     known = backends()
     if backend == "auto":
-        return "cpp" if known["cpp"] == _AVAILABLE else "torch"
+        # the interpreter is for tests: nobody wants it who did not ask for it
+        best = ["triton"] if torch.cuda.is_available() else []
+        return next(name for name in [*best, "cpp", "torch"] if known[name] == _AVAILABLE)
     if backend not in known:
         raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}")
     if known[backend] != _AVAILABLE:
@@ -72,7 +80,14 @@ def operations(backend: str) -> Operations:
             scores=(cpu_scores.scores,),
         )
     if backend == "triton":
-        return Operations(levels=(plain_torch.wide_level,), scores=(triton_scores.scores,))
+        # a net may stay on the CPU or move later, so the CPU's operations stand behind
+        return operations("cpp" if _ops.supported() else "torch").after(
+            Operations(
+                levels=(triton_level.triton_level,),
+                heads=(triton_level.triton_head,),
+                scores=(triton_scores.scores,),
+            )
+        )
     return Operations(levels=(plain_torch.wide_level,))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from lasem_fast.likelihoods import Gaussian, Joint, Likelihood, Mean
 from lasem_fast.operations import Scores
 from lasem_fast.priors import Count, Prior, Uniform
 
+# Triton itself reads this once, when it is imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _KINDS = {Joint: "joint", Mean: "mean", Gaussian: "gaussian"}
 
 
@@ -26,10 +30,12 @@ def scores(
         task: whose prior it is.
 
     Returns:
-        The scores; None for another likelihood or for double precision.
+        The scores; None for another likelihood, double precision, or a CPU without the interpreter.
     """
     kind = _KINDS.get(type(likelihood))
     if kind is None or torch.float64 in (logits.dtype, y.dtype):
+        return None
+    if logits.device.type == "cpu" and not _INTERPRETED:
         return None
     if kind == "gaussian":
         logits, y = logits.flatten(2), y.flatten(1)
