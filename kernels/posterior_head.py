@@ -29,12 +29,10 @@ _LONGEST = 1024  # of one dimension of a tile
 
 
 @triton.jit
-def _label_log_prob(
-    row, there, label, stride_k, n_classes, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Largest logit, log of the sum of exp(logit - largest), and log P(label), for a block of rows.
+def _normaliser(row, there, stride_k, n_classes, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Largest logit and log of the sum of exp(logit - largest), for a block of rows.
 
-    NaN for a label out of range and for a row with NaN or +inf.
+    The latter is NaN for a row with NaN or +inf.
     """
     # reduced after the loops: Triton 3.6 aborts on a row maximum kept in the loop and used twice
     largest = tl.full((BLOCK_N, BLOCK_K), -float("inf"), tl.float32)
@@ -50,11 +48,7 @@ def _label_log_prob(
         inside = there[:, None] & (k < n_classes)[None, :]
         z = tl.load(row[:, None] + (k * stride_k)[None, :], mask=inside, other=0.0)
         mass += tl.where(inside, tl.exp(z.to(tl.float32) - top[:, None]), 0.0)
-    log_mass = tl.log(tl.sum(mass, axis=1))
-    known = there & (label >= 0) & (label < n_classes)
-    picked = tl.load(row + tl.where(known, label, 0) * stride_k, mask=known, other=0.0)
-    log_prob = picked.to(tl.float32) - top - log_mass
-    return top, log_mass, tl.where(known, log_prob, float("nan"))
+    return top, tl.log(tl.sum(mass, axis=1))
 
 
 @triton.jit
@@ -99,9 +93,12 @@ def score_configurations(
                                    target_stride_k, n_outputs, BLOCK_N, BLOCK_K)  # fmt: skip
             log_prob = -0.5 * precision * error - constant
         else:
+            top_logit, log_mass = _normaliser(row, there, stride_k, n_outputs, BLOCK_N, BLOCK_K)
             label = tl.load(target + n * target_stride_n, mask=there, other=0)
-            _, _, log_prob = _label_log_prob(row, there, label, stride_k, n_outputs, BLOCK_N,
-                                             BLOCK_K)  # fmt: skip
+            known = there & (label >= 0) & (label < n_outputs)
+            picked = tl.load(row + tl.where(known, label, 0) * stride_k, mask=known, other=0.0)
+            log_prob = picked.to(tl.float32) - top_logit - log_mass
+            log_prob = tl.where(known, log_prob, float("nan"))
         total += tl.where(there, log_prob, 0.0).to(tl.float64)
         if LIKELIHOOD == MEAN:
             larger = tl.where(there, tl.maximum(top, log_prob), top)
@@ -148,7 +145,7 @@ def weigh_configurations(
 
     Any number of programs: each takes as many configurations as it must.
     """
-    first = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0)
     largest = tl.full((BLOCK_C,), -float("inf"), tl.float64)
     for start in range(0, n_configs, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -186,7 +183,8 @@ def weigh_configurations(
             at = wins + tl.where(usable, winner, 0)
             tl.store(at, tl.load(at, mask=usable, other=0) + 1, mask=usable)
 
-    for c in range(first, n_configs, tl.num_programs(0)):
+    for config in range(first, n_configs, tl.num_programs(0)):
+        c = tl.cast(config, tl.int64)
         p = _posterior_of(tl.load(score + c), top, total)
         tl.store(posterior + c, p)
         scale = p / n_samples
@@ -199,9 +197,8 @@ def weigh_configurations(
             row_top = tl.zeros((BLOCK_N,), tl.float32)
             log_mass = tl.zeros((BLOCK_N,), tl.float32)
             if LIKELIHOOD != GAUSSIAN:
+                row_top, log_mass = _normaliser(row, there, stride_k, n_outputs, BLOCK_N, BLOCK_K)
                 label = tl.load(target + n * target_stride_n, mask=there, other=0)
-                row_top, log_mass, _ = _label_log_prob(row, there, label, stride_k, n_outputs,
-                                                       BLOCK_N, BLOCK_K)  # fmt: skip
             for first_k in range(0, n_outputs, BLOCK_K):
                 k = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
                 inside = there[:, None] & (k < n_outputs)[None, :]
@@ -255,5 +252,6 @@ def posterior_head(
         configs, samples, outputs, *logits.stride(), *target_strides, *dlogits.stride(), precision,
         LIKELIHOOD=likelihood, COUNT=wins is not None,
         BLOCK_C=min(triton.next_power_of_2(configs), _LONGEST), BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=2,  # with 4 the compiler keeps to few registers and spills
     )  # fmt: skip
     return log_likelihood, posterior, nll, loss, dlogits

@@ -18,12 +18,21 @@ from lasem_fast.backends import (
     winograd,
 )
 from lasem_fast.configs import Configuration
+from lasem_fast.fastest import fastest
 from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
 from lasem_fast.tree import Tree
 
 _AVAILABLE = "available"
+
+# The first that takes a level is the one where nothing is measured.
+_CPU_LEVELS = {
+    "Winograd F(4x4)": winograd.winograd_level,
+    "Winograd F(3x3)": winograd.small_tile_level,
+    "PyTorch": plain_torch.wide_level,
+    "PyTorch, channels last": plain_torch.channels_last_level,
+}
 
 
 def backends() -> dict[str, str]:
@@ -75,7 +84,7 @@ def operations(backend: str) -> Operations:
         return Operations()
     if backend == "cpp":
         return Operations(
-            levels=(winograd.winograd_level, plain_torch.wide_level),
+            levels=(fastest(_CPU_LEVELS),),
             heads=(plain_torch.channels_last_head,),
             scores=(cpu_scores.scores,),
         )

@@ -101,12 +101,16 @@ def same_form(a: PlainStage, b: PlainStage | None) -> bool:
     if b is None:
         return False
     ours, theirs = ([*s.before, s.core, *s.after] for s in (a, b))
-    return [(type(m), _settings(m)) for m in ours] == [(type(m), _settings(m)) for m in theirs]
+    return len(ours) == len(theirs) and all(map(_same_settings, ours, theirs))
 
 
-def _settings(layer: nn.Module) -> dict[str, object]:
-    """What a layer was made with, such as its stride or slope."""
-    return {k: v for k, v in vars(layer).items() if not k.startswith("_") and k != "training"}
+def _same_settings(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two layers are of one type and were made with the same stride, slope and so on."""
+    if type(a) is not type(b):
+        return False
+    ours, theirs = vars(a), vars(b)
+    names = [n for n in ours if n[0] != "_" and n != "training"]
+    return all(n in theirs and ours[n] == theirs[n] for n in names)
 
 
 def _is_core(module: nn.Module) -> bool:

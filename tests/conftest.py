@@ -27,6 +27,7 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(monkeypatch):
+    monkeypatch.setenv("LASEM_FAST_CHOICES", "first")  # no test depends on what was faster
     torch.set_num_threads(1)  # nets here are tiny; threads only wait for one another
     torch.manual_seed(0)

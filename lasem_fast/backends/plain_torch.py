@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lasem_fast.fold import Fold, RowsFirst, folded
-from lasem_fast.layers import flatten_then_linear, plain_stage, same_form
+from lasem_fast.layers import PlainStage, flatten_then_linear, plain_stage, same_form
 from lasem_fast.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
@@ -27,6 +27,58 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
         The output ``[N * P * B, ...]``, branch innermost; None unless every branch is one
         convolution or linear layer between parameter-free layers, of the same form.
     """
+    wide = _wide(branches)
+    if wide is None:
+        return None
+    stage, weights = wide
+    h = folded(h)
+    for layer in stage.before:
+        h = layer(h)
+    if isinstance(stage.core, nn.Linear) and h.dim() != 2:
+        return None
+    h = functional_call(stage.core, weights, (h,))
+    for layer in stage.after:
+        h = layer(h)
+    return _branches_into_batch(h, len(branches))
+
+
+def channels_last_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
+    """:func:`wide_level` on channels-last images, for 2D convolutions that give images.
+
+    Args:
+        branches: the B branches of a stage.
+        h: the level's input, P ``rows`` of images.
+        rows: number of rows P.
+
+    Returns:
+        The output with ``P * B`` rows, branch innermost; None for any other stage or input.
+    """
+    wide = _wide(branches)
+    if wide is None:
+        return None
+    stage, weights = wide
+    flattens = any(type(layer) in (nn.Flatten, nn.Unflatten) for layer in _layers(stage))
+    if type(stage.core) is not nn.Conv2d or flattens:
+        return None
+    if not isinstance(h, RowsFirst):
+        h = folded(h)
+        if h.dim() != 4:
+            return None
+    x = RowsFirst.of(h, rows).data
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)
+    weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
+    for layer in stage.before:
+        images = layer(images)
+    images = functional_call(stage.core, weights, (images,))
+    for layer in stage.after:
+        images = layer(images)
+    # [P * N, B * K, H, W] as [P, B, N, H, W, K]
+    split = images.unflatten(1, (len(branches), -1)).unflatten(0, (rows, -1))
+    return RowsFirst(split.permute(0, 2, 1, 4, 5, 3).contiguous().flatten(0, 1))
+
+
+def _wide(branches: Sequence[Branch]) -> tuple[PlainStage, dict[str, Tensor]] | None:
+    """A stage's layers, and its branches' weights as those of one wide layer; None if not plain."""
     if len(branches) == 1:
         return None
     plain = [plain_stage(branch.module) for branch in branches]
@@ -40,15 +92,11 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
             return None
         if tensors[0] is not None:
             wide[name] = torch.cat(tensors)
-    h = folded(h)
-    for layer in first.before:
-        h = layer(h)
-    if isinstance(first.core, nn.Linear) and h.dim() != 2:
-        return None
-    h = functional_call(first.core, wide, (h,))
-    for layer in first.after:
-        h = layer(h)
-    return _branches_into_batch(h, len(branches))
+    return first, wide
+
+
+def _layers(stage: PlainStage) -> tuple[nn.Module, ...]:
+    return (*stage.before, stage.core, *stage.after)
 
 
 def _branches_into_batch(h: Tensor, branches: int) -> Tensor:

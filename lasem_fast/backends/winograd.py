@@ -15,13 +15,16 @@ from lasem_fast.relu_and_pool import relu_and_pool
 from lasem_fast.transfer import Branch
 
 
-def winograd_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
+def winograd_level(
+    branches: Sequence[Branch], h: Fold, rows: int, tile: int = 4
+) -> RowsFirst | None:
     """A level whose stage is a 3x3 convolution, ReLU and perhaps a 2x2 or 3x3 max-pool.
 
     Args:
         branches: the B branches of a stage.
         h: the level's input, P ``rows`` of float32 images on the CPU.
         rows: number of rows P.
+        tile: of the algorithm, F(tile x tile, 3x3).
 
     Returns:
         The output with ``P * B`` rows, branch innermost; None for any other stage or input.
@@ -44,9 +47,22 @@ def winograd_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst 
     padding = _padding(first.core)
     size = tuple(pool.output(n + 2 * padding - 2) for n in x.shape[2:4])
     y = _ops.winograd_level(
-        x, weight, bias, padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size
+        x, weight, bias, padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
+        tile=tile,
     )  # fmt: skip
     return RowsFirst(y.flatten(0, 1))
+
+
+def small_tile_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
+    """:func:`winograd_level` by F(3x3, 3x3) where a pool of 3 follows: tiles and windows line up.
+
+    Fewer outputs per multiplication, but none computed in vain where the image is no multiple of 4.
+    """
+    stage = plain_stage(branches[0].module)
+    behind = None if stage is None else relu_and_pool(stage.after)
+    if behind is None or behind.pool.size != 3:
+        return None
+    return winograd_level(branches, h, rows, tile=3)
 
 
 def _takes(h: Fold) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import lasem_fast
+from lasem_fast._choices import choices, machine
 
 _PACKAGES = ("numpy", "triton", "rich", "matplotlib", "pytest-benchmark", "scikit-learn")
 _CPU_FEATURES = (
@@ -47,6 +48,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
         "PyTorch's build": _build(),
         "CPU": _cpu(),
         "CUDA": _cuda(),
+        "fastest way per level, as measured (LASEM_FAST_CHOICES)": _choices(),
     }
 
 
@@ -88,6 +90,18 @@ def _cpu() -> dict[str, Any]:
         "used by PyTorch": torch.backends.cpu.get_cpu_capability(),
         "features": ", ".join(name for name in _CPU_FEATURES if name in flags) or "unknown",
     }
+
+
+def _choices() -> dict[str, str]:
+    """What was measured on this machine's devices so far."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    found = {}
+    for device in devices:
+        for subject, choice in choices().of(machine(device)).items():
+            times = ", ".join(f"{way} {ms:.3g} ms" for way, ms in choice.milliseconds.items())
+            found[f"{device.type}, {subject}"] = f"{choice.way} ({times or 'the only one'})"
+    return found or {"none": "nothing measured yet"}
 
 
 def _cpu_flags() -> set[str]:

@@ -1,0 +1,93 @@
+"""Levels and heads that work on channels-last images in plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import assert_step_equals, brute_force
+from torch import nn
+
+import lasem_fast as lf
+from lasem_fast.backends import plain_torch
+from lasem_fast.fold import RowsFirst
+from lasem_fast.operations import Operations
+from lasem_fast.plan import Plan
+from lasem_fast.transfer import Branch
+from lasem_fast.tree import Tree
+
+_CHANNELS_LAST = Operations(
+    levels=(plain_torch.channels_last_level, plain_torch.wide_level),
+    heads=(plain_torch.channels_last_head,),
+)
+
+
+def _net(*stages, features):
+    net = lf.TransferNet(list(stages))
+    net.add_task(
+        "a", nn.Sequential(nn.Flatten(), nn.Linear(features, 4), nn.ReLU(), nn.Linear(4, 3))
+    )
+    return net.double()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "features"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(2, 3, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU()),
+            4 * 2 * 2,
+        ),
+        (
+            nn.Sequential(nn.ReLU(), nn.Conv2d(2, 3, 3, stride=2), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(2)),
+            4,
+        ),
+        (
+            nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()),
+            nn.Sequential(nn.Flatten(), nn.Linear(3 * 6 * 6, 5), nn.ReLU()),
+            5,
+        ),
+    ],
+)
+def test_steps_equal_brute_force(first, second, features):
+    net = _net(first, second, features=features)
+    em = lf.LASEM(net, backend="torch")
+    em._evaluator = Tree(Plan.of_configs(em.space.configs), _CHANNELS_LAST)
+    x = torch.randn(5, 2, 8, 8, dtype=torch.float64)
+    y = torch.randint(3, (5,))
+    truth = brute_force(net, em.space.bits, x, y, "a")
+    assert_step_equals(net, em(x, y, "a"), truth)
+
+
+def test_rows_stay_in_their_order():
+    stage = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())
+    other = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())
+    branches = [Branch(stage), Branch(other)]
+    h = torch.randn(3 * 4, 2, 5, 6)
+    expected = plain_torch.wide_level(branches, h, 4)
+    for form in (h, RowsFirst.of(h, 4), h.contiguous(memory_format=torch.channels_last)):
+        out = plain_torch.channels_last_level(branches, form, 4)
+        torch.testing.assert_close(out.folded(), expected)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(18, 3)),
+        nn.Sequential(nn.Flatten(2), nn.Linear(9, 3)),
+        nn.Sequential(nn.Linear(3, 3), nn.Flatten()),
+        nn.Flatten(),
+        nn.Sequential(nn.Flatten(), nn.Linear(18, 99)),
+    ],
+)
+def test_other_heads_are_left_to_the_tree(head):
+    leaves = RowsFirst(torch.randn(2, 4, 3, 3, 2))
+    assert plain_torch.channels_last_head(head, leaves, 2) is None
+
+
+def test_a_head_with_hooks_is_left_to_the_tree():
+    leaves = RowsFirst(torch.randn(2, 4, 3, 3, 2))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(18, 3))
+    assert plain_torch.channels_last_head(head, leaves, 2).shape == (8, 3)
+    head[1].register_forward_hook(lambda module, inputs, output: output)
+    assert plain_torch.channels_last_head(head, leaves, 2) is None

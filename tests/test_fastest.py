@@ -1,0 +1,157 @@
+"""Choosing between ways to evaluate a level: timed once, remembered, pinned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lasem_fast import _choices, _dispatch, fastest
+from lasem_fast.backends import plain_torch
+from lasem_fast.fold import RowsFirst
+from lasem_fast.transfer import Branch
+
+
+@pytest.fixture
+def measuring(tmp_path, monkeypatch):
+    """Choices are measured and kept in a file of the test's own."""
+    monkeypatch.delenv("LASEM_FAST_CHOICES")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _choices.choices.cache_clear()
+    yield tmp_path / "lasem_fast" / "choices.json"
+    _choices.choices.cache_clear()
+
+
+def _stage():
+    return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+
+def _branches():
+    return [Branch(_stage()), Branch(_stage())]
+
+
+class _Clock:
+    """Time that only the ways below let pass."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, []
+        monkeypatch.setattr(fastest, "_now", lambda device: self.now)
+
+    def way(self, name, seconds, operation=plain_torch.wide_level):
+        def timed(branches, h, rows):
+            self.calls.append(name)
+            self.now += seconds
+            return operation(branches, h, rows)
+
+        return timed
+
+
+def test_the_fastest_way_is_taken_and_remembered(measuring, monkeypatch):
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
+    operation, branches, x = fastest.fastest(ways), _branches(), torch.randn(8, 2, 6, 6)
+    operation(branches, x, 2)
+    assert clock.calls[-1] == "fast"
+    assert clock.calls.count("slow") == 2, "one round without the clock, one with it"
+    clock.calls.clear()
+    operation(branches, x, 2)
+    assert clock.calls == ["fast"]
+    (subjects,) = json.loads(measuring.read_text()).values()
+    ((subject, choice),) = subjects.items()
+    assert "Conv2d(2, 3" in subject and "2 rows of 4 samples 2x6x6 float32" in subject
+    assert choice == {"way": "fast", "milliseconds": {"slow": 3000.0, "fast": 1000.0}}
+
+
+def test_another_process_reads_what_was_measured(measuring, monkeypatch):
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
+    fastest.fastest(ways)(_branches(), torch.randn(8, 2, 6, 6), 2)
+    _choices.choices.cache_clear()
+    clock.calls.clear()
+    fastest.fastest(ways)(_branches(), torch.randn(8, 2, 6, 6), 2)
+    assert clock.calls == ["fast"]
+
+
+def test_a_later_way_has_to_be_clearly_faster(measuring, monkeypatch):
+    clock = _Clock(monkeypatch)
+    ways = {"first": clock.way("first", 1.0), "second": clock.way("second", 0.95)}
+    fastest.fastest(ways)(_branches(), torch.randn(8, 2, 6, 6), 2)
+    assert clock.calls[-1] == "first"
+
+
+def test_a_way_that_does_not_take_the_level_is_left_out(measuring, monkeypatch):
+    clock = _Clock(monkeypatch)
+    ways = {
+        "never": clock.way("never", 0.1, lambda branches, h, rows: None),
+        "always": clock.way("always", 9.0),
+    }
+    x = torch.randn(8, 2, 6, 6)
+    branches = _branches()
+    out = fastest.fastest(ways)(branches, x, 2)
+    assert torch.equal(out, plain_torch.wide_level(branches, x, 2))
+    assert fastest.fastest({"never": ways["never"]})(branches, x, 2) is None
+
+
+def test_measuring_leaves_no_trace(measuring):
+    branches = _branches()
+    x = torch.randn(8, 2, 6, 6, requires_grad=True)
+    before = torch.get_rng_state()
+    out = fastest.fastest(_dispatch._CPU_LEVELS)(branches, x, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert x.grad is None
+    assert all(p.grad is None for b in branches for p in b.module.parameters())
+    data = out.data if isinstance(out, RowsFirst) else out
+    data.sum().backward()
+    assert x.grad is not None
+
+
+def test_neighbouring_batch_sizes_share_a_choice(measuring, monkeypatch):
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
+    operation, branches = fastest.fastest(ways), _branches()
+    operation(branches, torch.randn(8 * 2, 2, 6, 6), 2)
+    clock.calls.clear()
+    operation(branches, torch.randn(5 * 2, 2, 6, 6), 2)
+    assert clock.calls == ["fast"]
+
+
+def test_pinned_choices_are_read_and_never_measured(measuring, monkeypatch):
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
+    x = torch.randn(8, 2, 6, 6)
+    fastest.fastest(ways)(_branches(), x, 2)
+    pinned = measuring.rename(measuring.with_name("pinned.json"))
+    text = pinned.read_text()
+    monkeypatch.setenv("LASEM_FAST_CHOICES", str(pinned))
+    _choices.choices.cache_clear()
+    clock.calls.clear()
+    operation = fastest.fastest(ways)
+    operation(_branches(), x, 2)
+    assert clock.calls == ["fast"]
+    operation(_branches(), torch.randn(8, 2, 8, 8), 2)
+    assert clock.calls == ["fast", "slow"], "what the file does not hold takes the first way"
+    assert pinned.read_text() == text and not measuring.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"machine": 3}', '{"m": {"s": {"way": 1}}}'])
+def test_a_file_that_cannot_be_understood_is_measured_anew(measuring, monkeypatch, content):
+    measuring.parent.mkdir()
+    measuring.write_text(content)
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
+    fastest.fastest(ways)(_branches(), torch.randn(8, 2, 6, 6), 2)
+    assert clock.calls[-1] == "fast"
+    assert "fast" in measuring.read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(measuring, monkeypatch):
+    measuring.parent.write_text("a file where the folder should be")
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
+    operation = fastest.fastest(ways)
+    for _ in range(2):
+        clock.calls.clear()
+        operation(_branches(), torch.randn(8, 2, 6, 6), 2)
+    assert clock.calls == ["fast"]
