@@ -252,6 +252,7 @@ def posterior_head(
         configs, samples, outputs, *logits.stride(), *target_strides, *dlogits.stride(), precision,
         LIKELIHOOD=likelihood, COUNT=wins is not None,
         BLOCK_C=min(triton.next_power_of_2(configs), _LONGEST), BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=2,  # with 4 the compiler keeps to few registers and spills
+        # those with which the compiler neither runs out of registers nor keeps to too few
+        num_warps=4 if likelihood == GAUSSIAN.value else 2,
     )  # fmt: skip
     return log_likelihood, posterior, nll, loss, dlogits
