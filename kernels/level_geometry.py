@@ -70,6 +70,14 @@ def same_strides(weights: list[Tensor]) -> list[Tensor]:
     return [weight.contiguous() for weight in weights]
 
 
+def gradient_buffers(weights: list[Tensor]) -> list[Tensor]:
+    """Memory for the weights' gradients, all in one layout: the weights' own where they agree."""
+    buffers = [torch.empty_like(weight) for weight in weights]
+    if len({buffer.stride() for buffer in buffers}) == 1:
+        return buffers
+    return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+
+
 def device_of(x: Tensor) -> torch.cuda.device_of:
     """A context in which kernels run on the tensor's device, on its current stream."""
     return torch.cuda.device_of(x)

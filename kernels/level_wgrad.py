@@ -12,7 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasem_fast.kernels.level_geometry import CLOSED, Geometry, device_of, needs_int64
+from lasem_fast.kernels.level_geometry import (
+    CLOSED,
+    Geometry,
+    device_of,
+    gradient_buffers,
+    needs_int64,
+)
 from lasem_fast.kernels.level_tiles import PROGRAMS, Tile, cdiv, default, fitting
 
 TENSOR_CORE_TILES = (
@@ -32,7 +38,7 @@ _STEPS = 4
 def level_wgrad_kernel(
     x, dy, code, dweight0, dweight1, dbias0, dbias1,
     pixels, part, samples, height, width, conv_h, conv_w, out_h, out_w,
-    x_p, x_n, x_h, x_w, x_c, d_o, d_c, d_h, d_w, d_part, d_part_bias,
+    x_p, x_n, x_h, x_w, x_c, d_part, d_o, d_c, d_h, d_w, d_part_bias,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
@@ -175,9 +181,7 @@ def level_wgrad(
         For every branch the gradient of its weight and of its bias (none without biases), in the
         layout and dtype of the parameters.
     """
-    dweights = [torch.empty_like(weight) for weight in weights]
-    if len({dweight.stride() for dweight in dweights}) > 1:
-        dweights = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+    dweights = gradient_buffers(weights)
     dbiases = [torch.empty_like(bias) for bias in biases]
     if weights[0].numel() == 0:
         return dweights, [dbias.zero_() for dbias in dbiases]
@@ -194,31 +198,32 @@ def level_wgrad(
         size = (splits, len(weights), channels_out, kh, kw, channels)
         parts = x.new_empty(size, dtype=torch.float32)
         bias_parts = x.new_empty(size[:3] if biases else (0,), dtype=torch.float32)
-        targets = [parts[0, b].permute(0, 3, 1, 2) for b in range(len(weights))]
-        bias_targets = [bias_parts[0, b] for b in range(len(biases))]
+        targets = [parts[:, b].permute(0, 1, 4, 2, 3) for b in range(len(weights))]
+        bias_targets = [bias_parts[:, b] for b in range(len(biases))]
     else:
-        targets, bias_targets = dweights, dbiases
+        targets = [dweight.unsqueeze(0) for dweight in dweights]
+        bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
     bias_targets = bias_targets or targets  # never written
     with device_of(x):
         level_wgrad_kernel[cdiv(rows, tile.rows), cdiv(columns, tile.columns), splits](
             x, dy, code, targets[0], targets[-1], bias_targets[0], bias_targets[-1],
             pixels, part, x.shape[1], x.shape[2], x.shape[3],
             geometry.conv_h, geometry.conv_w, geometry.out_h, geometry.out_w,
-            *x.stride(), *targets[0].stride(), columns * rows, columns,
+            *x.stride(), *targets[0].stride(), bias_targets[0].stride(0),
             STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
             POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
             HAS_CODE=geometry.has_code, CLOSED=CLOSED,
             PRECISION="tf32" if tf32 else "ieee",
-            WIDE=needs_int64((x, dy, *targets), pixels, splits * rows * columns),
+            WIDE=needs_int64((x, dy, *targets), pixels + part),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, **shape,
         )  # fmt: skip
         if splits > 1:
             blocks = cdiv(columns * rows, SUM_BLOCK) + (cdiv(columns, SUM_BLOCK) if biases else 0)
-            targets = dbiases or dweights  # never written
+            dbias = dbiases or dweights  # the latter is never written
             level_wgrad_sum_kernel[blocks,](
-                parts, bias_parts, dweights[0], dweights[-1], targets[0], targets[-1],
+                parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
                 splits, *dweights[0].stride(), BLOCK=SUM_BLOCK, num_warps=4, **shape,
             )  # fmt: skip
     return dweights, dbiases

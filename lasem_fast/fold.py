@@ -36,20 +36,25 @@ class Stacks(NamedTuple):
 
 
 class RowsFirst(NamedTuple):
-    """Images with rows outermost and channels last, ``[P, N, H, W, C]``, as kernels like them."""
+    """Rows outermost and channels last, as kernels like them.
+
+    Images ``[P, N, H, W, C]`` or vectors ``[P, N, F]``, with any strides.
+    """
 
     data: Tensor
 
     @classmethod
     def of(cls, h: Tensor | RowsFirst, rows: int) -> RowsFirst:
-        """From a folded batch ``[N * P, C, H, W]`` of P ``rows``."""
+        """A view of a folded batch ``[N * P, C, H, W]`` or ``[N * P, F]`` of P ``rows``."""
         if isinstance(h, RowsFirst):
             return h
-        return cls(h.unflatten(0, (-1, rows)).permute(1, 0, 3, 4, 2).contiguous())
+        data = h.unflatten(0, (-1, rows)).transpose(0, 1)
+        return cls(data if data.dim() == 3 else data.permute(0, 1, 3, 4, 2))
 
     def folded(self) -> Tensor:
-        """All rows in nested-loop order, ``[N * P, C, H, W]``."""
-        return self.data.permute(1, 0, 4, 2, 3).flatten(0, 1)
+        """All rows in nested-loop order, ``[N * P, C, H, W]`` or ``[N * P, F]``."""
+        data = self.data.transpose(0, 1)
+        return (data if data.dim() == 3 else data.permute(0, 1, 4, 2, 3)).flatten(0, 1)
 
 
 Fold = Tensor | Stacks | RowsFirst

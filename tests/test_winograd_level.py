@@ -15,6 +15,7 @@ from torch import nn
 import lasem_fast as lf
 from lasem_fast.backends import winograd
 from lasem_fast.fold import RowsFirst
+from lasem_fast.relu_and_pool import Pool
 from lasem_fast.transfer import Branch
 
 needs_kernels = pytest.mark.skipif(
@@ -71,7 +72,7 @@ def test_autocast_and_other_dtypes_are_left_to_pytorch():
 
 @given(st.integers(3, 14), st.sampled_from([2, 3]), st.integers(0, 1), st.booleans())
 def test_pooled_sizes_are_pytorchs(size, window, padding, ceil):
-    pool = winograd.Pool(window, padding, ceil)
+    pool = Pool(window, padding, ceil)
     layer = nn.MaxPool2d(window, padding=padding, ceil_mode=ceil)
     assert pool.output(size) == layer(torch.zeros(1, 1, size, size)).shape[-1]
 
