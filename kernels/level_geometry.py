@@ -65,7 +65,7 @@ def needs_int64(tensors: Iterable[Tensor], *counts: int) -> bool:
 
 def same_strides(weights: list[Tensor]) -> list[Tensor]:
     """The weights with one layout: as they are, or contiguous where they differ."""
-    if len({weight.stride() for weight in weights}) == 1:
+    if all(weight.stride() == weights[0].stride() for weight in weights):
         return weights
     return [weight.contiguous() for weight in weights]
 
@@ -73,7 +73,7 @@ def same_strides(weights: list[Tensor]) -> list[Tensor]:
 def gradient_buffers(weights: list[Tensor]) -> list[Tensor]:
     """Memory for the weights' gradients, all in one layout: the weights' own where they agree."""
     buffers = [torch.empty_like(weight) for weight in weights]
-    if len({buffer.stride() for buffer in buffers}) == 1:
+    if all(buffer.stride() == buffers[0].stride() for buffer in buffers):
         return buffers
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
 

@@ -127,7 +127,7 @@ def _layer(
     x, weights, geometry = form
     y = level(x, weights, [bias.contiguous() for bias in biases], geometry, dtype=dtype)
     y = y.flatten(0, 1)
-    return RowsFirst(y[:, :, 0, 0] if type(core) is nn.Linear else y)
+    return RowsFirst(y.flatten(2) if type(core) is nn.Linear else y)
 
 
 def _dtype(h: Fold, parameters: Sequence[Tensor]) -> torch.dtype | None:

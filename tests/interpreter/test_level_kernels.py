@@ -19,22 +19,22 @@ TILES = [
 
 
 def run(case: Case, dy, x_dtype=None, weight_dtype=None, tiles=None) -> Truth:
-    """Output and gradients by the kernels."""
-    tiles = tiles or {}
+    """Output and gradients by the kernels, with the largest tiles unless others are given."""
+    tiles = {name: module.TENSOR_CORE_TILES[0] for name, module in MODULES.items()} | (tiles or {})
     x = case.x.to(x_dtype or case.dtype)
     weights, biases = (
         [t.to(weight_dtype or torch.float32) for t in tensors]
         for tensors in (case.weights, case.biases)
     )
     y, code = level_forward.level_forward(
-        x, weights, biases, case.geometry, case.dtype, tile=tiles.get("forward")
+        x, weights, biases, case.geometry, case.dtype, tile=tiles["forward"]
     )
     dy = dy.to(case.dtype).contiguous()
     dx = level_dgrad.level_dgrad(
-        dy, code, weights, x.shape, case.geometry, x.dtype, tile=tiles.get("dgrad")
+        dy, code, weights, x.shape, case.geometry, x.dtype, tile=tiles["dgrad"]
     )
     dweights, dbiases = level_wgrad.level_wgrad(
-        dy, code, x, weights, biases, case.geometry, tile=tiles.get("wgrad")
+        dy, code, x, weights, biases, case.geometry, tile=tiles["wgrad"]
     )
     return Truth(y, dx, tuple(dweights), tuple(dbiases))
 
