@@ -16,13 +16,14 @@ from lasem_fast.kernels.level_geometry import (
     CLOSED,
     Geometry,
     device_of,
+    is_ragged,
     needs_int64,
     output_shape,
     same_strides,
 )
 from lasem_fast.kernels.level_tiles import Tile, cdiv, default, fitting
 
-# Without spills on sm_80 and sm_90; the first one only without a pool, see _MOST_ACCUMULATORS.
+# Without spills on sm_80 and sm_90; the first one only without a pool, see MOST_POOLED.
 TENSOR_CORE_TILES = (
     Tile(64, 64, 64, 4, 3),
     Tile(64, 32, 64, 4, 3),
@@ -31,15 +32,17 @@ TENSOR_CORE_TILES = (
     Tile(16, 32, 64, 2, 3),
     Tile(16, 16, 128, 4, 3),
 )
+# Where channels are read one by one, addresses take so many registers that others spill.
+RAGGED_TILES = (Tile(32, 32, 32, 4, 3),)
 FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 # Per thread: behind a pool there is a running maximum for every accumulator.
-_MOST_ACCUMULATORS = 16
+MOST_POOLED = 16
 
 
 @triton.jit
 def level_forward_kernel(
     x, weight0, weight1, bias0, bias1, y, code,
-    pixels, samples, height, width, conv_h, conv_w, out_h, out_w,
+    pixels, depth, samples, height, width, conv_h, conv_w, out_h, out_w,
     x_p, x_n, x_h, x_w, x_c, w_o, w_c, w_h, w_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -78,27 +81,21 @@ def level_forward_kernel(
         iw = ow * STRIDE_W - PAD_W
         corner = image + ih * x_h + iw * x_w
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, KH * KW * C_IN, DEPTH):
+        for start in range(0, depth, DEPTH):
+            # decoded per value: with scalars per step, where that is possible, registers spill
             k = start + tl.arange(0, DEPTH)
+            channel = (k % C_IN).to(index)
+            kh = k // C_IN // KW
+            kw = k // C_IN % KW
+            h = ih[:, None] + kh[None, :]
+            w = iw[:, None] + kw[None, :]
+            read_x = valid[:, None] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
             read_w = used[None, :]
-            if C_IN % DEPTH == 0:
-                tap = start // C_IN
-                channel = (start % C_IN + tl.arange(0, DEPTH)).to(index)
-                h = ih + tap // KW
-                w = iw + tap % KW
-                read_x = valid & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-                read_x = read_x[:, None]
-            else:
-                tap = k // C_IN
-                channel = (k % C_IN).to(index)
-                h = ih[:, None] + (tap // KW)[None, :]
-                w = iw[:, None] + (tap % KW)[None, :]
-                read_x = valid[:, None] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-                if KH * KW * C_IN % DEPTH != 0:
-                    read_x = read_x & (k < KH * KW * C_IN)[None, :]
-                    read_w = read_w & (k < KH * KW * C_IN)[:, None]
-            x_at = corner[:, None] + (tap // KW * x_h + tap % KW * x_w + channel * x_c)[None, :]
-            w_at = weight[None, :] + (tap // KW * w_h + tap % KW * w_w + channel * w_c)[:, None]
+            if KH * KW * C_IN % DEPTH != 0:
+                read_x = read_x & (k < depth)[None, :]
+                read_w = read_w & (k < depth)[:, None]
+            x_at = corner[:, None] + (kh * x_h + kw * x_w + channel * x_c)[None, :]
+            w_at = weight[None, :] + (kh * w_h + kw * w_w + channel * w_c)[:, None]
             values = tl.load(x_at, mask=read_x, other=0.0).to(operand)
             filters = tl.load(w_at, mask=read_w, other=0.0).to(operand)
             total = tl.dot(values, filters, total, input_precision=PRECISION)
@@ -124,9 +121,11 @@ def candidates(
     x: Tensor, weights: list[Tensor], geometry: Geometry, dtype: torch.dtype, tf32: bool
 ) -> list[Tile]:
     """The tiles that fit a level, in table order; arguments as in :func:`level_forward`."""
-    tiles = FMA_TILES if dtype == torch.float32 and not tf32 else TENSOR_CORE_TILES
+    tiles = RAGGED_TILES if is_ragged(x) else TENSOR_CORE_TILES
+    if dtype == torch.float32 and not tf32:
+        tiles = FMA_TILES
     if geometry.pool > 1:
-        tiles = [tile for tile in tiles if tile.accumulators <= _MOST_ACCUMULATORS]
+        tiles = [tile for tile in tiles if tile.accumulators <= MOST_POOLED]
     return fitting(tiles, *_product(x, weights, geometry))
 
 
@@ -161,13 +160,13 @@ def level_forward(
     code = x.new_empty(shape if geometry.has_code else (0,), dtype=torch.uint8)
     if y.numel() == 0:
         return y, code
-    rows, columns, _ = _product(x, weights, geometry)
+    rows, columns, depth = _product(x, weights, geometry)
     tile = tile or default(candidates(x, weights, geometry, dtype, tf32), rows, columns)
     channels, kh, kw = weights[0].shape[1:]
     with device_of(x):
         level_forward_kernel[cdiv(rows, tile.rows), cdiv(columns, tile.columns)](
             x, weights[0], weights[-1], *_biases(weights, biases), y, code,
-            rows, x.shape[1], x.shape[2], x.shape[3],
+            rows, depth, x.shape[1], x.shape[2], x.shape[3],
             geometry.conv_h, geometry.conv_w, geometry.out_h, geometry.out_w,
             *x.stride(), *weights[0].stride(),
             BRANCHES=len(weights), C_IN=channels, C_OUT=shape[-1], KH=kh, KW=kw,

@@ -70,6 +70,11 @@ def same_strides(weights: list[Tensor]) -> list[Tensor]:
     return [weight.contiguous() for weight in weights]
 
 
+def is_ragged(x: Tensor) -> bool:
+    """Whether the channels of ``x`` have to be read one by one, not in runs of 8."""
+    return x.stride(-1) != 1 or x.shape[-1] % 8 != 0
+
+
 def gradient_buffers(weights: list[Tensor]) -> list[Tensor]:
     """Memory for the weights' gradients, all in one layout: the weights' own where they agree."""
     buffers = [torch.empty_like(weight) for weight in weights]

@@ -17,6 +17,7 @@ from lasem_fast.kernels.level_geometry import (
     Geometry,
     device_of,
     gradient_buffers,
+    is_ragged,
     needs_int64,
 )
 from lasem_fast.kernels.level_tiles import PROGRAMS, Tile, cdiv, default, fitting
@@ -27,6 +28,8 @@ TENSOR_CORE_TILES = (
     Tile(32, 32, 64, 4, 3),
     Tile(16, 16, 64, 2, 3),
 )
+# Where channels are read one by one, addresses take so many registers that others spill.
+RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
 FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 # Elements that one program of the second launch adds up.
 SUM_BLOCK = 256
@@ -151,7 +154,9 @@ def candidates(
     x: Tensor, weights: list[Tensor], geometry: Geometry, dtype: torch.dtype, tf32: bool
 ) -> list[Tile]:
     """The tiles that fit a level, in table order; ``dtype`` is that of ``dy``."""
-    tiles = FMA_TILES if dtype == torch.float32 and not tf32 else TENSOR_CORE_TILES
+    tiles = RAGGED_TILES if is_ragged(x) else TENSOR_CORE_TILES
+    if dtype == torch.float32 and not tf32:
+        tiles = FMA_TILES
     return fitting(tiles, *_product(x, weights, geometry))
 
 

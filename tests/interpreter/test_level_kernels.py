@@ -14,7 +14,9 @@ MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
 TILES = [
     (name, tile)
     for name, module in MODULES.items()
-    for tile in (*module.TENSOR_CORE_TILES, *module.FMA_TILES)
+    for tile in dict.fromkeys(
+        (*module.TENSOR_CORE_TILES, *getattr(module, "RAGGED_TILES", ()), *module.FMA_TILES)
+    )
 ]
 
 
