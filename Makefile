@@ -14,8 +14,11 @@ BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet $(ARGS)
 demo: $(VENV)/.ready
 	$(BIN)/python -m lasem_fast demo $(ARGS)
 
+# Triton reads TRITON_INTERPRET once, when it is imported: its tests need processes of their own.
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter $(ARGS)
+	$(BIN)/python -m pytest tests/aot $(ARGS)
 
 # A refused column fails the run, but the report of all others is still written.
 bench: $(VENV)/.ready

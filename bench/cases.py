@@ -18,6 +18,8 @@ CLASSES = 10
 # Columns that take minutes on two cores: the quick suite has them on its smallest row.
 COMPILED = ("compiled loop", "compiled tree")
 VMAP = ("vmap",)
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 NAIVE = ("naive loop, two forwards", "naive loop, one forward")
 
 
@@ -28,7 +30,8 @@ class Case:
     Attributes:
         net: a name in :data:`lasem_fast.tools.builtin.NETS`.
         batch: samples in the mini-batch.
-        dtype: ``"fp32"``; ``"tf32"`` (fp32 tensors, CUDA only); ``"bf16"`` (autocast).
+        dtype: ``"fp32"``; ``"tf32"`` (fp32 tensors, CUDA only); ``"bf16"`` or ``"fp16"``
+            (autocast).
         device: ``"cpu"`` or ``"cuda"``.
         groups: sizes of groups of stages that are shared together, None for none.
         without: columns that this row does not have.
@@ -49,14 +52,14 @@ class Case:
     @property
     def unit_roundoff(self) -> float:
         """Half the distance from 1 to the next number of the precision computed in."""
-        # tf32 keeps 10 bits of the fraction.
-        eps = {"fp32": 2**-23, "tf32": 2**-10, "bf16": 2**-7}[self.dtype]
+        # tf32 keeps 10 bits of the fraction, as fp16 does.
+        eps = {"fp32": 2**-23, "tf32": 2**-10, "fp16": 2**-10, "bf16": 2**-7}[self.dtype]
         return eps / 2
 
     def precision(self) -> AbstractContextManager:
         """Autocast where the row asks for it."""
-        if self.dtype == "bf16":
-            return torch.autocast(self.device, dtype=torch.bfloat16)
+        if self.dtype in _AUTOCAST:
+            return torch.autocast(self.device, dtype=_AUTOCAST[self.dtype])
         return nullcontext()
 
     def problem(self) -> Problem:
@@ -111,6 +114,31 @@ def quick() -> list[Case]:
         Case("residual-17", 10, groups=NETS["residual-17"].groups, without=slow),
         Case("office-home-4", 16, without=(*slow, *NAIVE)),
     ]
+
+
+def gpu(device: str) -> list[Case]:
+    """The rows of ``bench/on_gpu.sh``, the most important first: minutes on one GPU."""
+    rows = [
+        ("cifar-4", 10, None),
+        ("stl-6", 10, None),
+        ("office-home-4", 16, None),
+        ("residual-17", 10, (1,) * 8),
+        ("residual-17", 128, (1,) * 8),
+    ]
+    slow = (*NAIVE, *COMPILED[:1], *VMAP)
+    first = [Case(net, batch, "bf16", device, groups, slow) for net, batch, groups in rows]
+    slower = (*slow, *COMPILED)
+    others = [
+        Case(net, batch, dtype, device, groups, slower)
+        for dtype in ("tf32", "fp32")
+        for net, batch, groups in rows[:4]
+    ]
+    return [*first, *others]
+
+
+def smoke(device: str) -> list[Case]:
+    """One small row with the columns that are quick: whether the suite runs at all."""
+    return [Case("cifar-4", 2, "fp32", device, without=(*COMPILED, *VMAP, *NAIVE))]
 
 
 def full(device: str) -> list[Case]:

@@ -57,10 +57,7 @@ def brute_force(problem: Problem, configs: list[tuple[bool, ...]], dtype: torch.
     nlls, top = [], torch.full((), -torch.inf, dtype=dtype, device=x.device)
     for config in configs:
         with problem.case.precision() if dtype is torch.float32 else nullcontext():
-            h = x
-            for stage, shared in enumerate(config):
-                h = (net.shared if shared else net.specific[TASK])[stage](h)
-            logits = net.heads[TASK](h)
+            logits = net(x, TASK, config)
         nll = F.cross_entropy(logits.to(dtype), problem.y)
         grads = torch.autograd.grad(nll, list(named.values()), allow_unused=True)
         nlls.append(nll.detach())

@@ -9,8 +9,8 @@ Every column makes a copy of the net, so that none sees another's gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -272,25 +272,35 @@ def compiled_tree(problem: Problem) -> Runner:
     return _from_logits(problem, net, tree, problem.x)
 
 
-def graphed_tree(problem: Problem) -> Runner:
-    """The tree's whole step captured in a CUDA graph."""
-    tree = plain_tree(problem)
+def _graphed(runner: Runner) -> Runner:
+    """A runner whose whole step is captured in a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            tree.step()
+            runner.step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outcome = tree.step()
-    tree.count.wins.fill_(1)  # as before the steps that warmed up
+        outcome = runner.step()
+    if runner.count is not None:
+        runner.count.wins.fill_(1)  # as before the steps that warmed up
 
     def step() -> Outcome:
         graph.replay()
         return outcome
 
-    return Runner(tree.net, step)
+    return Runner(runner.net, step)
+
+
+def graphed_base_learner(problem: Problem) -> Runner:
+    """The base learner's step captured in a CUDA graph."""
+    return _graphed(base_learner(problem))
+
+
+def graphed_tree(problem: Problem) -> Runner:
+    """The tree's whole step captured in a CUDA graph."""
+    return _graphed(plain_tree(problem))
 
 
 def ours(problem: Problem, backend: str) -> Runner:
@@ -308,6 +318,36 @@ def ours(problem: Problem, backend: str) -> Runner:
     return Runner(net, step)
 
 
+class _NoUpdate(torch.optim.Optimizer):
+    """Leaves the weights alone: no column's step has an optimiser."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: object = None) -> None:
+        """Nothing."""
+
+
+def ours_captured(problem: Problem, backend: str) -> Runner:
+    """The library with one of its backends, its step captured by ``lf.capture``."""
+    net = _copied(problem)
+    em = lf.LASEM(net, problem.space, backend=backend)
+    with problem.case.precision():
+        captured = lf.capture(
+            em, _NoUpdate(net.parameters()), problem.x, problem.y, TASK, strict=True
+        )
+
+    def step() -> Outcome:
+        result = captured(problem.x, problem.y)
+        return Outcome(result.loss, result.posterior)
+
+    for _ in range(2):  # an eager step, and the one that records
+        step()
+    for buffer in em._prior.buffers():
+        buffer.zero_()  # as before these two
+    return Runner(net, step)
+
+
 BASE = "base learner"
 
 PEERS = [
@@ -319,6 +359,7 @@ PEERS = [
     Column("plain tree", plain_tree),
     Column("plain tree, channels last", channels_last_tree),
     Column("compiled tree", compiled_tree),
+    Column(f"{BASE}, CUDA graph", graphed_base_learner, all_configurations=False, device="cuda"),
     Column("plain tree, CUDA graph", graphed_tree, device="cuda"),
 ]
 
@@ -326,19 +367,35 @@ PEERS = [
 _SLACK = {"cpp": 12.0}
 
 
-def library_columns() -> list[Column]:
+def library_column(backend: str) -> Column:
+    """The library with one backend."""
+    return Column(
+        f"lasem_fast {backend}", partial(ours, backend=backend), slack=_SLACK.get(backend, 4.0)
+    )
+
+
+# "cpp" has nothing of its own on a GPU, and "triton" on a CPU only an interpreter.
+_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
+
+
+def library_columns(device: str) -> list[Column]:
     """The library with every backend that can run here; the naive reference is a peer above."""
-    return [
-        Column(f"lasem_fast {name}", partial(ours, backend=name), slack=_SLACK.get(name, 4.0))
-        for name, state in lf.backends().items()
-        if state == "available" and name != "reference"
-    ]
+    known = lf.backends()
+    here = [name for name in _BACKENDS[device] if known[name] == "available"]
+    columns = [library_column(name) for name in here]
+    if device == "cuda":
+        columns += [
+            replace(column, name=f"{column.name}, captured",
+                    build=partial(ours_captured, backend=name))
+            for name, column in zip(here, columns, strict=True)
+        ]  # fmt: skip
+    return columns
 
 
 def columns(case: Case) -> list[Column]:
     """The columns that a row has."""
     return [
         column
-        for column in [*PEERS, *library_columns()]
+        for column in [*PEERS, *library_columns(case.device)]
         if column.name not in case.without and column.device in ("", case.device)
     ]

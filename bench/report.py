@@ -23,7 +23,7 @@ _NOT_RUN = "-"
 
 @dataclass(frozen=True)
 class Cell:
-    """One column of one row: see ``extra_info`` in :mod:`bench.test_speed`."""
+    """One column of one row: see :func:`bench.record.extra_info`."""
 
     info: dict[str, Any]
 

@@ -7,6 +7,7 @@ tree.
 
 from lasem_fast import initialisers, likelihoods, nets, optim, priors, transfer
 from lasem_fast._dispatch import backends
+from lasem_fast.capture import CapturedStep, capture
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.em import LASEM, EMStep
 from lasem_fast.net import TransferNet
@@ -14,11 +15,13 @@ from lasem_fast.version import __version__
 
 __all__ = [
     "LASEM",
+    "CapturedStep",
     "ConfigSpace",
     "EMStep",
     "TransferNet",
     "__version__",
     "backends",
+    "capture",
     "initialisers",
     "likelihoods",
     "nets",

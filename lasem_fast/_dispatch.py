@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from lasem_fast import _ops
-from lasem_fast.backends import cpu_scores, plain_torch, winograd
+from lasem_fast.backends import (
+    cpu_scores,
+    plain_torch,
+    triton_level,
+    triton_scores,
+    winograd,
+)
 from lasem_fast.configs import Configuration
 from lasem_fast.fastest import fastest
 from lasem_fast.operations import Operations
@@ -28,14 +38,23 @@ _CPU_LEVELS = {
 def backends() -> dict[str, str]:
     """What each backend says of itself: ``"available"``, or why it is not."""
     why_not = _ops.why_unsupported()
-    absent = "not available: this version of lasem_fast has no such kernels"
+    no_triton = _why_no_triton()
     return {
         "reference": _AVAILABLE,
         "torch": _AVAILABLE,
         "cpp": f"not available: {why_not}" if why_not else _AVAILABLE,
-        "triton": absent,
-        "cuda": absent,
+        "triton": f"not available: {no_triton}" if no_triton else _AVAILABLE,
+        "cuda": "not available: this version of lasem_fast has no such kernels",
     }
+
+
+def _why_no_triton() -> str:
+    """Why Triton kernels cannot run here, or ""; does not import triton."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+        return ""
+    return "there is no CUDA device"
 
 
 def choose(backend: Any) -> str:
@@ -49,7 +68,9 @@ def choose(backend: Any) -> str:
         raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
     known = backends()
     if backend == "auto":
-        return "cpp" if known["cpp"] == _AVAILABLE else "torch"
+        # the interpreter is for tests: nobody wants it who did not ask for it
+        best = ["triton"] if torch.cuda.is_available() else []
+        return next(name for name in [*best, "cpp", "torch"] if known[name] == _AVAILABLE)
     if backend not in known:
         raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}")
     if known[backend] != _AVAILABLE:
@@ -66,6 +87,15 @@ def operations(backend: str) -> Operations:
             levels=(fastest(_CPU_LEVELS),),
             heads=(plain_torch.channels_last_head,),
             scores=(cpu_scores.scores,),
+        )
+    if backend == "triton":
+        # a net may stay on the CPU or move later, so the CPU's operations stand behind
+        return operations("cpp" if _ops.supported() else "torch").after(
+            Operations(
+                levels=(triton_level.triton_level,),
+                heads=(triton_level.triton_head,),
+                scores=(triton_scores.scores,),
+            )
         )
     return Operations(levels=(plain_torch.wide_level,))
 

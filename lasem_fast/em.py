@@ -36,6 +36,10 @@ class EMStep(NamedTuple):
     nll: Tensor
     dropped_mass: Tensor
 
+    def clone(self) -> EMStep:
+        """Copies of all tensors, for results of a captured step that are to be kept."""
+        return EMStep(*(tensor.clone() for tensor in self))
+
 
 class LASEM(nn.Module):
     """Trains a :class:`TransferNet` while finding out which stages each task should share.

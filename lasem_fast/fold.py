@@ -7,6 +7,7 @@ form by a view. The other forms are put into it only where something needs it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,25 +32,30 @@ class Stacks(NamedTuple):
             split = [part.unflatten(0, (samples, level.width)) for part in parts]
             return torch.stack(split, dim=2).flatten(0, 2)
         rows = torch.cat([part.unflatten(0, (samples, -1)) for part in parts], dim=1)
-        order = torch.tensor(level.merge_order(), device=rows.device)
+        order = index_tensor(level.merge_order(), rows.device)
         return rows.index_select(1, order).flatten(0, 1)
 
 
 class RowsFirst(NamedTuple):
-    """Images with rows outermost and channels last, ``[P, N, H, W, C]``, as kernels like them."""
+    """Rows outermost and channels last, as kernels like them.
+
+    Images ``[P, N, H, W, C]`` or vectors ``[P, N, F]``, with any strides.
+    """
 
     data: Tensor
 
     @classmethod
     def of(cls, h: Tensor | RowsFirst, rows: int) -> RowsFirst:
-        """From a folded batch ``[N * P, C, H, W]`` of P ``rows``."""
+        """A view of a folded batch ``[N * P, C, H, W]`` or ``[N * P, F]`` of P ``rows``."""
         if isinstance(h, RowsFirst):
             return h
-        return cls(h.unflatten(0, (-1, rows)).permute(1, 0, 3, 4, 2).contiguous())
+        data = h.unflatten(0, (-1, rows)).transpose(0, 1)
+        return cls(data if data.dim() == 3 else data.permute(0, 1, 3, 4, 2))
 
     def folded(self) -> Tensor:
-        """All rows in nested-loop order, ``[N * P, C, H, W]``."""
-        return self.data.permute(1, 0, 4, 2, 3).flatten(0, 1)
+        """All rows in nested-loop order, ``[N * P, C, H, W]`` or ``[N * P, F]``."""
+        data = self.data.transpose(0, 1)
+        return (data if data.dim() == 3 else data.permute(0, 1, 4, 2, 3)).flatten(0, 1)
 
 
 Fold = Tensor | Stacks | RowsFirst
@@ -68,4 +74,21 @@ def rows_of(h: Tensor, width: int, rows: tuple[int, ...]) -> Tensor:
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     if step > 0 and rows == tuple(range(rows[0], rows[-1] + 1, step)):
         return split[:, rows[0] : rows[-1] + 1 : step].flatten(0, 1)
-    return split.index_select(1, torch.tensor(rows, device=h.device)).flatten(0, 1)
+    return split.index_select(1, index_tensor(rows, h.device)).flatten(0, 1)
+
+
+def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Row numbers as an index.
+
+    On a device it is made once and kept for good: making one waits for the device, which a CUDA
+    graph does not allow, and a graph goes on reading it.
+    """
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(rows, device=device)
+    return _kept_index(rows, device)
+
+
+@cache
+def _kept_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)

@@ -59,7 +59,7 @@ class PlainStage(NamedTuple):
 def plain_stage(module: nn.Module) -> PlainStage | None:
     """The parts of a plain stage, or None where the stage is anything else."""
     if type(module) is nn.Sequential:
-        children = list(module.named_children())
+        children = list(module._modules.items())  # named_children leaves out a layer's second use
     else:
         children = [("", module)]
     weighted = [i for i, (_, child) in enumerate(children) if _is_core(child)]

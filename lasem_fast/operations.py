@@ -59,3 +59,7 @@ class Operations(NamedTuple):
     levels: tuple[LevelOperation, ...] = ()
     heads: tuple[HeadOperation, ...] = ()
     scores: tuple[ScoreOperation, ...] = ()
+
+    def after(self, others: Operations) -> Operations:
+        """These operations behind ``others``, for what those do not take."""
+        return Operations(*(theirs + ours for ours, theirs in zip(self, others, strict=True)))

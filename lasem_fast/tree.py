@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast import _checks
-from lasem_fast.fold import Fold, Stacks, folded, rows_of
+from lasem_fast.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.layers import active_random_layers, has_hooks, may_write_input
 from lasem_fast.network import Network
 from lasem_fast.operations import Operations
@@ -109,7 +109,7 @@ class Tree:
         logits = self._rows_first_logits(network, h, leaves, samples)
         if self.plan.leaves == tuple(range(leaves)):
             return logits
-        return logits[torch.tensor(self.plan.leaves, device=logits.device)]
+        return logits[index_tensor(self.plan.leaves, logits.device)]
 
     def _rows_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
         for operation in self.operations.heads:

@@ -160,3 +160,14 @@ def test_no_loop_over_configurations():
     lf.LASEM(net, backend="torch")(*batch(), "a")
     per_network = sum(1 for s in (*net.shared, net.heads["a"]) for _ in s.modules())
     assert len(calls) <= 2 * per_network
+
+
+def test_a_layer_used_twice_in_a_stage_runs_twice():
+    pool = nn.MaxPool2d(2)
+    net = lf.TransferNet([nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), pool, pool)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(3, 3)))
+    net.double()
+    x, y = batch()
+    em = lf.LASEM(net, backend="torch")
+    truth = brute_force(net, em.space.bits, x, y, "a")
+    assert_step_equals(net, em(x, y, "a"), truth)

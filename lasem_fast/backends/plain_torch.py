@@ -126,7 +126,7 @@ def channels_last_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
         The logits ``[P * N, K]``, rows outermost; None for any other head or form, and where the
         weight is the larger one.
     """
-    if not isinstance(h, RowsFirst) or not flatten_then_linear(head):
+    if not isinstance(h, RowsFirst) or h.data.dim() != 5 or not flatten_then_linear(head):
         return None
     samples, height, width, channels = h.data.shape[1:]
     linear = head[1]

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lasem_fast import _ops
 from lasem_fast.fold import Fold, RowsFirst, folded
-from lasem_fast.layers import PlainStage, plain_stage, same_form
+from lasem_fast.layers import plain_stage, same_form
 from lasem_fast.network import tensors_in_force
+from lasem_fast.relu_and_pool import relu_and_pool
 from lasem_fast.transfer import Branch
-
-
-class Pool(NamedTuple):
-    """A max-pool whose stride is its window; ``size`` 1 is none."""
-
-    size: int = 1
-    padding: int = 0
-    ceil: bool = False
-
-    def output(self, size: int) -> int:
-        """The pooled size of ``size`` pixels, by PyTorch's rule."""
-        span = size + 2 * self.padding - self.size
-        windows = (-(-span // self.size) if self.ceil else span // self.size) + 1
-        # a last window that would start in the padding behind the image is left out
-        if self.ceil and (windows - 1) * self.size >= size + self.padding:
-            windows -= 1
-        return windows
 
 
 def winograd_level(
@@ -47,9 +30,10 @@ def winograd_level(
         The output with ``P * B`` rows, branch innermost; None for any other stage or input.
     """
     first = plain_stage(branches[0].module)
-    pool = None if first is None else _pool_after(first)
-    if pool is None or not _fits(first.core) or not _takes(h):
+    behind = None if first is None or first.before else relu_and_pool(first.after)
+    if behind is None or not behind.relu or not _fits(first.core) or not _takes(h):
         return None
+    pool = behind.pool
     stages = [first, *(plain_stage(branch.module) for branch in branches[1:])]
     if not all(same_form(first, stage) for stage in stages[1:]):
         return None
@@ -59,7 +43,7 @@ def winograd_level(
         return None
     weight = torch.stack(weights)
     bias = weight.new_zeros(weight.shape[:2]) if biases[0] is None else torch.stack(biases)
-    x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data
+    x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data.contiguous()
     padding = _padding(first.core)
     size = tuple(pool.output(n + 2 * padding - 2) for n in x.shape[2:4])
     y = _ops.winograd_level(
@@ -75,8 +59,10 @@ def small_tile_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirs
     Fewer outputs per multiplication, but none computed in vain where the image is no multiple of 4.
     """
     stage = plain_stage(branches[0].module)
-    pool = None if stage is None else _pool_after(stage)
-    return winograd_level(branches, h, rows, tile=3) if pool and pool.size == 3 else None
+    behind = None if stage is None else relu_and_pool(stage.after)
+    if behind is None or behind.pool.size != 3:
+        return None
+    return winograd_level(branches, h, rows, tile=3)
 
 
 def _takes(h: Fold) -> bool:
@@ -103,25 +89,3 @@ def _fits(conv: nn.Module) -> bool:
 
 def _padding(conv: nn.Conv2d) -> int:
     return 1 if conv.padding in ("same", (1, 1)) else 0
-
-
-def _pool_after(stage: PlainStage) -> Pool | None:
-    """The pool behind a convolution and ReLU, in either order; None for any other layers."""
-    if stage.before:
-        return None
-    layers = [layer for layer in stage.after if type(layer) is not nn.Identity]
-    pools = [layer for layer in layers if type(layer) is nn.MaxPool2d]
-    if [type(layer) for layer in layers if layer not in pools] != [nn.ReLU] or len(pools) > 1:
-        return None
-    return _pool(pools[0]) if pools else Pool()
-
-
-def _pool(layer: nn.MaxPool2d) -> Pool | None:
-    def same(value: int | tuple[int, int]) -> int | None:
-        pair = value if isinstance(value, tuple) else (value, value)
-        return pair[0] if pair[0] == pair[1] else None
-
-    size, stride, padding = same(layer.kernel_size), same(layer.stride), same(layer.padding)
-    if size not in (2, 3) or stride != size or padding is None or same(layer.dilation) != 1:
-        return None
-    return Pool(size, padding, layer.ceil_mode)

@@ -1,0 +1,52 @@
+"""``python -m bench.run``: rows of the benchmark without pytest, row by row into one file.
+
+For a machine where pytest-benchmark is not installed. A second call with the same file goes on
+where the first one ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import cases, ceilings, peers, record, report
+from bench.race import race
+
+FINISHED, REFUSED, LEFT_OUT = 0, 1, 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the rows; returns 0, 1 where a column was refused, 3 where rows were left out."""
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
+    parser.add_argument("--suite", choices=("gpu", "smoke"), required=True, help="which rows")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per row")
+    parser.add_argument("--budget", type=float, default=1e9,
+        help="seconds after which no further row is begun")  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the results file")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    results = record.ResultsFile(args.out, args.device, ceilings.measure(args.device))
+    left_out = []
+    for case in cases.gpu(args.device) if args.suite == "gpu" else cases.smoke(args.device):
+        if results.has(case):
+            continue
+        if time.monotonic() - start > args.budget:
+            left_out.append(case.id)
+            continue
+        columns = peers.columns(case)
+        results.add(case, columns, race(case, columns, args.seconds))
+        print(f"{time.monotonic() - start:6.1f} s  {case.id}", file=sys.stderr, flush=True)
+    report.main([str(args.out)])
+    for row in left_out:
+        print(f"Left out, the budget of {args.budget:.0f} s was used up: {row}")
+    if left_out:
+        return LEFT_OUT
+    return REFUSED if results.data["refused"] else FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""A whole training step as one CUDA graph replay: E-step, M-step, backward, optimiser and prior."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lasem_fast import _checks
+from lasem_fast.em import LASEM, EMStep
+
+
+def capture(
+    em: LASEM, optimizer: Optimizer, x: Tensor, y: Tensor, task: str, *, strict: bool = False
+) -> CapturedStep:
+    """Makes the training step of a task one CUDA graph replay.
+
+    ::
+
+        step = lf.capture(em, optimizer, x, y, task="birds")
+        for x, y in loader:
+            result = step(x, y)  # optimizer.zero_grad(), em(x, y), backward and optimizer.step()
+
+    Nothing is trained here and no state changes, whatever happens: the step is tried out on copies
+    of ``em`` and ``optimizer``, which takes the memory of two of them for that while.
+
+    Args:
+        em: made without ``validate``; its net on a CUDA device.
+        optimizer: one whose state is on the device alone, such as ``SGD``, ``Adam(...,
+            capturable=True)`` or :class:`lasem_fast.optim.TFRMSprop`. A learning rate that changes
+            should be a tensor on the device (``SGD`` then needs ``fused=True``); each change of a
+            float costs a new capture.
+        x: a mini-batch such as will come, ``[N, ...]``.
+        y: its targets.
+        task: a task that has not ended.
+        strict: raise where the step cannot be captured, instead of running it eagerly.
+
+    Returns:
+        The step. Autocast is as it is here, in every later call too. There is no loss scale, so
+        float16 autocast is for weights that need none.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        RuntimeError: with ``strict``, the step cannot be captured; the message says why.
+
+    Warns:
+        RuntimeWarning: without ``strict``, the step will run eagerly, and why.
+    """
+    step = CapturedStep(em, optimizer, x, y, task, strict)
+    reasons = _obstacles(em, optimizer, x)
+    why = "; ".join(reasons) if reasons else _trial(step)
+    if why:
+        step._give_up(why)
+    return step
+
+
+class CapturedStep:
+    """One training step of one task; :func:`capture` makes it.
+
+    The first call, and the first one after something that the graph has taken in was changed (a
+    float learning rate, the training mode, tensors that were replaced), runs eagerly; the next
+    records the graph.
+
+    Attributes:
+        why_eager: why there is no graph and every call runs eagerly, or None.
+    """
+
+    def __init__(
+        self, em: LASEM, optimizer: Optimizer, x: Tensor, y: Tensor, task: str, strict: bool
+    ) -> None:
+        _check_arguments(em, optimizer, x, y, task)
+        self.em, self.optimizer, self.task, self.strict = em, optimizer, task, strict
+        self.why_eager: str | None = None
+        self._x, self._y = x.detach().clone(), y.detach().clone()
+        kind = x.device.type
+        self._autocast = {
+            "device_type": kind,
+            "dtype": torch.get_autocast_dtype(kind),
+            "enabled": torch.is_autocast_enabled(kind),
+            # a weight's cast that was cached outside the graph would be stale in it
+            "cache_enabled": False,
+        }
+        self._weights = [*em.net.parameters(), *em.net.buffers()]
+        self._stream: torch.cuda.Stream | None = None
+        self._warm: Any = None  # what the last eager step ran with
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recorded: Any = None  # what the graph has taken in
+        self._grads: list[tuple[Tensor, Tensor]] = []
+        self._result: EMStep | None = None
+
+    def __call__(self, x: Tensor, y: Tensor) -> EMStep:
+        """Trains on one mini-batch.
+
+        Args:
+            x: of the shape, dtype and device that the step was captured with.
+            y: likewise.
+
+        Returns:
+            What ``em(x, y, task)`` returns, its loss detached. The next call overwrites these
+            tensors: :meth:`EMStep.clone` keeps them.
+
+        Raises:
+            TypeError, ValueError: a mini-batch that does not fit (:meth:`eager` takes it), or the
+                task has ended.
+        """
+        self._check_batch(x, y)
+        if self.why_eager is not None:
+            return self.eager(x, y)
+        with torch.cuda.device(self._x.device):
+            return self._run(x, y)
+
+    def eager(self, x: Tensor, y: Tensor) -> EMStep:
+        """Trains on one mini-batch of any size without the graph; the results are new tensors."""
+        _checks.check_open_task(self.task, self.em.net)
+        self.optimizer.zero_grad()
+        with torch.autocast(**self._autocast):
+            step = self.em(x, y, self.task)
+        step.loss.backward()
+        self.optimizer.step()
+        return step._replace(loss=step.loss.detach())
+
+    def _run(self, x: Tensor, y: Tensor) -> EMStep:
+        self._x.copy_(x)
+        self._y.copy_(y)
+        present = self._taken_in()
+        if self._graph is None or present != self._recorded:
+            self._graph = None
+            if present != self._warm:
+                return self._warm_up()
+            try:
+                self._record()
+            except Exception as error:
+                self._give_up(_first_line(error))
+                return self.eager(x, y)
+            self._recorded = present
+        # on the host, so never inside the graph
+        self.em._rollback.begin(self.task, False, self.em.net.shared)
+        for parameter, grad in self._grads:
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        self._graph.replay()
+        return self._result
+
+    def _warm_up(self) -> EMStep:
+        """An eager step on the stream of the capture: every lazy allocation is done there."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step = self.eager(self._x, self._y)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._warm = self._taken_in()
+        return step
+
+    def _record(self) -> None:
+        """Captures the graph; runs nothing on the device, so that a failure changes nothing."""
+        stream = torch.cuda.current_stream()
+        self.em._rollback.begin(self.task, False, self.em.net.shared)
+        self.optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # a loader's thread that pins memory must not end the capture
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                result = self.eager(self._x, self._y)
+        finally:
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
+        self._grads = [(p, p.grad) for p in self.em.net.parameters() if p.grad is not None]
+        self._graph, self._result = graph, result
+
+    def _give_up(self, why: str) -> None:
+        message = f"capture: the step of task {self.task!r} cannot be captured: {why}"
+        if self.strict:
+            raise RuntimeError(message)
+        warnings.warn(f"{message}; it runs eagerly", RuntimeWarning, stacklevel=3)
+        self.why_eager = why
+
+    def _taken_in(self) -> tuple:
+        """What a graph holds on to: addresses, and values that are on the host."""
+        groups = self.optimizer.param_groups
+        states = self.optimizer.state.values()
+        return (
+            self.em.training,
+            [(w.data_ptr(), w.requires_grad) for w in self._weights],
+            [buffer.data_ptr() for buffer in self.em._prior.buffers()],
+            [[_mark(value) for value in state.values()] for state in states],
+            [[_mark(group[key]) for key in group if key != "params"] for group in groups],
+            [[id(parameter) for parameter in group["params"]] for group in groups],
+        )
+
+    def _check_batch(self, x: Any, y: Any) -> None:
+        _checks.check_open_task(self.task, self.em.net)
+        for name, got, like in (("x", x, self._x), ("y", y, self._y)):
+            if not isinstance(got, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(got).__name__}")
+            if (got.shape, got.dtype, got.device) != (like.shape, like.dtype, like.device):
+                raise ValueError(
+                    f"{name}: expected shape {list(like.shape)} of {like.dtype} on {like.device}, "
+                    f"as captured, got {list(got.shape)} of {got.dtype} on {got.device}; "
+                    f"captured.eager(x, y) takes a mini-batch of another size"
+                )
+
+
+def _check_arguments(em: Any, optimizer: Any, x: Any, y: Any, task: Any) -> None:
+    if not isinstance(em, LASEM):
+        raise TypeError(f"em: expected a LASEM, got {type(em).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    _checks.check_batch(x)
+    _checks.check_target(y, x)
+    _checks.check_open_task(task, em.net)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in trained for p in em.net.task_parameters(task)):
+        raise ValueError(
+            f"optimizer: expected one that trains parameters of em.net for task {task!r}, got one "
+            f"without any of them"
+        )
+
+
+def _obstacles(em: LASEM, optimizer: Optimizer, x: Tensor) -> list[str]:
+    """What is known to stand in the way of a capture without trying it."""
+    reasons = []
+    if x.device.type != "cuda":
+        reasons.append(f"the mini-batch is on {x.device}, and only CUDA devices have graphs")
+    if em.validate:
+        reasons.append("em has validate=True, which waits for the device in every step")
+    if not all(group.get("capturable", True) for group in optimizer.param_groups):
+        reasons.append(f"{type(optimizer).__name__} has capturable=False")
+    return reasons
+
+
+def _trial(step: CapturedStep) -> str:
+    """Takes the step on copies; says why it cannot be captured, or returns ""."""
+    em, optimizer = step.em, step.optimizer
+    x, y = step._x, step._y
+    try:
+        with torch.cuda.device(x.device), torch.random.fork_rng(devices=[x.device]):
+            # together, so that the copied optimiser trains the copied net
+            em, optimizer = copy.deepcopy((em, optimizer))
+            trial = CapturedStep(em, optimizer, x, y, step.task, strict=True)
+            trial._autocast = step._autocast
+            trial._warm_up()
+            why = _state_on_host(optimizer)
+            if not why:
+                trial._record()
+            return why
+    except Exception as error:
+        return _first_line(error)
+
+
+def _state_on_host(optimizer: Optimizer) -> str:
+    """Names a part of the optimiser's state that a replay would not advance, or ""."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if number or (isinstance(value, Tensor) and value.device != parameter.device):
+                return f"{type(optimizer).__name__} keeps {name!r} on the host"
+    return ""
+
+
+def _mark(value: Any) -> Any:
+    """A value to compare: a tensor by its address, anything else by what it is."""
+    if isinstance(value, Tensor):
+        return ("tensor", value.data_ptr())
+    if isinstance(value, (tuple, list)):
+        return [_mark(part) for part in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

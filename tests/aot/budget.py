@@ -1,0 +1,59 @@
+"""What every launch may take on every architecture; run as a script, writes the budget anew.
+
+python tests/aot/budget.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import head_launches
+import level_launches
+from compiling import Footprint, Launch, compile_launch
+
+BUDGET = Path(__file__).with_name("budget.json")
+# Compute capability, and the shared memory that a block may have there.
+ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
+_SOURCES = (level_launches, head_launches)
+
+
+def launches() -> dict[str, Launch]:
+    """Every launch of every kernel, by name."""
+    return {name: launch for source in _SOURCES for name, launch in source.launches().items()}
+
+
+def uses_tensor_cores(launch: Launch) -> bool:
+    """Whether the launch has a matrix product that is not in float32."""
+    precision = launch.arguments.get("PRECISION")
+    operand = launch.arguments.get("y", launch.arguments.get("dy"))
+    return precision == "tf32" or (precision is not None and operand.element_size() == 2)
+
+
+def compile_all() -> dict[str, Footprint]:
+    """Footprints by name and architecture, compiled in as many processes as there are cores."""
+    jobs = [(name, capability) for name in launches() for capability in ARCHITECTURES]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        footprints = pool.map(_compile, jobs, chunksize=4)
+        return {f"{n}/sm_{c}": f for (n, c), f in zip(jobs, footprints, strict=True)}
+
+
+_launches: dict[str, Launch] = {}
+
+
+def _compile(job: tuple[str, int]) -> Footprint:
+    if not _launches:
+        _launches.update(launches())
+    name, capability = job
+    return compile_launch(_launches[name], capability)
+
+
+if __name__ == "__main__":
+    entries = {
+        name: {"registers": footprint.registers, "shared": footprint.shared}
+        for name, footprint in sorted(compile_all().items())
+    }
+    lines = (f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")

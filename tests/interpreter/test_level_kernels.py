@@ -1,0 +1,176 @@
+"""The level kernels against PyTorch in float64: exactly where sums are exact, else by rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from levels import Case, Truth, draw, integers, truth, usual
+
+from lasem_fast.kernels import level_dgrad, level_forward, level_geometry, level_wgrad
+from lasem_fast.kernels.level_geometry import CLOSED, Geometry
+
+HALVES = [torch.float16, torch.bfloat16]
+MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
+TILES = [
+    (name, tile)
+    for name, module in MODULES.items()
+    for tile in dict.fromkeys(
+        (*module.TENSOR_CORE_TILES, *getattr(module, "RAGGED_TILES", ()), *module.FMA_TILES)
+    )
+]
+
+
+def run(case: Case, dy, x_dtype=None, weight_dtype=None, tiles=None) -> Truth:
+    """Output and gradients by the kernels, with the largest tiles unless others are given."""
+    tiles = {name: module.TENSOR_CORE_TILES[0] for name, module in MODULES.items()} | (tiles or {})
+    x = case.x.to(x_dtype or case.dtype)
+    weights, biases = (
+        [t.to(weight_dtype or torch.float32) for t in tensors]
+        for tensors in (case.weights, case.biases)
+    )
+    y, code = level_forward.level_forward(
+        x, weights, biases, case.geometry, case.dtype, tile=tiles["forward"]
+    )
+    dy = dy.to(case.dtype).contiguous()
+    dx = level_dgrad.level_dgrad(
+        dy, code, weights, x.shape, case.geometry, x.dtype, tile=tiles["dgrad"]
+    )
+    dweights, dbiases = level_wgrad.level_wgrad(
+        dy, code, x, weights, biases, case.geometry, tile=tiles["wgrad"]
+    )
+    return Truth(y, dx, tuple(dweights), tuple(dbiases))
+
+
+def assert_exact(got: Truth, want: Truth):
+    """Equal to the float64 result, rounded once to the dtype at hand."""
+    for name, ours, theirs in zip(Truth._fields, got, want, strict=True):
+        pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+        for a, b in pairs:
+            assert torch.equal(a, b.to(a.dtype)), name
+
+
+def gradient_for(case: Case):
+    g = case.geometry
+    out = case.weights[0].shape[0]
+    return integers(case.x.shape[0], len(case.weights), case.x.shape[1], g.out_h, g.out_w, out)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_exact_on_integers(seed):
+    case = draw(seed)
+    dy = gradient_for(case)
+    assert_exact(run(case, dy), truth(case, dy))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("seed", range(20, 26))
+def test_exact_on_integers_in_half_precision(seed, dtype):
+    """With float32 weights, as under autocast, and with weights in the same precision."""
+    case = draw(seed, dtype)
+    dy = gradient_for(case)
+    want = truth(case, dy)
+    assert_exact(run(case, dy), want)
+    assert_exact(run(case, dy, x_dtype=torch.float32, weight_dtype=dtype), want)
+
+
+@pytest.mark.parametrize(("name", "tile"), TILES)
+def test_every_tile_is_exact(name, tile):
+    case = usual()
+    dy = gradient_for(case)
+    got = run(case, dy, tiles={name: tile})
+    assert_exact(got, truth(case, dy))
+
+
+# A float32 result may be off from float64 by twice what PyTorch's is: the order of the sum differs.
+ERROR_FACTOR = 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_rounding(dtype):
+    """No ReLU and no pool, whose gradients would jump; operands are rounded before, once."""
+    torch.manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape).to(dtype)
+
+    geometry = Geometry(1, 1, 1, 1, 5, 4, 1, 0, 5, 4, 0)
+    weights, biases = [normal(17, 19, 3, 3) for _ in "ab"], [normal(17) for _ in "ab"]
+    case = Case(normal(1, 2, 5, 4, 19), weights, biases, geometry, False, dtype)
+    dy = normal(*gradient_for(case).shape)
+    got = run(case, dy, weight_dtype=dtype)
+    exact, peer = truth(case, dy), truth(case, dy, torch.float32)
+    for name, ours, want, theirs in zip(Truth._fields, got, exact, peer, strict=True):
+        ours, want, theirs = (
+            torch.cat([p.flatten() for p in t]) if isinstance(t, tuple) else t
+            for t in (ours, want, theirs)
+        )
+        error = float((ours.double() - want).norm())
+        plain = float((theirs.to(ours.dtype).double() - want).norm())
+        assert error <= ERROR_FACTOR * plain, name
+
+
+def test_the_code_names_the_first_of_equal_positions():
+    x = torch.ones(1, 1, 2, 2, 1)
+    geometry = Geometry(1, 1, 0, 0, 2, 2, 2, 0, 1, 1, 1)
+    for value, code in ((1.0, 0), (0.0, CLOSED), (-1.0, CLOSED)):
+        weights = [torch.full((1, 1, 1, 1), value)]
+        y, got = level_forward.level_forward(x, weights, [], geometry, torch.float32)
+        assert y.item() == max(value, 0) and got.item() == code
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_bad_sample_stays_alone(bad, pool):
+    size = 4 // pool
+    geometry = Geometry(1, 1, 1, 1, 4, 4, pool, 0, size, size, 1)
+    case = Case(integers(2, 2, 4, 4, 3), [integers(5, 3, 3, 3) for _ in "ab"],
+                [integers(5) for _ in "ab"], geometry, False, torch.float32)  # fmt: skip
+    dy = integers(2, 2, 2, size, size, 5)
+    dy[1, :, 1] = 0  # what a configuration sends that has been left out
+    clean = run(case, dy)
+    case.x[1, 1, 1:3] = bad
+    got = run(case, dy)
+    others = torch.ones(2, 2, dtype=torch.bool)
+    others[1, 1] = False
+    assert torch.equal(got.y.transpose(1, 2)[others], clean.y.transpose(1, 2)[others])
+    assert not got.y[1, :, 1].isfinite().all()
+    nan = truth(case, dy).y.isnan()
+    assert got.y[nan].isnan().all()
+    assert torch.equal(got.dx, clean.dx)
+    for ours, theirs in zip(
+        got.dweights + got.dbiases, clean.dweights + clean.dbiases, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_64_bit_offsets_give_the_same_bits(monkeypatch):
+    case = usual().with_values(torch.randn)
+    dy = torch.randn(gradient_for(case).shape)
+    narrow = run(case, dy)
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "needs_int64", lambda *_: True)
+    assert_exact(run(case, dy), narrow)
+
+
+def test_when_offsets_need_64_bits():
+    meta = torch.empty(2**20, 2**10, device="meta")
+    assert not level_geometry.needs_int64([meta, meta], 2**30)
+    assert level_geometry.needs_int64([torch.empty(2**21, 2**10, device="meta")], 1)
+    assert level_geometry.needs_int64([meta.expand(2, -1, -1)], 2**31)
+    assert not level_geometry.needs_int64([meta.expand(2**12, -1, -1)], 1)
+
+
+def test_the_same_bits_every_time():
+    case = usual().with_values(torch.randn)
+    dy = torch.randn(gradient_for(case).shape)
+    assert_exact(run(case, dy), run(case, dy))
+
+
+@pytest.mark.parametrize("empty", ["samples", "gradient"])
+def test_nothing_to_do(empty):
+    case = usual()
+    case = case._replace(x=case.x[:, :0] if empty == "samples" else case.x)
+    dy = gradient_for(case) * 0
+    got = run(case, dy)
+    assert got.y.numel() == dy.numel()
+    assert not any(t.any() for t in (*got.dweights, *got.dbiases))

@@ -1,0 +1,365 @@
+"""The captured step without a GPU: its fallback, its refusals, and a step that never waits."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from nets import batch, small_net
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lasem_fast as lf
+from lasem_fast.capture import _obstacles, _state_on_host
+from lasem_fast.fold import _kept_index
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, capturable=False),
+    "tf rmsprop": lambda p: lf.optim.TFRMSprop(p, lr=0.01),
+}
+
+
+def _made(optimizer="sgd", prior="count", extra=(), **options):
+    torch.manual_seed(0)
+    net = small_net(dtype=torch.float32, tasks=("a", "b"), extra=extra)
+    em = lf.LASEM(net, prior=prior, **options)
+    return em, OPTIMIZERS[optimizer](net.task_parameters("a"))
+
+
+def _batches(count=4):
+    return [batch(seed=seed, dtype=torch.float32) for seed in range(count)]
+
+
+def _captured(em, optimizer, **options):
+    x, y = _batches(1)[0]
+    with pytest.warns(RuntimeWarning, match="runs eagerly"):
+        return lf.capture(em, optimizer, x, y, "a", **options)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("prior", ["count", "mean_posterior", "historic"])
+@pytest.mark.parametrize("extra", [(), (lambda: nn.Dropout(0.5),)], ids=["", "dropout"])
+def test_the_eager_fallback_is_the_plain_loop_bit_for_bit(optimizer, prior, extra):
+    (em, opt), (plain_em, plain_opt) = (_made(optimizer, prior, extra) for _ in range(2))
+    captured = _captured(em, opt)
+    for x, y in _batches():
+        torch.manual_seed(5)
+        got = captured(x, y)
+        torch.manual_seed(5)
+        plain_opt.zero_grad()
+        want = plain_em(x, y, "a")
+        want.loss.backward()
+        plain_opt.step()
+        assert not got.loss.requires_grad
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    saved, plain = em.state_dict(), plain_em.state_dict()
+    assert saved.keys() == plain.keys()
+    for name in saved:
+        equal = torch.equal if isinstance(saved[name], torch.Tensor) else lambda a, b: a == b
+        assert equal(saved[name], plain[name]), name
+
+
+def test_autocast_is_as_it_was_at_the_capture():
+    em, opt = _made()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        captured = _captured(em, opt)
+    (x, y), (plain_em, _) = _batches(1)[0], _made()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = plain_em(x, y, "a")
+    assert torch.equal(captured(x, y).loss, want.loss)
+    em, opt = _made()
+    captured = _captured(em, opt)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert captured(x, y).loss != want.loss
+
+
+def test_capturing_changes_nothing():
+    em, opt = _made()
+    before = copy.deepcopy((em.state_dict(), opt.state_dict())), torch.get_rng_state()
+    assert _captured(em, opt).why_eager
+    x, y = _batches(1)[0]
+    with pytest.raises(RuntimeError, match="cannot be captured: the mini-batch is on cpu"):
+        lf.capture(em, opt, x, y, "a", strict=True)
+    assert str((em.state_dict(), opt.state_dict())) == str(before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert all(p.grad is None for p in em.parameters())
+
+
+def test_all_known_obstacles_are_named():
+    em, opt = _made("adam", validate=True)
+    reasons = _obstacles(em, opt, torch.zeros(1))
+    assert len(reasons) == 3
+    for reason, words in zip(
+        reasons, ("on cpu", "validate=True", "Adam has capturable=False"), strict=True
+    ):
+        assert words in reason
+
+
+def test_an_optimiser_that_counts_on_the_host_is_named():
+    weight = nn.Parameter(torch.zeros(2))
+    opt = torch.optim.SGD([weight], lr=0.1)
+    opt.state[weight] = {"momentum_buffer": None, "on": True}
+    assert _state_on_host(opt) == ""
+    opt.state[weight]["step"] = 3
+    assert "SGD keeps 'step' on the host" in _state_on_host(opt)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("name", "value", "error", "message"),
+        [
+            ("em", nn.Linear(1, 1), TypeError, "em: expected a LASEM"),
+            ("optimizer", None, TypeError, "optimizer: expected a torch.optim.Optimizer"),
+            ("x", 3, TypeError, "x: expected a tensor"),
+            ("y", torch.zeros(2).long(), ValueError, "y: expected one target"),
+            ("task", "c", ValueError, "task: expected one of"),
+            ("optimizer", torch.optim.SGD([nn.Parameter(torch.zeros(1))]), ValueError,
+             "optimizer: expected one that trains parameters of em.net for task 'a'"),
+        ],
+    )  # fmt: skip
+    def test_of_capture(self, name, value, error, message):
+        em, optimizer = _made()
+        x, y = _batches(1)[0]
+        arguments = {"em": em, "optimizer": optimizer, "x": x, "y": y, "task": "a", name: value}
+        with pytest.raises(error, match=message):
+            lf.capture(**arguments)
+
+    def test_of_a_call(self):
+        captured = _captured(*_made())
+        x, y = _batches(1)[0]
+        for name, changed in (
+            ("x: expected shape", (x[:3], y[:3])),
+            ("x: expected shape .* of torch.float32", (x.double(), y)),
+            ("y: expected shape .* of torch.int64", (x, y.int())),
+        ):
+            with pytest.raises(ValueError, match=name):
+                captured(*changed)
+        with pytest.raises(TypeError, match="y: expected a tensor"):
+            captured(x, None)
+        assert captured.eager(x[:3], y[:3]).loss.isfinite()
+
+    def test_an_ended_task(self):
+        em, optimizer = _made()
+        captured = _captured(em, optimizer)
+        x, y = _batches(1)[0]
+        captured(x, y)
+        em.end_task("a")
+        for call in (captured, captured.eager):
+            with pytest.raises(ValueError, match="task: expected one that has not ended"):
+                call(x, y)
+
+
+def test_results_can_be_kept():
+    step = _captured(*_made())(*_batches(1)[0])
+    kept = step.clone()
+    assert type(kept) is lf.EMStep
+    for mine, theirs in zip(kept, step, strict=True):
+        assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
+
+
+class _Replayed:
+    """Stands in for a graph: writes what an eager step gives into the tensors of the recording."""
+
+    def __init__(self, step):
+        self.step, self.result = step, step._result
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        for static, value in zip(self.result, self.step.eager(self.step._x, self.step._y),
+                                 strict=True):  # fmt: skip
+            static.copy_(value)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The logic around a graph on the CPU; returns what was done, in order."""
+    done = []
+
+    def warm_up(step):
+        done.append("eager")
+        result = step.eager(step._x, step._y)
+        step._warm = step._taken_in()
+        return result
+
+    def record(step):
+        done.append("record")
+        step._result = lf.EMStep(*(torch.zeros(size) for size in ((), 8, 8, 8, ())))
+        step._graph = _Replayed(step)
+
+    monkeypatch.setattr(lf.CapturedStep, "_warm_up", warm_up)
+    monkeypatch.setattr(lf.CapturedStep, "_record", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return done
+
+
+class TestAroundTheGraph:
+    def _loop(self, change=lambda turn, em, optimizer: None, turns=5, prior="count"):
+        """The same training with the stand-in graph and in a plain loop; they must agree."""
+        results = []
+        for fast in (True, False):
+            em, optimizer = _made(prior=prior)
+            step = _captured(em, optimizer)
+            if fast:
+                step.why_eager = None
+            losses = []
+            for turn, (x, y) in enumerate(_batches(turns)):
+                change(turn, em, optimizer)
+                losses.append((step if fast else step.eager)(x, y).loss.clone())
+            weights = torch.cat([p.detach().flatten() for p in em.net.parameters()])
+            results.append((torch.stack(losses), weights, em.prior("a")))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_one_eager_step_then_one_recording(self, stand_in):
+        self._loop()
+        assert stand_in == ["eager", "record"]
+
+    def test_a_float_that_changes_is_recorded_again(self, stand_in):
+        def change(turn, em, optimizer):
+            optimizer.param_groups[0]["lr"] = 0.1 if turn < 3 else 0.05
+
+        self._loop(change)
+        assert stand_in == ["eager", "record", "eager", "record"]
+
+    def test_a_tensor_that_is_filled_is_not(self, stand_in):
+        def change(turn, em, optimizer):
+            if turn == 0:
+                optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+            optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + turn))
+
+        self._loop(change)
+        assert stand_in == ["eager", "record"]
+
+    def test_tensors_that_are_replaced_are_recorded_again(self, stand_in):
+        def change(turn, em, optimizer):
+            if turn == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+        self._loop(change)
+        assert stand_in == ["eager", "record", "eager", "record"]
+
+    def test_another_task_that_the_prior_reads_is_recorded_too(self, stand_in):
+        def change(turn, em, optimizer):
+            if turn == 3:
+                em(*_batches(1)[0], "b")
+
+        self._loop(change, turns=6, prior="historic")
+        assert stand_in == ["eager", "record", "eager", "record"]
+
+    def test_a_recording_that_fails_leaves_the_eager_step(self, stand_in, monkeypatch):
+        def fail(step):
+            raise RuntimeError("no room\nfor a graph")
+
+        monkeypatch.setattr(lf.CapturedStep, "_record", fail)
+        em, optimizer = _made()
+        step = _captured(em, optimizer)
+        step.why_eager = None
+        x, y = _batches(1)[0]
+        step(x, y)
+        with pytest.warns(RuntimeWarning, match="no room"):
+            assert step(x, y).loss.isfinite()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(x, y)
+        assert step.why_eager == "RuntimeError: no room"
+
+
+class _NeverWaits(TorchDispatchMode):
+    """Refuses what waits for a device or copies to it: neither can be in a CUDA graph."""
+
+    READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select",
+             "_unique2", "unique_dim", "bincount")  # fmt: skip
+
+    def __enter__(self):
+        self.makers = torch.tensor, torch.as_tensor
+        torch.tensor = torch.as_tensor = self._from_host
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.tensor, torch.as_tensor = self.makers
+        return super().__exit__(*error)
+
+    def _from_host(self, *args, **kwargs):
+        raise AssertionError(f"a tensor made from values on the host: {args}")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        kinds = {t.device.type for t in tensors}
+        assert name not in self.READS and len(kinds) < 2, f"{function}: {kinds}"
+        return out
+
+
+SPACES = {
+    "all": None,
+    "groups": lf.ConfigSpace(3, groups=(2, 1)),
+    "list": lf.ConfigSpace.from_configs([{1, 2}, {3}, {1, 2, 3}, set()], depth=3),
+}
+
+
+@pytest.fixture
+def no_kept_indices():
+    """Index tensors without values must not outlive their test."""
+    _kept_index.cache_clear()
+    yield
+    _kept_index.cache_clear()
+
+
+@pytest.mark.usefixtures("no_kept_indices")
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(
+    ("prior", "likelihood"),
+    [
+        ("count", "joint"),
+        ("mean_posterior", "mean"),
+        ("uniform", "gaussian"),
+        ("historic", "joint"),
+        ("tensor", "mean"),
+    ],
+)
+def test_a_step_on_a_device_never_waits(backend, space, prior, likelihood, monkeypatch):
+    """On the meta device, which has no values to read; the first step makes what is kept."""
+    monkeypatch.setattr("lasem_fast._dispatch._why_no_triton", lambda: "")
+    space = SPACES[space]
+    net = small_net(dtype=torch.float32, extra=(lambda: nn.Dropout(0.5),))
+    if prior == "tensor":
+        prior = torch.ones(8 if space is None else len(space))
+    if likelihood == "gaussian":
+        likelihood = lf.likelihoods.Gaussian(0.5)
+    em = lf.LASEM(net, space, likelihood, prior, backend).to("meta")
+    x, y = (t.to("meta") for t in _batches(1)[0])
+    if not isinstance(likelihood, str):
+        y = torch.zeros(4, 3, device="meta")
+    for dropout in (True, False):
+        em.train(dropout)
+        opt = OPTIMIZERS["sgd"](net.parameters())
+        for mode in (nullcontext(), _NeverWaits()):
+            with mode:
+                opt.zero_grad()
+                em(x, y, "a").loss.backward()
+                opt.step()
+
+
+def test_what_waits_is_found():
+    waits = (
+        lambda t: float(t.sum()),
+        lambda t: bool((t > 0).any()),
+        lambda t: t[t > 0],
+        lambda t: t + torch.tensor([1.0], device="meta"),
+        lambda t: t + torch.as_tensor([1.0]),
+        lambda t: t.copy_(torch.zeros(1)),
+        lambda t: torch.where(t > 0, t, torch.zeros(())),
+    )
+    t = torch.ones(1, device="meta")
+    with _NeverWaits():
+        torch.where(t > 0, t, 0.0)
+    for wait in waits:
+        with pytest.raises((AssertionError, RuntimeError)), _NeverWaits():
+            wait(t)
