@@ -64,7 +64,9 @@ def channels_last_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsF
         h = folded(h)
         if h.dim() != 4:
             return None
-    x = RowsFirst.of(h, rows).data
+    x = RowsFirst.of(h, rows).data.contiguous()
+    if x.dim() != 5:
+        return None
     images = x.flatten(0, 1).permute(0, 3, 1, 2)
     weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
     for layer in stage.before:

@@ -1,0 +1,40 @@
+"""Which backend is taken, why another one cannot be, and what is imported for that."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lasem_fast as lf
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+def _python(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_triton_is_not_imported_with_the_package():
+    code = "import sys, lasem_fast as lf; lf.backends(); print('triton' in sys.modules)"
+    assert _python(code) == "False"
+
+
+def test_the_package_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import lasem_fast as lf; print(lf.backends()['triton'])"
+    )
+    assert _python(code) == "not available: triton is not installed"
+
+
+@without_gpu
+def test_without_a_device_triton_says_why_it_cannot_run():
+    assert lf.backends()["triton"] == "not available: there is no CUDA device"
+    net = lf.TransferNet([torch.nn.Linear(2, 2)])
+    with pytest.raises(RuntimeError, match="backend 'triton': not available: there is no CUDA"):
+        lf.LASEM(net, backend="triton")
+    assert lf.LASEM(net).backend != "triton"
