@@ -34,10 +34,12 @@ class Choice(NamedTuple):
     Attributes:
         way: the name of the fastest way.
         milliseconds: of every way that was timed; a way that dropped out was timed once.
+        refused: why a way may not win, by its name.
     """
 
     way: str
     milliseconds: dict[str, float]
+    refused: dict[str, str] = {}  # noqa: RUF012
 
 
 class Choices:

@@ -26,13 +26,17 @@ from lasem_fast.tree import Tree
 
 _AVAILABLE = "available"
 
+_PYTORCH = {
+    "PyTorch": plain_torch.wide_level,
+    "PyTorch, channels last": plain_torch.channels_last_level,
+}
 # The first that takes a level is the one where nothing is measured.
 _CPU_LEVELS = {
     "Winograd F(4x4)": winograd.winograd_level,
     "Winograd F(3x3)": winograd.small_tile_level,
-    "PyTorch": plain_torch.wide_level,
-    "PyTorch, channels last": plain_torch.channels_last_level,
+    **_PYTORCH,
 }
+_GPU_LEVELS = {"Triton": triton_level.triton_level, **_PYTORCH}
 
 
 def backends() -> dict[str, str]:
@@ -84,7 +88,7 @@ def operations(backend: str) -> Operations:
         return Operations()
     if backend == "cpp":
         return Operations(
-            levels=(fastest(_CPU_LEVELS),),
+            levels=(fastest(_CPU_LEVELS, "cpu"), plain_torch.wide_level),
             heads=(plain_torch.channels_last_head,),
             scores=(cpu_scores.scores,),
         )
@@ -92,7 +96,8 @@ def operations(backend: str) -> Operations:
         # a net may stay on the CPU or move later, so the CPU's operations stand behind
         return operations("cpp" if _ops.supported() else "torch").after(
             Operations(
-                levels=(triton_level.triton_level,),
+                # compilers of kernels have bugs: Triton has to agree with PyTorch in float64
+                levels=(fastest(_GPU_LEVELS, "cuda", trusted="PyTorch"), triton_level.triton_level),
                 heads=(triton_level.triton_head,),
                 scores=(triton_scores.scores,),
             )

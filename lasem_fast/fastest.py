@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast._choices import Choice, choices, machine
-from lasem_fast.fold import Fold, RowsFirst, Stacks
+from lasem_fast.fold import Fold, RowsFirst, Stacks, folded
 from lasem_fast.layers import plain_stage
 from lasem_fast.operations import LevelOperation
 from lasem_fast.transfer import Branch
@@ -50,8 +50,10 @@ class _Shape(NamedTuple):
         )
 
 
-def fastest(ways: Mapping[str, LevelOperation]) -> LevelOperation:
-    """One operation out of several that compute the same.
+def fastest(
+    ways: Mapping[str, LevelOperation], device: str, *, trusted: str | None = None
+) -> LevelOperation:
+    """One operation out of several that compute the same, for one type of device.
 
     The first time that a shape is met, every way that takes it is timed on that very level, forward
     and backward; the choice is remembered (see :mod:`lasem_fast._choices`). Where nothing can be
@@ -68,7 +70,11 @@ def fastest(ways: Mapping[str, LevelOperation]) -> LevelOperation:
     decided: dict[tuple[str, _Shape], str | None] = {}
 
     def operation(branches: Sequence[Branch], h: Fold, rows: int) -> Fold | None:
-        way = None if torch.compiler.is_compiling() else _chosen(ways, branches, h, rows, decided)
+        if _tensors(h)[0].device.type != device:
+            return None
+        way = None
+        if not torch.compiler.is_compiling():
+            way = _chosen(ways, trusted, branches, h, rows, decided)
         if way is not None and (out := ways[way](branches, h, rows)) is not None:
             return out
         for name, other in ways.items():
@@ -81,6 +87,7 @@ def fastest(ways: Mapping[str, LevelOperation]) -> LevelOperation:
 
 def _chosen(
     ways: Mapping[str, LevelOperation],
+    trusted: str | None,
     branches: Sequence[Branch],
     h: Fold,
     rows: int,
@@ -91,8 +98,6 @@ def _chosen(
     if not stage:
         return None
     device = _tensors(h)[0].device
-    if device.type == "meta":  # nothing to measure, and no autocast to ask for
-        return None
     shape = _shape(stage, branches, h, rows)
     key = machine(device), shape
     if key not in decided:
@@ -101,7 +106,10 @@ def _chosen(
             capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if capturing or not choices().may_measure:
                 return None
-            choice = _measure(ways, branches, h, rows, shape)
+            try:
+                choice = _measure(ways, trusted, branches, h, rows, shape)
+            except torch.OutOfMemoryError:  # the step itself may fit
+                return None
             choices().remember(key[0], str(shape), choice)
         decided[key] = choice.way if choice.way in ways else None
     return decided[key]
@@ -143,6 +151,7 @@ def _shape(stage: str, branches: Sequence[Branch], h: Fold, rows: int) -> _Shape
 
 def _measure(
     ways: Mapping[str, LevelOperation],
+    trusted: str | None,
     branches: Sequence[Branch],
     h: Fold,
     rows: int,
@@ -152,8 +161,21 @@ def _measure(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         # what a way needs only once (compilation, memory) is no part of its time
-        runs = {n: _run(way, branches, h, rows, shape.backward) for n, way in ways.items()}
-        seconds = {n: [] for n, taken in runs.items() if taken}
+        results, refused = {}, {}
+        for name in sorted(ways, key=lambda name: name != trusted):
+            try:
+                results[name] = _run(ways[name], branches, h, rows, shape.backward)
+            except Exception as error:
+                if trusted in (None, name) or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                refused[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        takers = [name for name in ways if results.get(name) is not None]
+        if trusted in takers:
+            wide = [_widened(branch) for branch in branches]
+            exact = _run(ways[trusted], wide, _map(_double, h), rows, shape.backward)
+            refused |= _strayed(results, exact, trusted, shape)
+        del results
+        seconds = {name: [] for name in takers if name not in refused}
         left = list(seconds) if len(seconds) > 1 else []
         for _ in range(_ROUNDS):
             for name in left:
@@ -166,35 +188,78 @@ def _measure(
                 break
     times = {name: 1e3 * min(values) for name, values in seconds.items() if values}
     # nobody or only one takes it: then there is no choice, and that is remembered
-    way = next(iter(seconds), next(iter(ways)))
+    way = next(iter(seconds), trusted or next(iter(ways)))
     for name, time_of_other in times.items():
         if time_of_other < (1 - _WORTH_A_CHANGE) * times[way]:
             way = name
-    return Choice(way, times)
+    return Choice(way, times, refused)
+
+
+def _strayed(
+    results: Mapping[str, list[Tensor] | None], exact: list[Tensor], trusted: str, shape: _Shape
+) -> dict[str, str]:
+    """The ways whose output or gradients are further from float64 than rounding explains.
+
+    The output may be off by 4 times as much as the trusted way's. Gradients jump where a ReLU or a
+    pool is within rounding of a tie, in every way at other places; that half of the digits are
+    right tells this from a wrong kernel.
+    """
+    unit = torch.finfo(shape.autocast or shape.dtype).eps / 2
+    bounds = []
+    for i, (got, right) in enumerate(zip(results[trusted], exact, strict=True)):
+        least = unit if i == 0 else unit**0.5
+        bounds.append(max(4 * _distance(got, right), least))
+    refused = {}
+    for name, result in results.items():
+        errors = [] if result is None else map(_distance, result, exact)
+        for i, (error, bound) in enumerate(zip(errors, bounds, strict=False)):
+            if not error <= bound:
+                what = "output" if i == 0 else f"gradient {i}"
+                refused[name] = f"{what} off by {error:.2g}, allowed {bound:.2g}"
+                break
+    return refused
+
+
+def _distance(got: Tensor, right: Tensor) -> float:
+    """Relative to the size of ``right``."""
+    return float((got.double() - right).norm() / right.norm().clamp_min(1e-300))
 
 
 def _run(
     way: LevelOperation, branches: Sequence[Branch], h: Fold, rows: int, backward: bool
-) -> bool:
-    """Evaluates a level and its gradients, leaving no trace; False for one it does not take."""
+) -> list[Tensor] | None:
+    """Output ``[N * P * B, ...]`` and gradients of a level, without a trace; None if not taken."""
     branches = [Branch(b.module, {n: _leaf(t) for n, t in b.tensors.items()}) for b in branches]
     h = _map(_leaf, h)
     with torch.enable_grad() if backward else nullcontext():
         out = way(branches, h, rows)
-    if out is None:
-        return False
-    outputs = [t for t in _tensors(out) if t.requires_grad]
+        if out is None:
+            return None
+        out = folded(out)
     inputs = [*_tensors(h), *(t for b in branches for t in _weights(b))]
     inputs = [t for t in inputs if t.requires_grad]
-    if backward and outputs and inputs:
-        ones = [torch.ones_like(t) for t in outputs]
-        torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
-    return True
+    if not (backward and out.requires_grad and inputs):
+        return [out]
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+    found = (torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))
+    return [out.detach(), *found]
+
+
+def _widened(branch: Branch) -> Branch:
+    """The branch with its weights in float64."""
+    own = {n: p for n, p in branch.module.named_parameters() if n not in branch.tensors}
+    return Branch(
+        branch.module, {n: _double(t) for n, t in (*own.items(), *branch.tensors.items())}
+    )
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad)
 
 
 def _weights(branch: Branch) -> list[Tensor]:
-    own = (p for n, p in branch.module.named_parameters() if n not in branch.tensors)
-    return [*own, *branch.tensors.values()]
+    tensors = dict(branch.module.named_parameters()) | dict(branch.tensors)
+    return [tensors[name] for name in sorted(tensors)]
 
 
 def _leaf(t: Tensor) -> Tensor:

@@ -99,8 +99,9 @@ def _choices() -> dict[str, str]:
     found = {}
     for device in devices:
         for subject, choice in choices().of(machine(device)).items():
-            times = ", ".join(f"{way} {ms:.3g} ms" for way, ms in choice.milliseconds.items())
-            found[f"{device.type}, {subject}"] = f"{choice.way} ({times or 'the only one'})"
+            facts = [f"{way} {ms:.3g} ms" for way, ms in choice.milliseconds.items()]
+            facts += [f"{way} refused: {why}" for way, why in choice.refused.items()]
+            found[f"{device.type}, {subject}"] = f"{choice.way} ({', '.join(facts) or 'only one'})"
     return found or {"none": "nothing measured yet"}
 
 
