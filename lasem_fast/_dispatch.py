@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lasem_fast import _ops
-from lasem_fast.backends import cpu_scores, plain_torch, winograd
+from lasem_fast.backends import cpu_head, cpu_scores, plain_torch, winograd
 from lasem_fast.configs import Configuration
 from lasem_fast.fastest import fastest
 from lasem_fast.operations import Operations
@@ -64,7 +64,7 @@ def operations(backend: str) -> Operations:
     if backend == "cpp":
         return Operations(
             levels=(fastest(_CPU_LEVELS),),
-            heads=(plain_torch.channels_last_head,),
+            heads=(cpu_head.linear_head, plain_torch.channels_last_head),
             scores=(cpu_scores.scores,),
         )
     return Operations(levels=(plain_torch.wide_level,))

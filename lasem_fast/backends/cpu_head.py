@@ -1,0 +1,34 @@
+"""The `cpp` backend: the linear layer at the front of a head, on channels-last images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast import _ops
+from lasem_fast.fold import Fold, RowsFirst
+from lasem_fast.layers import flatten_then_linear
+
+
+def linear_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
+    """A head that flattens images and goes on with a linear layer, in float32 on the CPU.
+
+    Args:
+        head: a task's head.
+        h: the leaves, images with rows outermost and channels last.
+        rows: number of leaves P.
+
+    Returns:
+        The logits ``[P * N, K]``, rows outermost; None for any other head, form, device or dtype.
+    """
+    if not isinstance(h, RowsFirst) or not flatten_then_linear(head):
+        return None
+    x, linear = h.data.flatten(2, 3).flatten(0, 1), head[1]
+    weight, bias = linear.weight, linear.bias
+    if linear.in_features != x.shape[1] * x.shape[2] or torch.is_autocast_enabled("cpu"):
+        return None
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (x, weight)):
+        return None
+    if bias is None:
+        bias = weight.new_zeros(linear.out_features)
+    return head[2:](_ops.channels_last_linear(x.contiguous(), weight.contiguous(), bias))
