@@ -54,22 +54,21 @@ static void micro_tail(int64_t rows, int64_t depth, const Scalar* a, int64_t ai,
 // c [rows, panel] (+)= a [rows, depth] * b [depth, panel], a row-major.
 template <bool kAdd>
 static void gemm_panel(int64_t rows, int64_t depth, const Scalar* a, int64_t lda, const Scalar* b,
-                       int64_t ldb, Scalar* c, int64_t ldc) {
+                       Scalar* c, int64_t ldc) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    micro<kRows, kAdd>(depth, a + i * lda, lda, 1, b, ldb, c + i * ldc, ldc);
-  micro_tail<kRows - 1, kAdd>(rows - i, depth, a + i * lda, lda, 1, b, ldb, c + i * ldc, ldc);
+    micro<kRows, kAdd>(depth, a + i * lda, lda, 1, b, kPanel, c + i * ldc, ldc);
+  micro_tail<kRows - 1, kAdd>(rows - i, depth, a + i * lda, lda, 1, b, kPanel, c + i * ldc, ldc);
 }
 
-// c [depth, cols] (+)= a' b for a [rows, depth], b [rows, cols]; cols is a multiple of kPanel.
-template <bool kAdd>
-static void gemm_transposed(int64_t rows, int64_t depth, int64_t cols, const Scalar* a, int64_t lda,
-                            const Scalar* b, int64_t ldb, Scalar* c, int64_t ldc) {
+// c [depth, cols] += a' b for a [rows, depth], b [rows, cols]; cols is a multiple of kPanel.
+static void gemm_transposed_add(int64_t rows, int64_t depth, int64_t cols, const Scalar* a,
+                                int64_t lda, const Scalar* b, int64_t ldb, Scalar* c) {
   for (int64_t j = 0; j < cols; j += kPanel) {
     int64_t i = 0;
     for (; i + kRows <= depth; i += kRows)
-      micro<kRows, kAdd>(rows, a + i, 1, lda, b + j, ldb, c + i * ldc + j, ldc);
-    micro_tail<kRows - 1, kAdd>(depth - i, rows, a + i, 1, lda, b + j, ldb, c + i * ldc + j, ldc);
+      micro<kRows, true>(rows, a + i, 1, lda, b + j, ldb, c + i * cols + j, cols);
+    micro_tail<kRows - 1, true>(depth - i, rows, a + i, 1, lda, b + j, ldb, c + i * cols + j, cols);
   }
 }
 

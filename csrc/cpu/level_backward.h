@@ -210,15 +210,15 @@ struct Backward {
     for (int64_t b = 0; b < p.batches; ++b) {
       Scalar* vb = v + b * in_batch(p);
       const Scalar* mb = m + b * out_batch(p, p.out_stride);
-      gemm_transposed<true>(rows, p.depth, p.out_stride, vb, p.depth_stride, mb, p.out_stride,
-                            du + b * p.depth * p.out_stride, p.out_stride);
+      gemm_transposed_add(rows, p.depth, p.out_stride, vb, p.depth_stride, mb, p.out_stride,
+                          du + b * p.depth * p.out_stride);
       if (!args.dx) continue;
       // V of this batch is spent: dV takes its place.
       for (int64_t panel = 0; panel < p.depth_stride / kPanel; ++panel)
         gemm_panel<false>(rows, p.out_vectors * kLanes, mb, p.out_stride,
                           static_cast<const Scalar*>(args.packed) +
                               (panel * p.batches + b) * p.out_stride * kPanel,
-                          kPanel, vb + panel * kPanel, p.depth_stride);
+                          vb + panel * kPanel, p.depth_stride);
     }
     if (!args.dx) return;
     for (int64_t i = 0; i < units; ++i)

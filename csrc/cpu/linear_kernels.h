@@ -19,7 +19,7 @@ static void make_plan(const LinearShape& s, LinearPlan* out) {
   p.feature_panels = (p.features + kPanel - 1) / kPanel;
   p.feature_stride = (p.feature_panels | 1) * kPanel;
   p.columns_size = s.outputs * p.feature_stride;
-  p.backward_scratch = kRunRows * kPanel;
+  p.backward_scratch = (kRunRows + 2 * s.outputs) * kPanel;
 }
 
 // packed [panel][feature in the order of x][kPanel]; one item is one channel of one panel.
@@ -57,9 +57,9 @@ static void forward(const LinearPlan& p, const LinearForward& args, void* scratc
       for (int64_t j = 0; j < stride; j += kPanel) {
         const Scalar* w = packed + j * p.features + k * kPanel;
         if (k == 0)
-          gemm_panel<false>(rows, depth, x, p.features, w, kPanel, sums + j, stride);
+          gemm_panel<false>(rows, depth, x, p.features, w, sums + j, stride);
         else
-          gemm_panel<true>(rows, depth, x + k, p.features, w, kPanel, sums + j, stride);
+          gemm_panel<true>(rows, depth, x + k, p.features, w, sums + j, stride);
       }
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -108,57 +108,68 @@ static void pack_back(const LinearPlan& p, const void* weight, void* columns, in
   }
 }
 
-// One panel of dx; `tile` takes a panel that is wider than what is left of the features.
-static void input_gradient(const LinearPlan& p, const LinearBackward& args, const Scalar* columns,
-                           int64_t j, Scalar* tile) {
-  const LinearShape& s = p.shape;
-  const int64_t width = at_most(kPanel, p.features - j);
-  for (int64_t i = 0; i < args.run_count; ++i) {
-    const RowRun& run = args.runs[i];
-    const Scalar* dy = static_cast<const Scalar*>(args.dy) + run.begin * s.outputs;
-    Scalar* dx = static_cast<Scalar*>(args.dx) + run.begin * p.features + j;
-    if (width == kPanel) {
-      gemm_panel<false>(run.rows, s.outputs, dy, s.outputs, columns, p.feature_stride, dx,
-                        p.features);
-    } else {
-      gemm_panel<false>(run.rows, s.outputs, dy, s.outputs, columns, p.feature_stride, tile,
-                        kPanel);
-      for (int64_t r = 0; r < run.rows; ++r)
-        memcpy(dx + r * p.features, tile + r * kPanel, sizeof(Scalar) * width);
-    }
-  }
+// Fetches one panel of some rows ahead of its use: they lie too far apart for the hardware.
+template <int kWrite>
+LASEM_INLINE void prefetch_rows(const Scalar* from, int64_t rows, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int byte = 0; byte < kPanel * static_cast<int>(sizeof(Scalar)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(from + r * stride) + byte, kWrite);
 }
 
-// One panel of the weight gradient; `tile` takes what is read of x, whose rows share cache sets.
-static void weight_gradient(const LinearPlan& p, const LinearBackward& args, Scalar* columns,
-                            int64_t j, Scalar* tile) {
-  const LinearShape& s = p.shape;
-  const int64_t width = at_most(kPanel, p.features - j);
-  for (int64_t i = 0; i < args.run_count; ++i) {
-    const RowRun& run = args.runs[i];
-    const Scalar* dy = static_cast<const Scalar*>(args.dy) + run.begin * s.outputs;
-    const Scalar* x = static_cast<const Scalar*>(args.x) + run.begin * p.features + j;
+// The gradients of one panel of features, whose weights are `columns`, each output a row.
+struct PanelGradient {
+  const LinearPlan& p;
+  const LinearBackward& args;
+  const Scalar* columns;
+  int64_t first, width;  // the panel's first feature, and how many it has
+  Scalar *tile, *dweight;
+
+  const Scalar* dy_of(const RowRun& run) const {
+    return static_cast<const Scalar*>(args.dy) + run.begin * p.shape.outputs;
+  }
+  const Scalar* x_of(const RowRun& run) const {
+    return static_cast<const Scalar*>(args.x) + run.begin * p.features + first;
+  }
+
+  void input(const RowRun& run) const {
+    const int64_t outputs = p.shape.outputs;
+    const Scalar *dy = dy_of(run), *x = x_of(run);
+    Scalar* dx = static_cast<Scalar*>(args.dx) + run.begin * p.features + first;
+    for (int64_t r = 0; r < run.rows; r += kRows) {
+      const int64_t rows = at_most(kRows, run.rows - r);
+      prefetch_rows<0>(x + r * p.features, rows, p.features);
+      Scalar* to = dx + r * p.features;
+      if (width == kPanel) {
+        prefetch_rows<1>(to, rows, p.features);
+        gemm_panel<false>(rows, outputs, dy + r * outputs, outputs, columns, to, p.features);
+      } else {
+        gemm_panel<false>(rows, outputs, dy + r * outputs, outputs, columns, tile, kPanel);
+        for (int64_t i = 0; i < rows; ++i)
+          memcpy(to + i * p.features, tile + i * kPanel, sizeof(Scalar) * width);
+      }
+    }
+  }
+
+  void weight(const RowRun& run) const {
+    const Scalar* x = x_of(run);
+    // The rows of x share cache sets: they are put together.
     for (int64_t r = 0; r < run.rows; ++r)
       for (int64_t h = 0; h < kPanel; h += kLanes) {
         const int64_t left = width - h;
         store(tile + r * kPanel + h, left > 0 ? load_some(x + r * p.features + h, left) : zero());
       }
-    if (i == 0)
-      gemm_transposed<false>(run.rows, s.outputs, kPanel, dy, s.outputs, tile, kPanel, columns,
-                             p.feature_stride);
-    else
-      gemm_transposed<true>(run.rows, s.outputs, kPanel, dy, s.outputs, tile, kPanel, columns,
-                            p.feature_stride);
+    const int64_t outputs = p.shape.outputs;
+    gemm_transposed_add(run.rows, outputs, kPanel, dy_of(run), outputs, tile, kPanel, dweight);
   }
-  if (args.run_count > 0) return;
-  for (int64_t k = 0; k < s.outputs; ++k)
-    memset(columns + k * p.feature_stride, 0, sizeof(Scalar) * kPanel);
-}
+};
 
-// One range of feature panels: dx, and the weight gradient in the place of the weights.
+// One range of feature panels: dx, and the weight gradient in the place of the weights. A panel of
+// either is put together while it is in use, because its rows share cache sets.
 static void backward(const LinearPlan& p, const LinearBackward& args, void* scratch, int64_t begin,
                      int64_t end) {
   Scalar* tile = static_cast<Scalar*>(scratch);
+  Scalar* dweight = tile + kRunRows * kPanel;
+  Scalar* strip = dweight + p.shape.outputs * kPanel;
   if (args.dx) {
     const int64_t first = begin * kPanel, last = at_most(end * kPanel, p.features);
     int64_t row = 0;
@@ -171,9 +182,20 @@ static void backward(const LinearPlan& p, const LinearBackward& args, void* scra
     }
   }
   for (int64_t panel = begin; panel < end; ++panel) {
-    Scalar* columns = static_cast<Scalar*>(args.columns) + panel * kPanel;
-    if (args.dx) input_gradient(p, args, columns, panel * kPanel, tile);
-    weight_gradient(p, args, columns, panel * kPanel, tile);
+    const int64_t first = panel * kPanel, outputs = p.shape.outputs;
+    Scalar* columns = static_cast<Scalar*>(args.columns) + first;
+    const PanelGradient gradient = {p,    args,   strip, first, at_most(kPanel, p.features - first),
+                                    tile, dweight};
+    memset(dweight, 0, sizeof(Scalar) * outputs * kPanel);
+    if (args.dx)
+      for (int64_t k = 0; k < outputs; ++k)
+        memcpy(strip + k * kPanel, columns + k * p.feature_stride, sizeof(Scalar) * kPanel);
+    for (int64_t i = 0; i < args.run_count; ++i) {
+      if (args.dx) gradient.input(args.runs[i]);
+      gradient.weight(args.runs[i]);
+    }
+    for (int64_t k = 0; k < outputs; ++k)
+      memcpy(columns + k * p.feature_stride, dweight + k * kPanel, sizeof(Scalar) * kPanel);
   }
 }
 
