@@ -234,6 +234,7 @@ def test_other_heads_are_left_to_pytorch():
     assert cpu_head.linear_head(good, folded, 2) is None
     assert cpu_head.linear_head(nn.Sequential(layer), h, 2) is None
     assert cpu_head.linear_head(nn.Sequential(flatten, nn.Linear(10, 4)), h, 2) is None
+    assert cpu_head.linear_head(nn.Sequential(flatten, nn.Linear(20, 7)), h, 2) is None
     assert cpu_head.linear_head(good.double(), RowsFirst(h.data.double()), 2) is None
     assert cpu_head.linear_head(good, h, 2) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):

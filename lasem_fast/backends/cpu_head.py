@@ -19,13 +19,16 @@ def linear_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
         rows: number of leaves P.
 
     Returns:
-        The logits ``[P * N, K]``, rows outermost; None for any other head, form, device or dtype.
+        The logits ``[P * N, K]``, rows outermost; None for any other head, form, device or dtype,
+        and where the weight is the larger one: then putting it into order costs too much.
     """
     if not isinstance(h, RowsFirst) or not flatten_then_linear(head):
         return None
     x, linear = h.data.flatten(2, 3).flatten(0, 1), head[1]
     weight, bias = linear.weight, linear.bias
-    if linear.in_features != x.shape[1] * x.shape[2] or torch.is_autocast_enabled("cpu"):
+    if linear.in_features != x.shape[1] * x.shape[2] or linear.out_features > x.shape[0]:
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (x, weight)):
         return None
