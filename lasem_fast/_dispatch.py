@@ -11,6 +11,7 @@ import torch
 
 from lasem_fast import _ops
 from lasem_fast.backends import (
+    cpu_head,
     cpu_scores,
     plain_torch,
     triton_level,
@@ -89,7 +90,10 @@ def operations(backend: str) -> Operations:
     if backend == "cpp":
         return Operations(
             levels=(fastest(_CPU_LEVELS, "cpu"), plain_torch.wide_level),
-            heads=(plain_torch.channels_last_head,),
+            heads=(
+                cpu_head.linear_head,
+                plain_torch.channels_last_head,
+            ),
             scores=(cpu_scores.scores,),
         )
     if backend == "triton":

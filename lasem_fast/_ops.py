@@ -26,6 +26,11 @@ _library.define(
     "winograd_level_backward(Tensor dy, Tensor x, Tensor code, Tensor weight, int padding, "
     "int pool, int pool_pad, int tile, bool need_dx) -> (Tensor, Tensor, Tensor)"
 )
+_library.define("channels_last_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+_library.define(
+    "channels_last_linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 _library.define(
     "posterior_head(Tensor logits, Tensor labels, Tensor log_prior, int likelihood) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -33,6 +38,8 @@ _library.define(
 
 _level = torch.ops.lasem_fast.winograd_level.default
 _level_backward = torch.ops.lasem_fast.winograd_level_backward.default
+_linear = torch.ops.lasem_fast.channels_last_linear.default
+_linear_backward = torch.ops.lasem_fast.channels_last_linear_backward.default
 _posterior_head = torch.ops.lasem_fast.posterior_head.default
 
 
@@ -48,6 +55,17 @@ def _(x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile):
 def _(dy, x, code, weight, padding, pool, pool_pad, tile, need_dx):
     dx = torch.empty_like(x) if need_dx else x.new_empty((0,))
     return dx, torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+
+
+@torch.library.register_fake("lasem_fast::channels_last_linear", lib=_library)
+def _(x, weight, bias):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("lasem_fast::channels_last_linear_backward", lib=_library)
+def _(dy, x, weight, need_dx):
+    dx = torch.empty_like(x) if need_dx else x.new_empty((0,))
+    return dx, torch.empty_like(weight), weight.new_empty(weight.shape[:1])
 
 
 @torch.library.register_fake("lasem_fast::posterior_head", lib=_library)
@@ -116,6 +134,22 @@ class WinogradLevel(torch.autograd.Function):
         return (dx if need_dx else None, dweight, dbias) + (None,) * 6
 
 
+class ChannelsLastLinear(torch.autograd.Function):
+    """A linear layer on channels-last images, with its backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need_dx = ctx.needs_input_grad[0]
+        dx, dweight, dbias = _linear_backward(dy.contiguous(), *ctx.saved_tensors, need_dx)
+        return dx if need_dx else None, dweight, dbias
+
+
 class PosteriorHead(torch.autograd.Function):
     """The posterior head; only ``loss`` has a gradient, and the posterior is constant in it."""
 
@@ -174,6 +208,26 @@ def winograd_level(
             (n + 2 * padding - 2 + 2 * pool_pad - pool) // pool + 1 for n in x.shape[2:4]
         )
     return WinogradLevel.apply(x, weight, bias, padding, pool, pool_pad, *out_size, tile)[0]
+
+
+def channels_last_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``linear(flatten(images), weight, bias)`` of channels-first images, held channels last.
+
+    A row whose gradient is exactly zero takes no part in the gradients of weight and bias, so that
+    its ``x`` may be inf or NaN.
+
+    Args:
+        x: ``[R, S, C]``, the S pixels of R images, contiguous, float32 (float64: slow, for tests).
+        weight: ``[K, C * S]``, features in the order of ``[C, S]``, as behind ``nn.Flatten``.
+        bias: ``[K]``.
+
+    Returns:
+        ``[R, K]``.
+
+    Raises:
+        RuntimeError: a shape, dtype or size that does not fit, naming the argument.
+    """
+    return ChannelsLastLinear.apply(x, weight, bias)
 
 
 def posterior_head(

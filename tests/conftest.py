@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from isas import has
+
+from lasem_fast import _ops as ops
 
 try:
     from hypothesis import HealthCheck, Phase, settings
@@ -31,3 +34,13 @@ def _seeded(monkeypatch):
     monkeypatch.setenv("LASEM_FAST_CHOICES", "first")  # no test depends on what was faster
     torch.set_num_threads(1)  # nets here are tiny; threads only wait for one another
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def isa(request):
+    """Runs the test once with the kernels of each instruction set."""
+    if not has(request.param):
+        pytest.skip(f"this CPU has no {request.param}")
+    ops.force_isa(request.param)
+    yield request.param
+    ops.force_isa(None)

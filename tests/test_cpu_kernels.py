@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from isas import has
 
 from lasem_fast import _ops as ops
 
@@ -23,25 +24,6 @@ level_backward = torch.ops.lasem_fast.winograd_level_backward.default
 # Measured at most (1.0, 0.5, 0.9, 0.9), (0.9, 1.0, 1.0, 0.8), (1.9, 3.5, 2.2, 0.9) and
 # (2.4, 4.5, 2.3, 0.4).
 ERROR_FACTOR = {1: (2, 2, 2, 2), 2: (2, 2, 2, 2), 3: (3, 5, 3, 2), 4: (4, 6, 4, 2)}
-
-
-def has(isa):
-    try:
-        ops.force_isa(isa)
-    except ValueError:
-        return False
-    finally:
-        ops.force_isa(None)
-    return True
-
-
-@pytest.fixture(params=["avx2", "avx512"])
-def isa(request):
-    if not has(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    ops.force_isa(request.param)
-    yield request.param
-    ops.force_isa(None)
 
 
 def conv(x, weight, bias, padding):

@@ -7,14 +7,18 @@
 namespace lasem_fast {
 namespace {
 
+const Kernels kAvx512Kernels = {kLevelAvx512, kLinearAvx512};
+const Kernels kAvx2Kernels = {kLevelAvx2, kLinearAvx2};
+const Kernels kDoubleKernels = {kLevelDouble, kLinearDouble};
+
 struct Isa {
   const char* name;
-  const LevelKernels* kernels;
+  const Kernels* kernels;
   const char* reason;
 };
 
-const Isa kAvx512 = {"avx512", &kLevelAvx512, ""};
-const Isa kAvx2 = {"avx2", &kLevelAvx2, ""};
+const Isa kAvx512 = {"avx512", &kAvx512Kernels, ""};
+const Isa kAvx2 = {"avx2", &kAvx2Kernels, ""};
 const Isa kNone = {"", nullptr, "the CPU has neither AVX-512 (F, BW, DQ, VL) nor AVX2 with FMA"};
 const Isa kBadChoice = {"", nullptr,
                         "LASEM_FAST_CPU_ISA names an instruction set that is neither avx2 nor "
@@ -59,6 +63,11 @@ bool force_isa(const char* name) {
   return isa != nullptr;
 }
 
-const LevelKernels* float_kernels() { return current().load()->kernels; }
+const Kernels& kernels_for(torch::headeronly::ScalarType dtype) {
+  if (dtype == torch::headeronly::ScalarType::Double) return kDoubleKernels;
+  const Kernels* kernels = current().load()->kernels;
+  STD_TORCH_CHECK(kernels, "no float32 CPU kernels: ", isa_reason());
+  return *kernels;
+}
 
 }  // namespace lasem_fast

@@ -1,7 +1,9 @@
-// Which instruction set the float32 kernels use.
+// Which kernels run: the instruction set of float32, and the portable ones of float64.
 #pragma once
 
 #include "level.h"
+#include "linear.h"
+#include "stable_torch.h"
 
 namespace lasem_fast {
 
@@ -12,7 +14,13 @@ const char* isa_reason();
 // Forces "avx2" or "avx512"; "" goes back to the choice made at start. False: this CPU cannot.
 bool force_isa(const char* name);
 
-// Null where isa_name() is "".
-const LevelKernels* float_kernels();
+// The kernels of one instruction set.
+struct Kernels {
+  const LevelKernels& level;
+  const LinearKernels& linear;
+};
+
+// Those of float32 or float64; an error where isa_name() is "" and float32 has none.
+const Kernels& kernels_for(torch::headeronly::ScalarType dtype);
 
 }  // namespace lasem_fast

@@ -51,13 +51,14 @@ static void micro_tail(int64_t rows, int64_t depth, const Scalar* a, int64_t ai,
   }
 }
 
-// c [rows, panel] = a [rows, depth] * b [depth, panel], a row-major.
+// c [rows, panel] (+)= a [rows, depth] * b [depth, panel], a row-major.
+template <bool kAdd>
 static void gemm_panel(int64_t rows, int64_t depth, const Scalar* a, int64_t lda, const Scalar* b,
                        Scalar* c, int64_t ldc) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    micro<kRows, false>(depth, a + i * lda, lda, 1, b, kPanel, c + i * ldc, ldc);
-  micro_tail<kRows - 1, false>(rows - i, depth, a + i * lda, lda, 1, b, kPanel, c + i * ldc, ldc);
+    micro<kRows, kAdd>(depth, a + i * lda, lda, 1, b, kPanel, c + i * ldc, ldc);
+  micro_tail<kRows - 1, kAdd>(rows - i, depth, a + i * lda, lda, 1, b, kPanel, c + i * ldc, ldc);
 }
 
 // c [depth, cols] += a' b for a [rows, depth], b [rows, cols]; cols is a multiple of kPanel.

@@ -1,13 +1,12 @@
 // Opens a translation unit that is compiled for one instruction set. No include guard: each kernel
-// unit includes it once, after defining LASEM_ISA (the namespace) and one LASEM_ISA_* selector.
+// unit includes it once, after its contract and after defining LASEM_ISA (the namespace) and one
+// LASEM_ISA_* selector.
 // Standard library templates stay out of these units: an inline function instantiated here with
 // wide instructions could be the copy that the linker keeps for the whole extension.
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-
-#include "level.h"
 
 #if defined(LASEM_ISA_AVX512)
 #if defined(__clang__)

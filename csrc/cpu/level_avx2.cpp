@@ -1,4 +1,6 @@
 // The level kernels for float32 compiled for AVX2 and FMA.
+#include "level.h"
+
 #define LASEM_ISA avx2
 #define LASEM_ISA_AVX2
 #include "isa_begin.h"

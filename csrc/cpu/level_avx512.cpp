@@ -1,4 +1,6 @@
 // The level kernels for float32 compiled for AVX-512 (F, BW, DQ, VL).
+#include "level.h"
+
 #define LASEM_ISA avx512
 #define LASEM_ISA_AVX512
 #include "isa_begin.h"

@@ -134,12 +134,6 @@ static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y,
   }
 }
 
-LASEM_INLINE bool any_nonzero(const Scalar* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    if (p[i] != 0) return true;
-  return false;
-}
-
 template <class F, int kPool>
 struct Backward {
   static constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
@@ -221,10 +215,10 @@ struct Backward {
       if (!args.dx) continue;
       // V of this batch is spent: dV takes its place.
       for (int64_t panel = 0; panel < p.depth_stride / kPanel; ++panel)
-        gemm_panel(rows, p.out_vectors * kLanes, mb, p.out_stride,
-                   static_cast<const Scalar*>(args.packed) +
-                       (panel * p.batches + b) * p.out_stride * kPanel,
-                   vb + panel * kPanel, p.depth_stride);
+        gemm_panel<false>(rows, p.out_vectors * kLanes, mb, p.out_stride,
+                          static_cast<const Scalar*>(args.packed) +
+                              (panel * p.batches + b) * p.out_stride * kPanel,
+                          vb + panel * kPanel, p.depth_stride);
     }
     if (!args.dx) return;
     for (int64_t i = 0; i < units; ++i)

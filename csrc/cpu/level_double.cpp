@@ -1,4 +1,6 @@
 // The level kernels for float64, without special instructions: for gradcheck and tests.
+#include "level.h"
+
 #define LASEM_ISA portable
 #define LASEM_ISA_PORTABLE
 #include "isa_begin.h"

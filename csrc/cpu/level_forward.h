@@ -214,8 +214,8 @@ static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar*
     for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
       const Scalar* w = packed + panel * p.batches * p.depth * kPanel;
       for (int64_t b = 0; b < p.batches; ++b)
-        gemm_panel(rows, p.depth, v + b * in_batch(p), p.depth_stride, w + b * p.depth * kPanel,
-                   m + b * out_batch(p, kPanel), kPanel);
+        gemm_panel<false>(rows, p.depth, v + b * in_batch(p), p.depth_stride,
+                          w + b * p.depth * kPanel, m + b * out_batch(p, kPanel), kPanel);
       for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
         const int64_t vector = panel * 2 + h, branch = vector / p.branch_vectors;
         const int64_t co = vector % p.branch_vectors * kLanes, left = s.out_channels - co;

@@ -10,6 +10,7 @@
 #include "output_pool.h"
 #include "scratch.h"
 #include "stable_torch.h"
+#include "tasks.h"
 
 namespace lasem_fast {
 namespace {
@@ -17,13 +18,6 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kDirectChannels = 4;  // below, the transforms cost more than they save
-
-const LevelKernels& kernels_for(ScalarType dtype) {
-  if (dtype == ScalarType::Double) return kLevelDouble;
-  const LevelKernels* kernels = float_kernels();
-  STD_TORCH_CHECK(kernels, "no float32 CPU kernels: ", isa_reason());
-  return *kernels;
-}
 
 LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int64_t pool,
                     int64_t pool_pad, int64_t out_h, int64_t out_w, int64_t tile) {
@@ -59,37 +53,13 @@ LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int6
   return s;
 }
 
-// Calls f(task) for tasks 0 .. n-1, one per thread of PyTorch's pool.
-template <class F>
-void for_tasks(int64_t n, const F& f) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) f(task);
-  });
-}
-
 // Calls f(begin, end) over `items` cut evenly, for work on the weights: 2048 filters pay for a
 // thread.
 template <class F>
 void for_filters(const LevelShape& s, int64_t threads, int64_t items, const F& f) {
   const int64_t filters = s.in_channels * s.branches * s.out_channels;
-  const int64_t tasks = std::min(threads, 1 + filters / 2048);
-  for_tasks(tasks, [&](int64_t t) { f(items * t / tasks, items * (t + 1) / tasks); });
+  for_ranges(std::min(threads, 1 + filters / 2048), items, f);
 }
-
-// Lays out parts of one scratch block, each on a cache line of its own.
-class Layout {
- public:
-  explicit Layout(size_t scalar) : scalar_(scalar) {}
-  size_t add(int64_t elements) {
-    const size_t at = bytes_;
-    bytes_ += (static_cast<size_t>(elements) * scalar_ + 127) / 128 * 128;
-    return at;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  size_t scalar_, bytes_ = 0;
-};
 
 }  // namespace
 
@@ -98,7 +68,7 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
                                           int64_t out_h, int64_t out_w, int64_t tile) {
   const LevelShape s = shape_of(x, weight, padding, pool, pool_pad, out_h, out_w, tile);
   check_tensor(bias, "bias", x.scalar_type(), {s.branches, s.out_channels});
-  const LevelKernels& kernels = kernels_for(x.scalar_type());
+  const LevelKernels& kernels = kernels_for(x.scalar_type()).level;
   const auto size = {s.prefixes, s.branches, s.samples, out_h, out_w, s.out_channels};
   Tensor y = new_output(size, x.scalar_type(), x.element_size());
   Tensor code = new_output(size, ScalarType::Byte, 1);
@@ -145,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, con
   const auto out = {s.prefixes, s.branches, s.samples, s.out_height, s.out_width, s.out_channels};
   check_tensor(dy, "dy", x.scalar_type(), out);
   check_tensor(code, "code", ScalarType::Byte, out);
-  const LevelKernels& kernels = kernels_for(x.scalar_type());
+  const LevelKernels& kernels = kernels_for(x.scalar_type()).level;
   const int64_t none[] = {0}, bias_size[] = {s.branches, s.out_channels};
   Tensor dx = need_dx ? new_output({s.prefixes, s.samples, s.height, s.width, s.in_channels},
                                    x.scalar_type(), x.element_size())

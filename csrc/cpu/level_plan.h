@@ -5,10 +5,6 @@ namespace LASEM_ISA {
 
 constexpr int64_t kL2 = 1 << 20;
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Tiles per unit side, so that pool windows never straddle two units.
 constexpr int unit_side(int tile, int pool) {
   int n = 1;

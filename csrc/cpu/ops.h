@@ -20,6 +20,12 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, con
                                                            int64_t pool_pad, int64_t tile,
                                                            bool need_dx);
 
+Tensor channels_last_linear(const Tensor& x, const Tensor& weight, const Tensor& bias);
+
+std::tuple<Tensor, Tensor, Tensor> channels_last_linear_backward(const Tensor& dy, const Tensor& x,
+                                                                 const Tensor& weight,
+                                                                 bool need_dx);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> posterior_head(const Tensor& logits,
                                                                   const Tensor& labels,
                                                                   const Tensor& log_prior,

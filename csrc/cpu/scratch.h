@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace lasem_fast {
 
@@ -19,6 +20,21 @@ class Scratch {
  private:
   void* data_;
   size_t capacity_;
+};
+
+// Lays out parts of one scratch block, each on a cache line of its own.
+class Layout {
+ public:
+  explicit Layout(size_t scalar) : scalar_(scalar) {}
+  size_t add(int64_t elements) {
+    const size_t at = bytes_;
+    bytes_ += (static_cast<size_t>(elements) * scalar_ + 127) / 128 * 128;
+    return at;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t scalar_, bytes_ = 0;
 };
 
 // Frees the blocks that no call is using; returns their size in bytes.

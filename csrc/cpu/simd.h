@@ -1,6 +1,6 @@
 // One vector type per instruction set. Included only between isa_begin.h and isa_end.h.
 // Vec: kLanes scalars. Code: one small integer per lane (stored as uint8). Mask: one truth per
-// lane.
+// lane. interleave: the lanes of a and b in turn, the first half of them and the second.
 
 #define LASEM_INLINE static inline __attribute__((always_inline))
 
@@ -34,6 +34,11 @@ LASEM_INLINE Mask wins(Vec v, Vec best) {
 }
 LASEM_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_mov_ps(no, m, yes); }
 LASEM_INLINE Vec keep(Mask m, Vec v) { return _mm512_maskz_mov_ps(m, v); }
+LASEM_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
+  const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  *low = _mm512_permutex2var_ps(a, lower, b);
+  *high = _mm512_permutex2var_ps(a, _mm512_add_epi32(lower, _mm512_set1_epi32(8)), b);
+}
 LASEM_INLINE Code code_splat(int c) { return _mm512_set1_epi32(c); }
 LASEM_INLINE Code code_select(Mask m, Code yes, Code no) {
   return _mm512_mask_mov_epi32(no, m, yes);
@@ -85,6 +90,11 @@ LASEM_INLINE Mask wins(Vec v, Vec best) {
 }
 LASEM_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
 LASEM_INLINE Vec keep(Mask m, Vec v) { return _mm256_and_ps(m, v); }
+LASEM_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
+  const Vec even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+  *low = _mm256_permute2f128_ps(even, odd, 0x20);
+  *high = _mm256_permute2f128_ps(even, odd, 0x31);
+}
 LASEM_INLINE Code code_splat(int c) { return _mm256_set1_epi32(c); }
 LASEM_INLINE Code code_select(Mask m, Code yes, Code no) {
   return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m));
@@ -139,6 +149,10 @@ LASEM_INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
 LASEM_INLINE Mask wins(Vec v, Vec best) { return (v > best) | (v != v); }
 LASEM_INLINE Code code_select(Mask m, Code yes, Code no) { return (yes & m) | (no & ~m); }
 LASEM_INLINE Vec keep(Mask m, Vec v) { return (Vec)((Code)v & m); }
+LASEM_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
+  *low = Vec{a[0], b[0]};
+  *high = Vec{a[1], b[1]};
+}
 LASEM_INLINE Vec select(Mask m, Vec yes, Vec no) {
   return (Vec)code_select(m, (Code)yes, (Code)no);
 }
@@ -158,11 +172,20 @@ LASEM_INLINE void code_store(uint8_t* p, Code c) { code_store_n(p, c, kLanes); }
 
 constexpr int kPanel = 2 * kLanes;  // columns of a micro-kernel
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
 LASEM_INLINE Vec load_some(const Scalar* p, int64_t n) {
   return n >= kLanes ? load(p) : load_n(p, n);
 }
 LASEM_INLINE void store_some(Scalar* p, Vec v, int64_t n) {
   n >= kLanes ? store(p, v) : store_n(p, v, n);
+}
+LASEM_INLINE bool any_nonzero(const Scalar* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (p[i] != 0) return true;
+  return false;
 }
 LASEM_INLINE Code code_load_some(const uint8_t* p, int64_t n) {
   return n >= kLanes ? code_load(p) : code_load_n(p, n);

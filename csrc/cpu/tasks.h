@@ -1,0 +1,24 @@
+// The split of an operator's work over PyTorch's threads.
+#pragma once
+
+#include <cstdint>
+
+#include "stable_torch.h"
+
+namespace lasem_fast {
+
+// Calls f(task) for tasks 0 .. n-1, one per thread of PyTorch's pool.
+template <class F>
+void for_tasks(int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task);
+  });
+}
+
+// Calls f(begin, end) over `items` cut evenly into `tasks`.
+template <class F>
+void for_ranges(int64_t tasks, int64_t items, const F& f) {
+  for_tasks(tasks, [&](int64_t t) { f(items * t / tasks, items * (t + 1) / tasks); });
+}
+
+}  // namespace lasem_fast
