@@ -9,15 +9,23 @@ RESULTS ?= bench/results
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet $(ARGS)
 
-.PHONY: demo test lint sanitize bench bench-full clean
+.PHONY: demo test test-library test-interpreter test-ahead-of-time lint sanitize bench bench-full clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lasem_fast demo $(ARGS)
 
 # Triton reads TRITON_INTERPRET once, when it is imported: its tests need processes of their own.
 test: $(VENV)/.ready
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line \
+	test-library test-interpreter test-ahead-of-time
+
+test-library: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+
+test-interpreter: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter $(ARGS)
+
+test-ahead-of-time: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/aot $(ARGS)
 
 # A refused column fails the run, but the report of all others is still written.
