@@ -89,6 +89,8 @@ class LASEM(nn.Module):
         self.redraw_unclaimed = bool(redraw_unclaimed)
         self.net = net
         self.register_buffer("_bits", self.space.bits, persistent=False)
+        # one constant for every step: a kernel less on a device
+        self.register_buffer("_nothing_dropped", torch.zeros(()), persistent=False)
         self._prior = as_prior(prior)
         self._prior.check(len(self.space))
         self._rollback = Rollback()
@@ -268,7 +270,7 @@ class LASEM(nn.Module):
             posterior=posterior,
             log_likelihood=log_likelihood,
             nll=_spread(e_step.nll.detach(), rows, usable, torch.inf),
-            dropped_mass=torch.zeros_like(posterior[0]),
+            dropped_mass=self._nothing_dropped,
         )
 
     def _scored_step(self, output: Tensor, y: Tensor, task: str) -> EMStep | None:
@@ -281,7 +283,7 @@ class LASEM(nn.Module):
         if not self._score_operations or (reads_values and output.device.type != "cpu"):
             return None
         known = task in self._prior.states
-        self._log_prior(task)
+        self._start_prior(task)
         for operation in self._score_operations:
             scores = operation(output, y, self.likelihood, self._prior, task)
             if scores is None:
@@ -296,7 +298,7 @@ class LASEM(nn.Module):
                 posterior=scores.posterior,
                 log_likelihood=scores.log_likelihood,
                 nll=scores.nll,
-                dropped_mass=torch.zeros_like(scores.loss),
+                dropped_mass=self._nothing_dropped,
             )
         if not known:
             self._prior.forget(task)
@@ -382,7 +384,7 @@ class LASEM(nn.Module):
             posterior=posterior,
             log_likelihood=torch.where(here, m_step.log_likelihood, -torch.inf),
             nll=torch.where(here, m_step.nll.detach(), torch.inf),
-            dropped_mass=torch.zeros_like(loss),
+            dropped_mass=self._nothing_dropped,
         )
 
     def _with_auxiliary(self, loss: Tensor, posterior: Tensor, task: str) -> Tensor:
@@ -397,10 +399,14 @@ class LASEM(nn.Module):
         return loss
 
     def _log_prior(self, task: str) -> Tensor:
+        self._start_prior(task)
+        return self._prior.log_prob(task)
+
+    def _start_prior(self, task: str) -> None:
+        """Makes the prior's buffers for a task that is seen for the first time."""
         if task not in self._prior.states:
             device = next(self.net.parameters()).device
             self._prior.start(task, len(self.space), device)
-        return self._prior.log_prob(task)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What is searched and which buffers exist, so that they can be made before loading."""

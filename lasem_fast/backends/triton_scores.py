@@ -40,8 +40,7 @@ def scores(
     if kind == "gaussian":
         logits, y = logits.flatten(2), y.flatten(1)
     wins = log_prior = initial = None
-    # on the CPU (the interpreter) LASEM looks at the result before anything is counted
-    if type(prior).update is Prior.update and logits.device.type != "cpu":
+    if type(prior).update is Prior.update and not _looked_at_first(logits):
         wins = prior.states[task].wins
     if type(prior).log_prob is Count.log_prob and wins is not None:
         initial = prior.initial
@@ -52,3 +51,8 @@ def scores(
         sigma=getattr(likelihood, "sigma", 1.0),
     )  # fmt: skip
     return Scores(*out, counted=wins is not None)
+
+
+def _looked_at_first(logits: Tensor) -> bool:
+    """Whether LASEM looks at the values before anything is counted, as it does on the CPU."""
+    return logits.device.type == "cpu"
