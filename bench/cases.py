@@ -136,6 +136,13 @@ def gpu(device: str) -> list[Case]:
     return [*first, *others]
 
 
+def steps(device: str) -> list[Case]:
+    """Whole steps of the paper's nets beside the naive loop as published and the compiled tree."""
+    rows = [("cifar-4", 10), ("cifar-4", 64), ("stl-6", 10), ("office-home-4", 16)]
+    without = (NAIVE[1], COMPILED[0], *VMAP)
+    return [Case(net, batch, "fp32", device, without=without) for net, batch in rows]
+
+
 def smoke(device: str) -> list[Case]:
     """One small row with the columns that are quick: whether the suite runs at all."""
     return [Case("cifar-4", 2, "fp32", device, without=(*COMPILED, *VMAP, *NAIVE))]

@@ -15,13 +15,14 @@ from pathlib import Path
 from bench import cases, ceilings, peers, record, report
 from bench.race import race
 
+SUITES = {"gpu": cases.gpu, "steps": cases.steps, "smoke": cases.smoke}
 FINISHED, REFUSED, LEFT_OUT = 0, 1, 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the rows; returns 0, 1 where a column was refused, 3 where rows were left out."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("--suite", choices=("gpu", "smoke"), required=True, help="which rows")
+    parser.add_argument("--suite", choices=SUITES, required=True, help="which rows")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing per row")
     parser.add_argument("--budget", type=float, default=1e9,
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     results = record.ResultsFile(args.out, args.device, ceilings.measure(args.device))
     left_out = []
-    for case in cases.gpu(args.device) if args.suite == "gpu" else cases.smoke(args.device):
+    for case in SUITES[args.suite](args.device):
         if results.has(case):
             continue
         if time.monotonic() - start > args.budget:
