@@ -18,8 +18,9 @@ _AVAILABLE = "available"
 
 # The first that takes a level is the one where nothing is measured.
 _CPU_LEVELS = {
-    "Winograd F(4x4)": winograd.winograd_level,
-    "Winograd F(3x3)": winograd.small_tile_level,
+    "Winograd F(4x4, 3x3)": winograd.winograd_level,
+    "Winograd F(3x3, 3x3)": winograd.small_tile_level,
+    "Winograd F(2x2, 5x5)": winograd.large_filter_level,
     "PyTorch": plain_torch.wide_level,
     "PyTorch, channels last": plain_torch.channels_last_level,
 }
