@@ -33,8 +33,9 @@ _PYTORCH = {
 }
 # The first that takes a level is the one where nothing is measured.
 _CPU_LEVELS = {
-    "Winograd F(4x4)": winograd.winograd_level,
-    "Winograd F(3x3)": winograd.small_tile_level,
+    "Winograd F(4x4, 3x3)": winograd.winograd_level,
+    "Winograd F(3x3, 3x3)": winograd.small_tile_level,
+    "Winograd F(2x2, 5x5)": winograd.large_filter_level,
     **_PYTORCH,
 }
 _GPU_LEVELS = {"Triton": triton_level.triton_level, **_PYTORCH}

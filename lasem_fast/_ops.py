@@ -181,21 +181,22 @@ def winograd_level(
     pool: int = 1,
     pool_pad: int = 0,
     out_size: tuple[int, int] | None = None,
-    tile: int = 4,
+    tile: int | None = None,
 ) -> Tensor:
     """One level: ``max_pool2d(relu(conv2d(x, weight, bias)))`` of every prefix in every branch.
 
     Args:
         x: ``[P, N, H, W, C]``, contiguous, float32 (float64: slow, for tests).
-        weight: ``[G, Co, C, 3, 3]``, one filter bank per branch.
+        weight: ``[G, Co, C, R, R]`` with R = 3 or 5, one filter bank per branch.
         bias: ``[G, Co]``.
-        padding: of the convolution, 0 or 1; its stride is 1.
+        padding: of the convolution, 0 to R - 1; its stride is 1.
         pool: window and stride of the pool, 1 (none), 2 or 3.
         pool_pad: padding before the first window, at most ``pool // 2``; never wins.
         out_size: ``(out_h, out_w)``; windows are clipped at the border, so floor and ceil mode are
             both a choice of it. ``None`` is floor mode.
-        tile: ``m`` of Winograd F(m x m, 3 x 3): 2, 3 or 4, larger being faster and rounding more;
-            1 is the direct algorithm, which up to 4 input channels is always used.
+        tile: ``m`` of Winograd F(m x m, R x R), larger being faster and rounding more. For R = 3:
+            2, 3 or 4; 1 is the direct algorithm, which up to 4 input channels is always used.
+            For R = 5: 2. ``None`` is the largest.
 
     Returns:
         ``[P, G, N, out_h, out_w, Co]``; ``y.flatten(0, 1)`` is the next level's ``x``.
@@ -203,10 +204,14 @@ def winograd_level(
     Raises:
         RuntimeError: a shape, dtype or size that does not fit, naming the argument.
     """
+    filter_size = weight.shape[-1]
     if out_size is None:
         out_size = tuple(
-            (n + 2 * padding - 2 + 2 * pool_pad - pool) // pool + 1 for n in x.shape[2:4]
+            (n + 2 * padding - filter_size + 1 + 2 * pool_pad - pool) // pool + 1
+            for n in x.shape[2:4]
         )
+    if tile is None:
+        tile = 2 if filter_size == 5 else 4
     return WinogradLevel.apply(x, weight, bias, padding, pool, pool_pad, *out_size, tile)[0]
 
 

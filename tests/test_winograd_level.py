@@ -19,9 +19,18 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def _taken(*layers: nn.Module) -> bool:
-    branch = Branch(nn.Sequential(*layers))
-    return winograd.winograd_level([branch, branch], torch.randn(2, 3, 9, 9), 1) is not None
+def _images(channels: int) -> torch.Tensor:
+    return torch.randn(2, channels, 9, 9)
+
+
+def _output(way, x: torch.Tensor, stage: nn.Module) -> torch.Tensor | None:
+    out = way([Branch(stage)] * 2, x, 1)
+    return None if out is None else out.folded()
+
+
+def _taken(*layers: nn.Module, way=winograd.winograd_level) -> bool:
+    channels = next(layer.in_channels for layer in layers if type(layer) is nn.Conv2d)
+    return _output(way, _images(channels), nn.Sequential(*layers)) is not None
 
 
 @needs_kernels
@@ -33,8 +42,44 @@ def test_the_stages_that_it_takes():
         (conv, nn.MaxPool2d(3, ceil_mode=True), relu),
         (nn.Conv2d(3, 5, 3, padding="same", bias=False), relu, nn.MaxPool2d(3, padding=1)),
         (nn.Conv2d(3, 5, 3), nn.Identity(), relu),
+        (nn.Conv2d(3, 5, 3, padding=2), relu),
     ):
         assert _taken(*layers), layers
+        assert not _taken(*layers, way=winograd.large_filter_level), layers
+
+
+@needs_kernels
+@pytest.mark.parametrize("padding", [0, 1, 2, 4, "same", "valid"])
+@pytest.mark.parametrize(
+    "pool", [nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(3, padding=1, ceil_mode=True)]
+)
+def test_stages_of_5x5_filters(padding, pool):
+    torch.manual_seed(0)
+    stage, x = nn.Sequential(nn.Conv2d(6, 5, 5, padding=padding), nn.ReLU(), pool), _images(6)
+    assert not _taken(*stage)
+    got = _output(winograd.large_filter_level, x, stage)
+    plain = stage(x).repeat_interleave(2, dim=0)
+    exact = stage.double()(x.double()).repeat_interleave(2, dim=0)
+    # k = 4: what the outputs of the kernel are held to
+    assert got.shape == exact.shape
+    assert (got - exact).norm() <= 4 * (plain - exact).norm()
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 5, 3),
+        nn.Conv2d(6, 5, 7),
+        nn.Conv2d(6, 5, (5, 3)),
+        nn.Conv2d(6, 5, 5, stride=2),
+        nn.Conv2d(6, 5, 5, dilation=2),
+        nn.Conv2d(6, 5, 5, padding=5),
+        nn.Conv2d(6, 5, 5, padding=(1, 2)),
+        nn.Conv2d(6, 5, 5, padding=2, padding_mode="reflect"),
+    ],
+)
+def test_other_filters_are_left_to_pytorch(conv):
+    assert not _taken(conv, nn.ReLU(), way=winograd.large_filter_level)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +89,8 @@ def test_the_stages_that_it_takes():
         (nn.Conv2d(3, 5, 5), nn.ReLU()),
         (nn.Conv2d(3, 5, 3, stride=2), nn.ReLU()),
         (nn.Conv2d(3, 5, 3, dilation=2), nn.ReLU()),
-        (nn.Conv2d(3, 5, 3, padding=2), nn.ReLU()),
+        (nn.Conv2d(3, 5, 3, padding=3), nn.ReLU()),
+        (nn.Conv2d(3, 5, 3, padding=(0, 1)), nn.ReLU()),
         (nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), nn.ReLU()),
         (nn.Conv2d(3, 5, 3), nn.Tanh()),
         (nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AvgPool2d(2)),

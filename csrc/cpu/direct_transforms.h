@@ -8,7 +8,7 @@ namespace LASEM_ISA {
 template <int kM>
 struct Direct {
   static constexpr bool kDirect = true;
-  static constexpr int kTile = kM, kSide = kM;
+  static constexpr int kTile = kM, kFilter = 3, kSide = kM;
 
   LASEM_INLINE void output(const Vec (&m)[kM], Vec (&y)[kM]) {
     for (int i = 0; i < kM; ++i) y[i] = m[i];
@@ -30,17 +30,17 @@ LASEM_INLINE void add_run(Scalar* to, const Scalar* from, int64_t n) {
 }
 
 // Calls run(image offset or -1 for zeros, patch offset, length) for the patch of one output pixel.
-template <class Run>
+template <int kFilter, class Run>
 LASEM_INLINE void for_patch_runs(const LevelShape& s, int64_t iy, int64_t ix, const Run& run) {
   const int64_t c = s.in_channels;
-  for (int64_t ky = 0; ky < 3; ++ky) {
-    const int64_t row = iy + ky, patch = ky * 3 * c;
+  for (int64_t ky = 0; ky < kFilter; ++ky) {
+    const int64_t row = iy + ky, patch = ky * kFilter * c;
     if (row < 0 || row >= s.height) {
-      run(-1, patch, 3 * c);
-    } else if (ix >= 0 && ix + 3 <= s.width) {
-      run((row * s.width + ix) * c, patch, 3 * c);
+      run(-1, patch, kFilter * c);
+    } else if (ix >= 0 && ix + kFilter <= s.width) {
+      run((row * s.width + ix) * c, patch, kFilter * c);
     } else {
-      for (int64_t kx = 0; kx < 3; ++kx) {
+      for (int64_t kx = 0; kx < kFilter; ++kx) {
         const int64_t col = ix + kx;
         run(col < 0 || col >= s.width ? -1 : (row * s.width + col) * c, patch + kx * c, c);
       }

@@ -9,10 +9,10 @@ namespace lasem_fast {
 // One tree level: x [P, N, H, W, C] -> y, code [P, G, N, out_h, out_w, Co], all contiguous.
 struct LevelShape {
   int64_t prefixes, samples, height, width, in_channels;
-  int64_t branches, out_channels;
+  int64_t branches, out_channels, filter;  // filter: r of r x r
   int64_t padding, pool, pool_pad, out_height, out_width;
   int64_t conv_height, conv_width;  // of the convolution, before the pool
-  int64_t tile;                     // m of F(m x m, 3 x 3); 1 = direct
+  int64_t tile;                     // m of F(m x m, r x r); 1 = direct
 };
 
 // How a level is cut for one instruction set; sizes are in elements of the scalar type.
@@ -21,9 +21,9 @@ struct LevelPlan {
   int64_t tile;  // conv outputs per tile side
   int64_t unit;  // tiles per unit side: a unit is the least square that pool windows fill
   int64_t units_y, units_x;
-  int64_t batches;         // matrix products per block: (m+2)^2, or 1 when direct
+  int64_t batches;         // matrix products per block: (m+r-1)^2, or 1 when direct
   int64_t rows_per_tile;   // rows each tile adds to a product: 1, or m^2 when direct
-  int64_t depth;           // inner dimension of the forward product: C, or 9 C when direct
+  int64_t depth;           // inner dimension of the forward product: C, or r^2 C when direct
   int64_t depth_stride;    // depth rounded up to whole panels
   int64_t branch_vectors;  // vectors per branch
   int64_t out_vectors;     // vectors over all branches

@@ -97,25 +97,27 @@ LASEM_INLINE void input_grad_transform(const Scalar* v, int64_t batch_stride, co
   }
 }
 
-// Adds one tile's dV to the image. Tiles come top-left first, so the two leading rows and columns
-// of a patch were written by a neighbour unless the tile is the first of its row or column.
+// Adds one tile's dV to the image. Tiles come top-left first, so the leading rows and columns of a
+// patch, as many as patches overlap by, were written by the neighbour above or to the left unless
+// the tile is the first of its column or row; nobody wrote the others.
 template <class F>
 static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y, int64_t x,
                                    Scalar* outside, const Scalar* v, int64_t batch_stride) {
-  constexpr int n = F::kSide;
+  constexpr int n = F::kSide, overlap = F::kFilter - 1;
   const LevelShape& s = p.shape;
   const int64_t iy = y - s.padding, ix = x - s.padding, channels = s.in_channels;
   if constexpr (F::kDirect) {
     for (int64_t pos = 0; pos < n * n; ++pos) {
       const Scalar* row = v + pos * batch_stride;
-      for_patch_runs(s, iy + pos / n, ix + pos % n, [&](int64_t to, int64_t from, int64_t count) {
-        if (to >= 0) add_run(image + to, row + from, count);
-      });
+      for_patch_runs<F::kFilter>(s, iy + pos / n, ix + pos % n,
+                                 [&](int64_t to, int64_t from, int64_t count) {
+                                   if (to >= 0) add_run(image + to, row + from, count);
+                                 });
     }
   } else {
     const bool first_row = y == -s.pool_pad, first_column = x == -s.pool_pad;
     const auto fresh = [&](int i, int j) {
-      return (i >= 2 || first_row) && (j >= 2 || first_column);
+      return (i >= overlap || first_row) && (j >= overlap || first_column);
     };
     const int64_t whole = channels / kLanes * kLanes;
     Scalar* pixels[n][n];
@@ -245,8 +247,8 @@ struct Backward {
   void run(int64_t begin, int64_t end) const {
     constexpr int64_t kMaxUnits = 128 * 4;
     const LevelShape& s = p.shape;
-    const int64_t reach_y = p.units_y * R - s.pool_pad + 2 - s.padding;
-    const int64_t reach_x = p.units_x * R - s.pool_pad + 2 - s.padding;
+    const int64_t reach_y = p.units_y * R - s.pool_pad + F::kFilter - 1 - s.padding;
+    const int64_t reach_x = p.units_x * R - s.pool_pad + F::kFilter - 1 - s.padding;
     const bool covered = !F::kDirect && reach_y >= s.height && reach_x >= s.width;
     const int64_t capacity = at_most(p.block_units, kMaxUnits);
     Unit block[kMaxUnits];

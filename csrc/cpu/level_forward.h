@@ -48,9 +48,10 @@ static inline void input_tile(const LevelPlan& p, const Scalar* image, int64_t y
   if constexpr (F::kDirect) {
     for (int64_t pos = 0; pos < n * n; ++pos) {
       Scalar* row = v + pos * batch_stride;
-      for_patch_runs(s, iy + pos / n, ix + pos % n, [&](int64_t from, int64_t to, int64_t count) {
-        from < 0 ? zero_run(row + to, count) : copy_run(row + to, image + from, count);
-      });
+      for_patch_runs<F::kFilter>(
+          s, iy + pos / n, ix + pos % n, [&](int64_t from, int64_t to, int64_t count) {
+            from < 0 ? zero_run(row + to, count) : copy_run(row + to, image + from, count);
+          });
     }
   } else {
     const int64_t whole = channels / kLanes * kLanes;
@@ -84,10 +85,11 @@ static inline void input_tile(const LevelPlan& p, const Scalar* image, int64_t y
 // through them a column at a time, a pattern the hardware does not follow.
 LASEM_INLINE void prefetch_patch(const LevelPlan& p, const Scalar* image, const Unit& u) {
   const LevelShape& s = p.shape;
-  const int64_t side = p.unit * p.tile, top = u.y - s.padding, left = u.x - s.padding + 2;
+  const int64_t side = p.unit * p.tile, overlap = s.filter - 1;
+  const int64_t top = u.y - s.padding, left = u.x - s.padding + overlap;
   const int64_t from = at_least(left, 0), to = at_most(left + side, s.width);
   const int64_t bytes = (to - from) * s.in_channels * static_cast<int64_t>(sizeof(Scalar));
-  for (int64_t y = at_least(top, 0); y < at_most(top + side + 2, s.height); ++y) {
+  for (int64_t y = at_least(top, 0); y < at_most(top + side + overlap, s.height); ++y) {
     const char* row = reinterpret_cast<const char*>(image + (y * s.width + from) * s.in_channels);
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
   }

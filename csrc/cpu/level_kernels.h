@@ -1,4 +1,4 @@
-// Chooses the instantiation for a level's tile and pool.
+// Chooses the instantiation for a level's filter, tile and pool.
 
 namespace lasem_fast {
 namespace LASEM_ISA {
@@ -23,17 +23,18 @@ static void with_pool(int64_t pool, const Body& body) {
 
 template <class Body>
 static void with_algorithm(const LevelPlan& p, const Body& body) {
+  if (p.shape.filter == 5) return with_pool<Winograd<2, 5>>(p.shape.pool, body);
   switch (p.shape.tile) {
     case 1:
       if (p.shape.pool == 1) return body(Type<Direct<2>>{}, Int<1>{});
       if (p.shape.pool == 2) return body(Type<Direct<2>>{}, Int<2>{});
       return body(Type<Direct<3>>{}, Int<3>{});
     case 2:
-      return with_pool<Winograd2>(p.shape.pool, body);
+      return with_pool<Winograd<2, 3>>(p.shape.pool, body);
     case 3:
-      return with_pool<Winograd3>(p.shape.pool, body);
+      return with_pool<Winograd<3, 3>>(p.shape.pool, body);
     default:
-      return with_pool<Winograd4>(p.shape.pool, body);
+      return with_pool<Winograd<4, 3>>(p.shape.pool, body);
   }
 }
 

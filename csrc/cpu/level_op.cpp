@@ -23,28 +23,35 @@ LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int6
                     int64_t pool_pad, int64_t out_h, int64_t out_w, int64_t tile) {
   check_float(x, "x");
   STD_TORCH_CHECK(x.dim() == 5, "x must have shape (P, N, H, W, C), got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(weight.dim() == 5, "weight must have shape (G, Co, C, 3, 3), got ", weight.dim(),
+  STD_TORCH_CHECK(weight.dim() == 5, "weight must have shape (G, Co, C, R, R), got ", weight.dim(),
                   " dimensions");
   LevelShape s{};
   s.prefixes = x.size(0), s.samples = x.size(1), s.height = x.size(2), s.width = x.size(3);
   s.in_channels = x.size(4), s.branches = weight.size(0), s.out_channels = weight.size(1);
+  s.filter = weight.size(3);
   s.padding = padding, s.pool = pool, s.pool_pad = pool_pad;
   s.out_height = out_h, s.out_width = out_w;
   check_tensor(x, "x", x.scalar_type(), {s.prefixes, s.samples, s.height, s.width, s.in_channels});
+  STD_TORCH_CHECK(s.filter == 3 || s.filter == 5,
+                  "weight must have filters of 3 x 3 or 5 x 5, got ", s.filter, " rows");
   check_tensor(weight, "weight", x.scalar_type(),
-               {s.branches, s.out_channels, s.in_channels, 3, 3});
+               {s.branches, s.out_channels, s.in_channels, s.filter, s.filter});
   STD_TORCH_CHECK(s.in_channels > 0 && s.branches > 0 && s.out_channels > 0,
                   "weight must have at least one branch, output and input channel");
-  STD_TORCH_CHECK(padding == 0 || padding == 1, "padding must be 0 or 1, got ", padding);
+  STD_TORCH_CHECK(padding >= 0 && padding < s.filter, "padding must be from 0 to ", s.filter - 1,
+                  ", got ", padding);
   STD_TORCH_CHECK(pool >= 1 && pool <= 3, "pool must be 1, 2 or 3, got ", pool);
   STD_TORCH_CHECK(pool_pad >= 0 && pool_pad <= pool / 2,
                   "pool_pad must be from 0 to pool / 2 = ", pool / 2, ", got ", pool_pad);
-  STD_TORCH_CHECK(tile >= 1 && tile <= 4, "tile must be 1, 2, 3 or 4, got ", tile);
-  s.tile = s.in_channels <= kDirectChannels ? 1 : tile;
-  s.conv_height = s.height + 2 * padding - 2;
-  s.conv_width = s.width + 2 * padding - 2;
+  STD_TORCH_CHECK(s.filter == 5 ? tile == 2 : tile >= 1 && tile <= 4, "tile must be ",
+                  s.filter == 5 ? "2" : "1, 2, 3 or 4", " for filters of ", s.filter, " x ",
+                  s.filter, ", got ", tile);
+  s.tile = s.filter == 3 && s.in_channels <= kDirectChannels ? 1 : tile;
+  s.conv_height = s.height + 2 * padding - (s.filter - 1);
+  s.conv_width = s.width + 2 * padding - (s.filter - 1);
   STD_TORCH_CHECK(s.conv_height > 0 && s.conv_width > 0, "x of ", s.height, " x ", s.width,
-                  " is smaller than the 3 x 3 window with padding ", padding);
+                  " is smaller than the ", s.filter, " x ", s.filter, " window with padding ",
+                  padding);
   for (const auto& [name, out, conv] :
        {std::tuple{"out_h", out_h, s.conv_height}, std::tuple{"out_w", out_w, s.conv_width}})
     STD_TORCH_CHECK(out >= 1 && (out - 1) * pool - pool_pad < conv, name,

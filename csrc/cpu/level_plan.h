@@ -51,9 +51,9 @@ static void make_plan(const LevelShape& s, int64_t threads, bool backward, Level
   const int64_t windows = p.unit * p.tile / s.pool;
   p.units_y = (s.out_height + windows - 1) / windows;
   p.units_x = (s.out_width + windows - 1) / windows;
-  p.batches = direct ? 1 : (p.tile + 2) * (p.tile + 2);
+  p.batches = direct ? 1 : (p.tile + s.filter - 1) * (p.tile + s.filter - 1);
   p.rows_per_tile = direct ? p.tile * p.tile : 1;
-  p.depth = direct ? 9 * s.in_channels : s.in_channels;
+  p.depth = direct ? s.filter * s.filter * s.in_channels : s.in_channels;
   p.depth_stride = round_up(p.depth, kPanel);
   p.branch_vectors = (s.out_channels + kLanes - 1) / kLanes;
   p.out_vectors = s.branches * p.branch_vectors;

@@ -3,36 +3,43 @@
 namespace lasem_fast {
 namespace LASEM_ISA {
 
-// taps [9] of one filter per lane -> u [kSide * kSide].
 template <class F>
-static inline void filter_transform(const Vec (&taps)[9], Vec* u) {
-  constexpr int n = F::kSide;
-  Vec half[n][3];
+constexpr int kTaps = F::kFilter * F::kFilter;
+
+// taps [kFilter * kFilter] of one filter per lane -> u [kSide * kSide].
+template <class F>
+static inline void filter_transform(const Vec (&taps)[kTaps<F>], Vec* u) {
+  constexpr int n = F::kSide, r = F::kFilter;
+  Vec half[n][r];
   for (int i = 0; i < n; ++i)
-    for (int x = 0; x < 3; ++x)
-      half[i][x] = fma(splat(F::kG[i][2]), taps[6 + x],
-                       fma(splat(F::kG[i][1]), taps[3 + x], mul(splat(F::kG[i][0]), taps[x])));
+    for (int x = 0; x < r; ++x) {
+      Vec sum = mul(splat(F::kG[i][0]), taps[x]);
+      for (int y = 1; y < r; ++y) sum = fma(splat(F::kG[i][y]), taps[y * r + x], sum);
+      half[i][x] = sum;
+    }
   for (int i = 0; i < n; ++i)
-    for (int j = 0; j < n; ++j)
-      u[i * n + j] = fma(splat(F::kG[j][2]), half[i][2],
-                         fma(splat(F::kG[j][1]), half[i][1], mul(splat(F::kG[j][0]), half[i][0])));
+    for (int j = 0; j < n; ++j) {
+      Vec sum = mul(splat(F::kG[j][0]), half[i][0]);
+      for (int x = 1; x < r; ++x) sum = fma(splat(F::kG[j][x]), half[i][x], sum);
+      u[i * n + j] = sum;
+    }
 }
 
 template <class F>
-static inline void filter_gradient(const Vec* u, Vec (&taps)[9]) {
-  constexpr int n = F::kSide;
-  Vec half[3][n];
-  for (int y = 0; y < 3; ++y)
+static inline void filter_gradient(const Vec* u, Vec (&taps)[kTaps<F>]) {
+  constexpr int n = F::kSide, r = F::kFilter;
+  Vec half[r][n];
+  for (int y = 0; y < r; ++y)
     for (int j = 0; j < n; ++j) {
       Vec sum = mul(splat(F::kG[0][y]), u[j]);
       for (int i = 1; i < n; ++i) sum = fma(splat(F::kG[i][y]), u[i * n + j], sum);
       half[y][j] = sum;
     }
-  for (int y = 0; y < 3; ++y)
-    for (int x = 0; x < 3; ++x) {
+  for (int y = 0; y < r; ++y)
+    for (int x = 0; x < r; ++x) {
       Vec sum = mul(splat(F::kG[0][x]), half[y][0]);
       for (int j = 1; j < n; ++j) sum = fma(splat(F::kG[j][x]), half[y][j], sum);
-      taps[y * 3 + x] = sum;
+      taps[y * r + x] = sum;
     }
 }
 
@@ -42,7 +49,7 @@ LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const Scalar* weight, i
   const LevelShape& s = p.shape;
   const int64_t branch = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
   if (branch >= s.branches || co >= s.out_channels) return nullptr;
-  return weight + ((branch * s.out_channels + co) * s.in_channels + c) * 9;
+  return weight + ((branch * s.out_channels + co) * s.in_channels + c) * s.filter * s.filter;
 }
 
 // packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
@@ -52,19 +59,19 @@ static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64
   const int64_t channels = p.shape.in_channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / channels, c = item % channels;
-    alignas(64) Scalar taps[9][kPanel];
+    alignas(64) Scalar taps[kTaps<F>][kPanel];
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const Scalar* w = filter_of(p, weight, panel * kPanel + lane, c);
-      for (int t = 0; t < 9; ++t) taps[t][lane] = w ? w[t] : 0;
+      for (int t = 0; t < kTaps<F>; ++t) taps[t][lane] = w ? w[t] : 0;
     }
     Scalar* to = packed + panel * p.batches * p.depth * kPanel;
     for (int64_t h = 0; h < kPanel; h += kLanes) {
       if constexpr (F::kDirect) {
-        for (int64_t t = 0; t < 9; ++t)
+        for (int64_t t = 0; t < kTaps<F>; ++t)
           store(to + (t * channels + c) * kPanel + h, load(taps[t] + h));
       } else {
-        Vec filter[9], u[F::kSide * F::kSide];
-        for (int t = 0; t < 9; ++t) filter[t] = load(taps[t] + h);
+        Vec filter[kTaps<F>], u[F::kSide * F::kSide];
+        for (int t = 0; t < kTaps<F>; ++t) filter[t] = load(taps[t] + h);
         filter_transform<F>(filter, u);
         for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
           store(to + (b * p.depth + c) * kPanel + h, u[b]);
@@ -85,17 +92,18 @@ static void pack_back(const LevelPlan& p, const Scalar* weight, Scalar* packed, 
       if constexpr (F::kDirect) {
         for (int64_t lane = 0; lane < kPanel; ++lane) {
           const int64_t k = panel * kPanel + lane;
-          to[lane] = w && k < p.depth ? w[k % channels * 9 + k / channels] : 0;
+          to[lane] = w && k < p.depth ? w[k % channels * kTaps<F> + k / channels] : 0;
         }
       } else {
-        alignas(64) Scalar taps[9][kPanel];
+        alignas(64) Scalar taps[kTaps<F>][kPanel];
         for (int64_t lane = 0; lane < kPanel; ++lane) {
           const int64_t c = panel * kPanel + lane;
-          for (int t = 0; t < 9; ++t) taps[t][lane] = w && c < channels ? w[c * 9 + t] : 0;
+          for (int t = 0; t < kTaps<F>; ++t)
+            taps[t][lane] = w && c < channels ? w[c * kTaps<F> + t] : 0;
         }
         for (int64_t h = 0; h < kPanel; h += kLanes) {
-          Vec filter[9], u[F::kSide * F::kSide];
-          for (int t = 0; t < 9; ++t) filter[t] = load(taps[t] + h);
+          Vec filter[kTaps<F>], u[F::kSide * F::kSide];
+          for (int t = 0; t < kTaps<F>; ++t) filter[t] = load(taps[t] + h);
           filter_transform<F>(filter, u);
           for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
             store(to + b * p.out_stride * kPanel + h, u[b]);
@@ -124,9 +132,9 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
     const int64_t v = item / s.in_channels, c = item % s.in_channels;
     const int64_t branch = v / p.branch_vectors, co = v % p.branch_vectors * kLanes;
     const int64_t n = at_most(kLanes, s.out_channels - co);
-    Vec taps[9];
+    Vec taps[kTaps<F>];
     if constexpr (F::kDirect) {
-      for (int64_t t = 0; t < 9; ++t)
+      for (int64_t t = 0; t < kTaps<F>; ++t)
         taps[t] = sum_at((t * s.in_channels + c) * p.out_stride + v * kLanes);
     } else {
       Vec u[F::kSide * F::kSide];
@@ -134,11 +142,11 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
         u[b] = sum_at((b * p.depth + c) * p.out_stride + v * kLanes);
       filter_gradient<F>(u, taps);
     }
-    alignas(64) Scalar lanes_of[9][kLanes];
-    for (int t = 0; t < 9; ++t) store(lanes_of[t], taps[t]);
+    alignas(64) Scalar lanes_of[kTaps<F>][kLanes];
+    for (int t = 0; t < kTaps<F>; ++t) store(lanes_of[t], taps[t]);
     for (int64_t lane = 0; lane < n; ++lane) {
-      Scalar* w = dweight + ((branch * s.out_channels + co + lane) * s.in_channels + c) * 9;
-      for (int t = 0; t < 9; ++t) w[t] = lanes_of[t][lane];
+      Scalar* w = dweight + ((branch * s.out_channels + co + lane) * s.in_channels + c) * kTaps<F>;
+      for (int t = 0; t < kTaps<F>; ++t) w[t] = lanes_of[t][lane];
     }
     if (c == 0) store_some(dbias + branch * s.out_channels + co, sum_at(bias_at + v * kLanes), n);
   }

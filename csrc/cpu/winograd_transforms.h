@@ -1,13 +1,26 @@
-// F(m x m, 3 x 3) in one dimension: y = A' [(G g) * (B' d)], and the transposes that differentiate
-// it. Interpolation points were chosen for rounding error: 0, +-sqrt(1/2), +-sqrt(2), inf for m = 4
-// and 0, +-3/4, 2, inf for m = 3 have about half the error of the usual integer points.
+// F(m x m, r x r) in one dimension: y = A' [(G g) * (B' d)], and the transposes that differentiate
+// it. With interpolation points a_i (Toom-Cook, transposed): row k of A' holds a_i^k, row i of G is
+// f_i (1, a_i, .., a_i^(r-1)), row i of B' the coefficients of the product over j != i of (x -
+// a_j), divided by f_i times the product over j != i of (a_i - a_j); infinity gives the highest
+// powers only, and row inf of B' the product over all j of (x - a_j). Any f_i will do. Points were
+// chosen for rounding error: 0, +-sqrt(1/2), +-sqrt(2), inf where there are six and 0,
+// +-3/4, 2, inf where there are five have about half the error of the usual integer points.
 
 namespace lasem_fast {
 namespace LASEM_ISA {
 
-struct Winograd2 {
+// The shape of an algorithm; m + r - 1 points, so as many batches per dimension.
+template <int kM, int kR>
+struct WinogradShape {
   static constexpr bool kDirect = false;
-  static constexpr int kTile = 2, kSide = 4;
+  static constexpr int kTile = kM, kFilter = kR, kSide = kM + kR - 1;
+};
+
+template <int kM, int kR>
+struct Winograd;
+
+template <>
+struct Winograd<2, 3> : WinogradShape<2, 3> {
   static constexpr double kG[4][3] = {{-1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
 
   LASEM_INLINE void input(const Vec (&d)[4], Vec (&v)[4]) {
@@ -34,9 +47,8 @@ struct Winograd2 {
   }
 };
 
-struct Winograd3 {
-  static constexpr bool kDirect = false;
-  static constexpr int kTile = 3, kSide = 5;
+template <>
+struct Winograd<3, 3> : WinogradShape<3, 3> {
   static constexpr double kG[5][3] = {{8.0 / 9, 0, 0},
                                       {-32.0 / 45, -24.0 / 45, -18.0 / 45},
                                       {-32.0 / 99, 24.0 / 99, -18.0 / 99},
@@ -79,17 +91,10 @@ struct Winograd3 {
   }
 };
 
-struct Winograd4 {
-  static constexpr bool kDirect = false;
-  static constexpr int kTile = 4, kSide = 6;
-  static constexpr double kRoot = 1.41421356237309504880;
-  static constexpr double kG[6][3] = {{1, 0, 0},
-                                      {-2.0 / 3, -kRoot / 3, -1.0 / 3},
-                                      {-2.0 / 3, kRoot / 3, -1.0 / 3},
-                                      {1.0 / 6, kRoot / 6, 1.0 / 3},
-                                      {1.0 / 6, -kRoot / 6, 1.0 / 3},
-                                      {0, 0, 1}};
+constexpr double kRoot = 1.41421356237309504880;
 
+// B depends on the points alone, so all algorithms of six points share it.
+struct SixPoints {
   LASEM_INLINE void input(const Vec (&d)[6], Vec (&v)[6]) {
     const Vec p = splat(kRoot / 2), q = splat(kRoot), two = splat(2), half = splat(0.5);
     const Vec even1 = fnma(two, d[2], d[4]), odd1 = fnma(two, d[1], d[3]);
@@ -113,6 +118,17 @@ struct Winograd4 {
     d[4] = add(add(s1, s2), v[0]);
     d[5] = v[5];
   }
+};
+
+template <>
+struct Winograd<4, 3> : WinogradShape<4, 3>, SixPoints {
+  static constexpr double kG[6][3] = {{1, 0, 0},
+                                      {-2.0 / 3, -kRoot / 3, -1.0 / 3},
+                                      {-2.0 / 3, kRoot / 3, -1.0 / 3},
+                                      {1.0 / 6, kRoot / 6, 1.0 / 3},
+                                      {1.0 / 6, -kRoot / 6, 1.0 / 3},
+                                      {0, 0, 1}};
+
   LASEM_INLINE void output(const Vec (&m)[6], Vec (&y)[4]) {
     const Vec two = splat(2), half = splat(0.5);
     const Vec s1 = add(m[1], m[2]), s2 = add(m[3], m[4]);
@@ -133,6 +149,30 @@ struct Winograd4 {
     m[3] = fma(q, odd2, even2);
     m[4] = fnma(q, odd2, even2);
     m[5] = y[3];
+  }
+};
+
+template <>
+struct Winograd<2, 5> : WinogradShape<2, 5>, SixPoints {
+  static constexpr double kG[6][5] = {{1, 0, 0, 0, 0},
+                                      {-2.0 / 3, -kRoot / 3, -1.0 / 3, -kRoot / 6, -1.0 / 6},
+                                      {-2.0 / 3, kRoot / 3, -1.0 / 3, kRoot / 6, -1.0 / 6},
+                                      {1.0 / 6, kRoot / 6, 1.0 / 3, kRoot / 3, 2.0 / 3},
+                                      {1.0 / 6, -kRoot / 6, 1.0 / 3, -kRoot / 3, 2.0 / 3},
+                                      {0, 0, 0, 0, 1}};
+
+  LASEM_INLINE void output(const Vec (&m)[6], Vec (&y)[2]) {
+    y[0] = add(add(m[0], add(m[1], m[2])), add(m[3], m[4]));
+    y[1] = fma(splat(kRoot / 2), sub(m[1], m[2]), fma(splat(kRoot), sub(m[3], m[4]), m[5]));
+  }
+  LASEM_INLINE void output_grad(const Vec (&y)[2], Vec (&m)[6]) {
+    const Vec p = splat(kRoot / 2), q = splat(kRoot);
+    m[0] = y[0];
+    m[1] = fma(p, y[1], y[0]);
+    m[2] = fnma(p, y[1], y[0]);
+    m[3] = fma(q, y[1], y[0]);
+    m[4] = fnma(q, y[1], y[0]);
+    m[5] = y[1];
   }
 };
 

@@ -1,4 +1,4 @@
-"""The `cpp` backend: 3x3 convolution, ReLU and pool of a level as one Winograd kernel."""
+"""The `cpp` backend: 3x3 or 5x5 convolution, ReLU and pool of a level as one Winograd kernel."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from lasem_fast.transfer import Branch
 
 
 def winograd_level(
-    branches: Sequence[Branch], h: Fold, rows: int, tile: int = 4
+    branches: Sequence[Branch], h: Fold, rows: int, tile: int = 4, filter_size: int = 3
 ) -> RowsFirst | None:
-    """A level whose stage is a 3x3 convolution, ReLU and perhaps a 2x2 or 3x3 max-pool.
+    """A level whose stage is a convolution, ReLU and perhaps a 2x2 or 3x3 max-pool.
 
     Args:
         branches: the B branches of a stage.
         h: the level's input, P ``rows`` of float32 images on the CPU.
         rows: number of rows P.
-        tile: of the algorithm, F(tile x tile, 3x3).
+        tile: m of the algorithm, F(m x m, r x r).
+        filter_size: r, 3 or 5; the convolution has r x r filters and stride 1.
 
     Returns:
         The output with ``P * B`` rows, branch innermost; None for any other stage or input.
     """
     first = plain_stage(branches[0].module)
     behind = None if first is None or first.before else relu_and_pool(first.after)
-    if behind is None or not behind.relu or not _fits(first.core) or not _takes(h):
+    if behind is None or not behind.relu or not _fits(first.core, filter_size) or not _takes(h):
         return None
     pool = behind.pool
     stages = [first, *(plain_stage(branch.module) for branch in branches[1:])]
@@ -45,7 +46,7 @@ def winograd_level(
     bias = weight.new_zeros(weight.shape[:2]) if biases[0] is None else torch.stack(biases)
     x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data.contiguous()
     padding = _padding(first.core)
-    size = tuple(pool.output(n + 2 * padding - 2) for n in x.shape[2:4])
+    size = tuple(pool.output(n + 2 * padding - filter_size + 1) for n in x.shape[2:4])
     y = _ops.winograd_level(
         x, weight, bias, padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
         tile=tile,
@@ -65,6 +66,11 @@ def small_tile_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirs
     return winograd_level(branches, h, rows, tile=3)
 
 
+def large_filter_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
+    """:func:`winograd_level` of 5x5 filters, by F(2x2, 5x5)."""
+    return winograd_level(branches, h, rows, tile=2, filter_size=5)
+
+
 def _takes(h: Fold) -> bool:
     data = h.data if isinstance(h, RowsFirst) else (h if isinstance(h, Tensor) else h.parts[0])
     if isinstance(h, Tensor) and h.dim() != 4:
@@ -76,16 +82,19 @@ def _takes(h: Fold) -> bool:
     )
 
 
-def _fits(conv: nn.Module) -> bool:
+def _fits(conv: nn.Module, filter_size: int) -> bool:
     return (
         type(conv) is nn.Conv2d
-        and conv.kernel_size == (3, 3)
+        and conv.kernel_size == (filter_size, filter_size)
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
-        and conv.padding in ("same", "valid", (0, 0), (1, 1))
+        and _padding(conv) in range(filter_size)
     )
 
 
-def _padding(conv: nn.Conv2d) -> int:
-    return 1 if conv.padding in ("same", (1, 1)) else 0
+def _padding(conv: nn.Conv2d) -> int | None:
+    """The padding on every side, of odd filters; None where the sides differ."""
+    if conv.padding in ("same", "valid"):
+        return conv.kernel_size[0] // 2 if conv.padding == "same" else 0
+    return conv.padding[0] if conv.padding[0] == conv.padding[1] else None
