@@ -201,7 +201,7 @@ def _measure(
 
 
 def _strayed(
-    results: Mapping[str, list[Tensor] | None], exact: list[Tensor], trusted: str, shape: _Shape
+    results: Mapping[str, _Result | None], exact: _Result, trusted: str, shape: _Shape
 ) -> dict[str, str]:
     """The ways whose output or gradients are further from float64 than rounding explains.
 
@@ -210,13 +210,13 @@ def _strayed(
     right tells this from a wrong kernel.
     """
     unit = torch.finfo(shape.autocast or shape.dtype).eps / 2
-    bounds = []
-    for i, (got, right) in enumerate(zip(results[trusted], exact, strict=True)):
+    bounds, truth = [], exact.tensors()
+    for i, (got, right) in enumerate(zip(results[trusted].tensors(), truth, strict=True)):
         least = unit if i == 0 else unit**0.5
         bounds.append(max(4 * _distance(got, right), least))
     refused = {}
     for name, result in results.items():
-        errors = [] if result is None else map(_distance, result, exact)
+        errors = [] if result is None else map(_distance, result.tensors(), truth)
         for i, (error, bound) in enumerate(zip(errors, bounds, strict=False)):
             if not error <= bound:
                 what = "output" if i == 0 else f"gradient {i}"
@@ -230,24 +230,35 @@ def _distance(got: Tensor, right: Tensor) -> float:
     return float((got.double() - right).norm() / right.norm().clamp_min(1e-300))
 
 
+class _Result(NamedTuple):
+    """A level's output, in the form that it came in, and its gradients."""
+
+    output: Fold
+    gradients: list[Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        return [folded(self.output).detach(), *self.gradients]
+
+
 def _run(
     way: LevelOperation, branches: Sequence[Branch], h: Fold, rows: int, backward: bool
-) -> list[Tensor] | None:
-    """Output ``[N * P * B, ...]`` and gradients of a level, without a trace; None if not taken."""
+) -> _Result | None:
+    """A level's output and gradients, without a trace; None if the way does not take it."""
     branches = [Branch(b.module, {n: _leaf(t) for n, t in b.tensors.items()}) for b in branches]
     h = _map(_leaf, h)
     with torch.enable_grad() if backward else nullcontext():
         out = way(branches, h, rows)
-        if out is None:
-            return None
-        out = folded(out)
+    if out is None:
+        return None
+    outputs = [t for t in _tensors(out) if t.requires_grad]
     inputs = [*_tensors(h), *(t for b in branches for t in _weights(b))]
     inputs = [t for t in inputs if t.requires_grad]
-    if not (backward and out.requires_grad and inputs):
-        return [out]
-    grads = torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
-    found = (torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True))
-    return [out.detach(), *found]
+    if not (backward and outputs and inputs):
+        return _Result(out, [])
+    ones = [torch.ones_like(t) for t in outputs]
+    grads = torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
+    found = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, grads, strict=True)]
+    return _Result(out, found)
 
 
 def _widened(branch: Branch) -> Branch:
