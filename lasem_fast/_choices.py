@@ -35,11 +35,13 @@ class Choice(NamedTuple):
         way: the name of the fastest way.
         milliseconds: of every way that was timed; a way that dropped out was timed once.
         refused: why a way may not win, by its name.
+        among: all ways that there were; where there are others now, the choice is made anew.
     """
 
     way: str
     milliseconds: dict[str, float]
-    refused: dict[str, str] = {}  # noqa: RUF012
+    refused: dict[str, str]
+    among: list[str]
 
 
 class Choices:

@@ -172,6 +172,14 @@ class PosteriorHead(torch.autograd.Function):
         return dlogits * dloss, None, None, None
 
 
+def _full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The operators' rule under autocast: what came in lower precision is computed in float32."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    lower = (torch.bfloat16, torch.float16)
+    return tuple(t.float() if t.dtype in lower else t for t in tensors)
+
+
 def winograd_level(
     x: Tensor,
     weight: Tensor,
@@ -204,6 +212,7 @@ def winograd_level(
     Raises:
         RuntimeError: a shape, dtype or size that does not fit, naming the argument.
     """
+    x, weight, bias = _full_precision(x, weight, bias)
     filter_size = weight.shape[-1]
     if out_size is None:
         out_size = tuple(
@@ -232,7 +241,7 @@ def channels_last_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or size that does not fit, naming the argument.
     """
-    return ChannelsLastLinear.apply(x, weight, bias)
+    return ChannelsLastLinear.apply(*_full_precision(x, weight, bias))
 
 
 def posterior_head(
@@ -254,4 +263,5 @@ def posterior_head(
     Raises:
         RuntimeError: a shape or dtype that does not fit, or a label out of range.
     """
+    (logits,) = _full_precision(logits)
     return PosteriorHead.apply(logits, labels, log_prior, int(mean_likelihood))

@@ -69,7 +69,7 @@ def fastest(
         The operation; it returns None for what none of them takes.
     """
 
-    decided: dict[tuple[str, _Shape], str | None] = {}
+    decided: dict[tuple[str, _Shape], str] = {}
 
     def operation(branches: Sequence[Branch], h: Fold, rows: int) -> Fold | None:
         if _tensors(h)[0].device.type != device:
@@ -93,7 +93,7 @@ def _chosen(
     branches: Sequence[Branch],
     h: Fold,
     rows: int,
-    decided: dict[tuple[str, _Shape], str | None],
+    decided: dict[tuple[str, _Shape], str],
 ) -> str | None:
     """The way to try first; None for the order given. ``decided`` is what was found before."""
     stage = _stage(branches[0].module)
@@ -104,7 +104,8 @@ def _chosen(
     key = machine(device), shape
     if key not in decided:
         choice = choices().of(key[0]).get(str(shape))
-        if choice is None:
+        outdated = choices().may_measure and choice is not None and choice.among != list(ways)
+        if choice is None or choice.way not in ways or outdated:
             capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if capturing or not choices().may_measure:
                 return None
@@ -113,7 +114,7 @@ def _chosen(
             except torch.OutOfMemoryError:  # the step itself may fit
                 return None
             choices().remember(key[0], str(shape), choice)
-        decided[key] = choice.way if choice.way in ways else None
+        decided[key] = choice.way
     return decided[key]
 
 
@@ -197,7 +198,7 @@ def _measure(
     for name, time_of_other in times.items():
         if time_of_other < (1 - _WORTH_A_CHANGE) * times[way]:
             way = name
-    return Choice(way, times, refused)
+    return Choice(way, times, refused, list(ways))
 
 
 def _strayed(

@@ -558,3 +558,18 @@ def test_memory_of_outputs_is_used_again_and_given_back():
     del view
     assert run().data_ptr() == address or run().data_ptr() == address
     assert ops.clear_scratch() >= values.nbytes and ops.clear_scratch() == 0
+
+
+def test_autocast_computes_in_float32_what_came_in_lower_precision():
+    x = torch.randn(1, 2, 6, 6, 5, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = torch.randn(2, 4, 5, 3, 3, requires_grad=True), torch.randn(2, 4)
+    exact = x.detach().float().requires_grad_()
+    expected = ops.winograd_level(exact, weight, bias, padding=1)
+    (dx,) = torch.autograd.grad(expected.sum(), exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.winograd_level(x, weight, bias, padding=1)
+    assert torch.equal(y, expected)
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(got, dx.bfloat16())
+    with pytest.raises(RuntimeError, match="x must have dtype float32 or float64"):
+        ops.winograd_level(x, weight, bias, padding=1)

@@ -65,6 +65,7 @@ def test_the_fastest_way_is_taken_and_remembered(measuring, monkeypatch):
         "way": "fast",
         "milliseconds": {"slow": 3000.0, "fast": 1000.0},
         "refused": {},
+        "among": ["slow", "fast"],
     }
 
 
@@ -76,6 +77,15 @@ def test_another_process_reads_what_was_measured(measuring, monkeypatch):
     clock.calls.clear()
     fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
     assert clock.calls == ["fast"]
+
+
+def test_a_new_way_is_measured_against_the_remembered_ones(measuring, monkeypatch):
+    clock = _Clock(monkeypatch)
+    ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
+    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    ways["faster"] = clock.way("faster", 0.1)
+    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    assert clock.calls[-1] == "faster"
 
 
 def test_a_later_way_has_to_be_clearly_faster(measuring, monkeypatch):
