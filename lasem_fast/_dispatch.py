@@ -19,7 +19,7 @@ from lasem_fast.backends import (
     winograd,
 )
 from lasem_fast.configs import Configuration
-from lasem_fast.fastest import fastest
+from lasem_fast.fastest import Fastest
 from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
@@ -39,6 +39,10 @@ _CPU_LEVELS = {
     **_PYTORCH,
 }
 _GPU_LEVELS = {"Triton": triton_level.triton_level, **_PYTORCH}
+# One for all LASEMs of a process, so that each shape is looked up once.
+_FASTEST_ON_CPU = Fastest(_CPU_LEVELS, "cpu")
+# Compilers of kernels have bugs: Triton has to agree with PyTorch in float64.
+_FASTEST_ON_GPU = Fastest(_GPU_LEVELS, "cuda", trusted="PyTorch")
 
 
 def backends() -> dict[str, str]:
@@ -90,7 +94,7 @@ def operations(backend: str) -> Operations:
         return Operations()
     if backend == "cpp":
         return Operations(
-            levels=(fastest(_CPU_LEVELS, "cpu"), plain_torch.wide_level),
+            levels=(_FASTEST_ON_CPU, plain_torch.wide_level),
             heads=(
                 cpu_head.linear_head,
                 plain_torch.channels_last_head,
@@ -101,8 +105,7 @@ def operations(backend: str) -> Operations:
         # a net may stay on the CPU or move later, so the CPU's operations stand behind
         return operations("cpp" if _ops.supported() else "torch").after(
             Operations(
-                # compilers of kernels have bugs: Triton has to agree with PyTorch in float64
-                levels=(fastest(_GPU_LEVELS, "cuda", trusted="PyTorch"), triton_level.triton_level),
+                levels=(_FASTEST_ON_GPU, triton_level.triton_level),
                 heads=(triton_level.triton_head,),
                 scores=(triton_scores.scores,),
             )

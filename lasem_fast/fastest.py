@@ -52,10 +52,8 @@ class _Shape(NamedTuple):
         )
 
 
-def fastest(
-    ways: Mapping[str, LevelOperation], device: str, *, trusted: str | None = None
-) -> LevelOperation:
-    """One operation out of several that compute the same, for one type of device.
+class Fastest:
+    """One level operation out of several that compute the same, for one type of device.
 
     The first time that a shape is met, every way that takes it is timed on that very level, forward
     and backward; the choice is remembered (see :mod:`lasem_fast._choices`). Where nothing can be
@@ -64,27 +62,32 @@ def fastest(
 
     Args:
         ways: operations by name, the one to take unmeasured first.
-
-    Returns:
-        The operation; it returns None for what none of them takes.
+        device: ``"cpu"`` or ``"cuda"``.
+        trusted: name of a way that is right, if others have to prove that they are: it is run in
+            float64 too, and a way that strays from that result, or fails, cannot win.
     """
 
-    decided: dict[tuple[str, _Shape], str] = {}
+    def __init__(
+        self, ways: Mapping[str, LevelOperation], device: str, *, trusted: str | None = None
+    ) -> None:
+        self.ways = ways
+        self.device = device
+        self.trusted = trusted
+        self._decided: dict[tuple[str, _Shape], str] = {}
 
-    def operation(branches: Sequence[Branch], h: Fold, rows: int) -> Fold | None:
-        if _tensors(h)[0].device.type != device:
+    def __call__(self, branches: Sequence[Branch], h: Fold, rows: int) -> Fold | None:
+        """The output; None for what none of the ways takes and on other devices."""
+        if _tensors(h)[0].device.type != self.device:
             return None
         way = None
         if not torch.compiler.is_compiling():
-            way = _chosen(ways, trusted, branches, h, rows, decided)
-        if way is not None and (out := ways[way](branches, h, rows)) is not None:
+            way = _chosen(self.ways, self.trusted, branches, h, rows, self._decided)
+        if way is not None and (out := self.ways[way](branches, h, rows)) is not None:
             return out
-        for name, other in ways.items():
+        for name, other in self.ways.items():
             if name != way and (out := other(branches, h, rows)) is not None:
                 return out
         return None
-
-    return operation
 
 
 def _chosen(

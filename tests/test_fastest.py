@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+import lasem_fast as lf
 from lasem_fast import _choices, _dispatch, fastest
 from lasem_fast.backends import plain_torch
 from lasem_fast.fold import RowsFirst
@@ -51,7 +53,7 @@ class _Clock:
 def test_the_fastest_way_is_taken_and_remembered(measuring, monkeypatch):
     clock = _Clock(monkeypatch)
     ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
-    operation, branches, x = fastest.fastest(ways, "cpu"), _branches(), torch.randn(8, 2, 6, 6)
+    operation, branches, x = fastest.Fastest(ways, "cpu"), _branches(), torch.randn(8, 2, 6, 6)
     operation(branches, x, 2)
     assert clock.calls[-1] == "fast"
     assert clock.calls.count("slow") == 2, "one round without the clock, one with it"
@@ -72,26 +74,26 @@ def test_the_fastest_way_is_taken_and_remembered(measuring, monkeypatch):
 def test_another_process_reads_what_was_measured(measuring, monkeypatch):
     clock = _Clock(monkeypatch)
     ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
-    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    fastest.Fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
     _choices.choices.cache_clear()
     clock.calls.clear()
-    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    fastest.Fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
     assert clock.calls == ["fast"]
 
 
 def test_a_new_way_is_measured_against_the_remembered_ones(measuring, monkeypatch):
     clock = _Clock(monkeypatch)
     ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
-    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    fastest.Fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
     ways["faster"] = clock.way("faster", 0.1)
-    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    fastest.Fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
     assert clock.calls[-1] == "faster"
 
 
 def test_a_later_way_has_to_be_clearly_faster(measuring, monkeypatch):
     clock = _Clock(monkeypatch)
     ways = {"first": clock.way("first", 1.0), "second": clock.way("second", 0.95)}
-    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    fastest.Fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
     assert clock.calls[-1] == "first"
 
 
@@ -103,16 +105,16 @@ def test_a_way_that_does_not_take_the_level_is_left_out(measuring, monkeypatch):
     }
     x = torch.randn(8, 2, 6, 6)
     branches = _branches()
-    out = fastest.fastest(ways, "cpu")(branches, x, 2)
+    out = fastest.Fastest(ways, "cpu")(branches, x, 2)
     assert torch.equal(out, plain_torch.wide_level(branches, x, 2))
-    assert fastest.fastest({"never": ways["never"]}, "cpu")(branches, x, 2) is None
+    assert fastest.Fastest({"never": ways["never"]}, "cpu")(branches, x, 2) is None
 
 
 def test_measuring_leaves_no_trace(measuring):
     branches = _branches()
     x = torch.randn(8, 2, 6, 6, requires_grad=True)
     before = torch.get_rng_state()
-    out = fastest.fastest(_dispatch._CPU_LEVELS, "cpu")(branches, x, 2)
+    out = fastest.Fastest(_dispatch._CPU_LEVELS, "cpu")(branches, x, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert x.grad is None
     assert all(p.grad is None for b in branches for p in b.module.parameters())
@@ -124,7 +126,7 @@ def test_measuring_leaves_no_trace(measuring):
 def test_neighbouring_batch_sizes_share_a_choice(measuring, monkeypatch):
     clock = _Clock(monkeypatch)
     ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
-    operation, branches = fastest.fastest(ways, "cpu"), _branches()
+    operation, branches = fastest.Fastest(ways, "cpu"), _branches()
     operation(branches, torch.randn(8 * 2, 2, 6, 6), 2)
     clock.calls.clear()
     operation(branches, torch.randn(5 * 2, 2, 6, 6), 2)
@@ -135,13 +137,13 @@ def test_pinned_choices_are_read_and_never_measured(measuring, monkeypatch):
     clock = _Clock(monkeypatch)
     ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
     x = torch.randn(8, 2, 6, 6)
-    fastest.fastest(ways, "cpu")(_branches(), x, 2)
+    fastest.Fastest(ways, "cpu")(_branches(), x, 2)
     pinned = measuring.rename(measuring.with_name("pinned.json"))
     text = pinned.read_text()
     monkeypatch.setenv("LASEM_FAST_CHOICES", str(pinned))
     _choices.choices.cache_clear()
     clock.calls.clear()
-    operation = fastest.fastest(ways, "cpu")
+    operation = fastest.Fastest(ways, "cpu")
     operation(_branches(), x, 2)
     assert clock.calls == ["fast"]
     operation(_branches(), torch.randn(8, 2, 8, 8), 2)
@@ -155,7 +157,7 @@ def test_a_file_that_cannot_be_understood_is_measured_anew(measuring, monkeypatc
     measuring.write_text(content)
     clock = _Clock(monkeypatch)
     ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
-    fastest.fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    fastest.Fastest(ways, "cpu")(_branches(), torch.randn(8, 2, 6, 6), 2)
     assert clock.calls[-1] == "fast"
     assert "fast" in measuring.read_text()
 
@@ -164,7 +166,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(measuring, monkeypatch):
     measuring.parent.write_text("a file where the folder should be")
     clock = _Clock(monkeypatch)
     ways = {"slow": clock.way("slow", 3.0), "fast": clock.way("fast", 1.0)}
-    operation = fastest.fastest(ways, "cpu")
+    operation = fastest.Fastest(ways, "cpu")
     for _ in range(2):
         clock.calls.clear()
         operation(_branches(), torch.randn(8, 2, 6, 6), 2)
@@ -195,7 +197,7 @@ def test_a_way_that_strays_from_float64_cannot_win(measuring, monkeypatch, opera
     clock = _Clock(monkeypatch)
     ways = {"wrong": clock.way("wrong", 0.1, operation), "right": clock.way("right", 1.0)}
     branches, x = _branches(), torch.randn(8, 2, 6, 6, requires_grad=True)
-    chosen = fastest.fastest(ways, "cpu", trusted="right")
+    chosen = fastest.Fastest(ways, "cpu", trusted="right")
     chosen(branches, x, 2)
     assert clock.calls[-1] == "right"
     ((choice,),) = (subjects.values() for subjects in json.loads(measuring.read_text()).values())
@@ -211,11 +213,20 @@ def test_a_way_that_is_right_wins_after_the_check(measuring, monkeypatch):
         "fast": clock.way("fast", 0.1, plain_torch.channels_last_level),
         "right": clock.way("right", 1.0),
     }
-    fastest.fastest(ways, "cpu", trusted="right")(_branches(), torch.randn(8, 2, 6, 6), 2)
+    fastest.Fastest(ways, "cpu", trusted="right")(_branches(), torch.randn(8, 2, 6, 6), 2)
     assert clock.calls[-1] == "fast"
 
 
 def test_another_device_is_left_alone(measuring):
-    operation = fastest.fastest(_dispatch._CPU_LEVELS, "cuda")
+    operation = fastest.Fastest(_dispatch._CPU_LEVELS, "cuda")
     assert operation(_branches(), torch.randn(8, 2, 6, 6), 2) is None
     assert not measuring.exists()
+
+
+def test_a_lasem_can_be_pickled():
+    net = lf.TransferNet([_stage()])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(27, 2)))
+    em = lf.LASEM(net)
+    x, y = torch.randn(4, 2, 6, 6), torch.tensor([0, 1, 1, 0])
+    again = pickle.loads(pickle.dumps(em))
+    assert torch.equal(again(x, y, "a").loss, em(x, y, "a").loss)
