@@ -199,6 +199,8 @@ def test_float32_error(isa, algorithm, pool, channels):
         for dtype in (torch.float64, torch.float32)
     )
     factors = ERROR_FACTOR[(3, 1) if filter_size == 3 and channels <= 4 else algorithm]
+    if filter_size == 3 and pool == 3:  # no transform rounds the weight gradient
+        factors = (*factors[:2], 2, factors[3])
     for name, got, want, peer, k in zip(
         ("y", "dx", "dweight", "dbias"), (y, *grads), exact, plain, factors, strict=True
     ):
@@ -306,11 +308,13 @@ def test_bad_sample_stays_alone(isa, bad, algorithm, pool):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("filter_size", "tile"), [(3, 4), (5, 2)])
-def test_same_bits_every_time(isa, threads, filter_size, tile):
-    tensors, _ = draw(0, torch.float32, filter_size, channels=(33,), side=24)
-    padding, pool, pool_pad = filter_size // 2, 2, 0
-    out = [n // 2 for n in tensors[0].shape[2:4]]
+@pytest.mark.parametrize(("filter_size", "tile", "pool"), [(3, 4, 2), (3, 4, 3), (5, 2, 2)])
+def test_same_bits_every_time(isa, threads, filter_size, tile, pool):
+    torch.manual_seed(pool)
+    weight = torch.randn(2, 17, 33, filter_size, filter_size) / 10
+    tensors = (torch.randn(2, 3, 20, 23, 33), weight, torch.randn(2, 17))
+    padding, pool_pad = filter_size // 2, 0
+    out = [n // pool for n in tensors[0].shape[2:4]]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -328,6 +332,20 @@ def test_same_bits_every_time(isa, threads, filter_size, tile):
             level(poison, *tensors[1:], padding, pool, pool_pad, *out, tile)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("channels", "pool"), [(32, 1), (48, 2), (64, 3)])
+def test_outputs_larger_than_the_caches(isa, channels, pool):
+    """They are stored past the caches; each image is as if it had come alone."""
+    torch.manual_seed(pool)
+    x, bias = torch.randn(2, 12, 33, 35, 20), torch.randn(2, channels)
+    weight = torch.randn(2, channels, 20, 3, 3) / 10
+    out = [-(-n // pool) for n in x.shape[2:4]]
+    outputs = level(x, weight, bias, 1, pool, 0, *out, 4)
+    assert outputs[0].nbytes > 1 << 20
+    for i in range(x.shape[1]):
+        alone = level(x[:, i : i + 1].contiguous(), weight, bias, 1, pool, 0, *out, 4)
+        assert all(torch.equal(a[:, :, i : i + 1], b) for a, b in zip(outputs, alone, strict=True))
 
 
 def test_concurrent_calls(isa):

@@ -34,14 +34,17 @@ struct LevelPlan {
   int64_t pack_size, pack_items;              // weights for the forward product
   int64_t pack_back_size, pack_back_items;    // weights for the input gradient
   int64_t forward_scratch, backward_scratch;  // per task
-  int64_t partial_size;                       // weight and bias gradient of one task
+  int64_t partial_size, bias_at;              // weight and bias gradient of one task
   int64_t finish_items;
+  bool by_window;  // the weight gradient goes through the windows of the pool, not transforms
+  int64_t window_patches, window_lists, window_scratch;
 };
 
 struct LevelForward {
   const void *x, *weight, *bias;
   void *y, *packed;
   uint8_t* code;
+  bool streams;  // y goes past the caches; its vectors are aligned
 };
 
 struct LevelBackward {

@@ -11,6 +11,7 @@
 #include "level_plan.h"
 #include "weight_transforms.h"
 #include "level_forward.h"
+#include "window_weight_grad.h"
 #include "level_backward.h"
 #include "level_kernels.h"
 

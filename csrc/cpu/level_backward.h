@@ -1,5 +1,6 @@
 // Backward: the Winograd algorithm differentiated. One transform dM = A dY A' feeds both products,
 // dU += V' dM and dV = dM U'; summing the branches is part of the inner dimension of the latter.
+// Behind a 3 x 3 pool, the weight gradient goes by windows (window_weight_grad.h) instead of dU.
 
 namespace lasem_fast {
 namespace LASEM_ISA {
@@ -139,81 +140,90 @@ static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y,
 template <class F, int kPool>
 struct Backward {
   static constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
+  static constexpr bool kByWindow = by_window(F::kFilter, kPool, F::kDirect);
   const LevelPlan& p;
   const LevelBackward& args;
   Scalar *v, *m, *edge, *du, *dbias;  // edge: C zeros to read, then C to throw away
+  WindowWeightGrad<F, kPool> windows;
 
   Scalar* dx_of(int64_t image) const {
     const LevelShape& s = p.shape;
     return static_cast<Scalar*>(args.dx) + image * s.height * s.width * s.in_channels;
   }
 
-  // Fetches the gradient of a unit ahead of its use: its few lines lie too far apart for the
-  // hardware.
-  void prefetch(const Unit& u) const {
+  // Fetches one of `parts` parts of what the gather of a unit reads: no core waits for many lines
+  // at once.
+  __attribute__((always_inline)) void prefetch(const Unit& u, int64_t part, int64_t parts) const {
     const LevelShape& s = p.shape;
-    prefetch_patch(
-        p, static_cast<const Scalar*>(args.x) + u.image * s.height * s.width * s.in_channels, u);
-    for (int64_t g = 0; g < s.branches; ++g)
-      for (int64_t wy = 0; wy < R / kPool; ++wy) {
-        const int64_t row = (u.out_image + g * s.samples) * s.out_height + u.wy + wy;
-        const int64_t at = (row * s.out_width + u.wx) * s.out_channels;
-        const int64_t n = R / kPool * s.out_channels;
-        const char* dy = static_cast<const char*>(args.dy) + at * sizeof(Scalar);
-        for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(Scalar)); b += 64)
-          __builtin_prefetch(dy + b);
-        for (int64_t b = 0; b < n; b += 64) __builtin_prefetch(args.code + at + b);
-      }
+    prefetch_patch(p, static_cast<const Scalar*>(args.x), u, part, parts);
+    constexpr int64_t kWindows = R / kPool;
+    const int64_t rows = s.branches * kWindows, n = kWindows * s.out_channels;
+    for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
+      const int64_t row =
+          (u.out_image + r / kWindows * s.samples) * s.out_height + u.wy + r % kWindows;
+      const int64_t at = (row * s.out_width + u.wx) * s.out_channels;
+      prefetch_run(static_cast<const Scalar*>(args.dy) + at,
+                   n * static_cast<int64_t>(sizeof(Scalar)));
+      prefetch_run(args.code + at, n);
+    }
   }
 
-  void gather(const Unit& u, int64_t i, int64_t v_stride, int64_t m_stride) const {
+  void gather_input(const Unit& u, int64_t v_stride) const {
     const LevelShape& s = p.shape;
     const Scalar* x = static_cast<const Scalar*>(args.x);
-    for (int t = 0; t < tiles; ++t)
-      input_tile<F>(p, x + u.image * s.height * s.width * s.in_channels, u.y + t / side * F::kTile,
-                    u.x + t % side * F::kTile, edge, v + (i * tiles + t) * p.depth_stride,
-                    v_stride);
-    for (int64_t vector = 0; vector < p.out_vectors; ++vector) {
-      const int64_t branch = vector / p.branch_vectors;
-      const int64_t co = vector % p.branch_vectors * kLanes, column = s.out_channels;
-      const int64_t row = s.out_width * column;
-      const int64_t at =
-          ((u.out_image + branch * s.samples) * s.out_height + u.wy) * row + u.wx * column + co;
-      const Source from = {static_cast<const Scalar*>(args.dy) + at, args.code + at, row, column,
-                           column - co};
-      Scalar* to = m + i * tiles * p.out_stride + vector * kLanes;
-      Vec d[R][R];
-      const Vec sum = unpool_unit<kPool, R>(p, u, from, d);
-      store(dbias + vector * kLanes, add(load(dbias + vector * kLanes), sum));
-      if constexpr (side == 1) {
-        output_grad_tile<F>(d, to, m_stride);
-      } else {
-        for (int t = 0; t < tiles; ++t) {
-          Vec part[F::kTile][F::kTile];
+    for (int64_t ty = 0; ty < u.tiles_y; ++ty)
+      for (int64_t tx = 0; tx < u.tiles_x; ++tx)
+        input_tile<F>(p, x + u.image * s.height * s.width * s.in_channels, u.y + ty * F::kTile,
+                      u.x + tx * F::kTile, edge, v + u.tile(ty, tx) * p.depth_stride, v_stride);
+  }
+
+  void gather_output(const Unit& u, int64_t vector, int64_t m_stride) const {
+    const LevelShape& s = p.shape;
+    const int64_t branch = vector / p.branch_vectors;
+    const int64_t co = vector % p.branch_vectors * kLanes, column = s.out_channels;
+    const int64_t row = s.out_width * column;
+    const int64_t at =
+        ((u.out_image + branch * s.samples) * s.out_height + u.wy) * row + u.wx * column + co;
+    const Source from = {static_cast<const Scalar*>(args.dy) + at, args.code + at, row, column,
+                         column - co};
+    Scalar* to = m + vector * kLanes;
+    Vec d[R][R];
+    const Vec sum = unpool_unit<kPool, R>(p, u, from, d);
+    store(dbias + vector * kLanes, add(load(dbias + vector * kLanes), sum));
+    if constexpr (side == 1) {
+      output_grad_tile<F>(d, to + u.first_tile * p.out_stride, m_stride);
+    } else {
+      for (int t = 0; t < tiles; ++t) {
+        if (!u.has_tile(t / side, t % side)) continue;
+        Vec part[F::kTile][F::kTile];
 #pragma GCC unroll 16
-          for (int e = 0; e < F::kTile * F::kTile; ++e)
-            part[e / F::kTile][e % F::kTile] =
-                d[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile];
-          output_grad_tile<F>(part, to + t * p.out_stride, m_stride);
-        }
+        for (int e = 0; e < F::kTile * F::kTile; ++e)
+          part[e / F::kTile][e % F::kTile] =
+              d[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile];
+        output_grad_tile<F>(part, to + u.tile(t / side, t % side) * p.out_stride, m_stride);
       }
     }
   }
 
-  void flush(const Unit* block, int64_t units) const {
+  void flush(Unit* block, int64_t units) const {
     if (units == 0) return;
-    const int64_t rows = units * tiles * p.rows_per_tile;
-    const int64_t v_stride = F::kDirect ? units * tiles * p.depth_stride : in_batch(p);
-    const int64_t m_stride = F::kDirect ? units * tiles * p.out_stride : out_batch(p, p.out_stride);
+    const int64_t block_tiles = number_tiles(block, units), rows = block_tiles * p.rows_per_tile;
+    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in_batch(p);
+    const int64_t m_stride = F::kDirect ? block_tiles * p.out_stride : out_batch(p, p.out_stride);
     for (int64_t i = 0; i < units; ++i) {
-      if (i + 1 < units) prefetch(block[i + 1]);
-      gather(block[i], i, v_stride, m_stride);
+      if constexpr (!kByWindow) gather_input(block[i], v_stride);
+      for (int64_t vector = 0; vector < p.out_vectors; ++vector) {
+        if (i + 1 < units) prefetch(block[i + 1], vector, p.out_vectors);
+        gather_output(block[i], vector, m_stride);
+      }
     }
+    if constexpr (kByWindow) windows.add_block(block, units);
     for (int64_t b = 0; b < p.batches; ++b) {
       Scalar* vb = v + b * in_batch(p);
       const Scalar* mb = m + b * out_batch(p, p.out_stride);
-      gemm_transposed_add(rows, p.depth, p.out_stride, vb, p.depth_stride, mb, p.out_stride,
-                          du + b * p.depth * p.out_stride);
+      if constexpr (!kByWindow)
+        gemm_transposed_add(rows, p.depth, p.out_stride, vb, p.depth_stride, mb, p.out_stride,
+                            du + b * p.depth * p.out_stride);
       if (!args.dx) continue;
       // V of this batch is spent: dV takes its place.
       for (int64_t panel = 0; panel < p.depth_stride / kPanel; ++panel)
@@ -223,12 +233,14 @@ struct Backward {
                           vb + panel * kPanel, p.depth_stride);
     }
     if (!args.dx) return;
-    for (int64_t i = 0; i < units; ++i)
-      for (int t = 0; t < tiles; ++t) {
-        const int64_t y = block[i].y + t / side * F::kTile, x = block[i].x + t % side * F::kTile;
-        input_grad_tile<F>(p, dx_of(block[i].image), y, x, edge + p.shape.in_channels,
-                           v + (i * tiles + t) * p.depth_stride, v_stride);
-      }
+    for (int64_t i = 0; i < units; ++i) {
+      const Unit& u = block[i];
+      for (int64_t ty = 0; ty < u.tiles_y; ++ty)
+        for (int64_t tx = 0; tx < u.tiles_x; ++tx)
+          input_grad_tile<F>(p, dx_of(u.image), u.y + ty * F::kTile, u.x + tx * F::kTile,
+                             edge + p.shape.in_channels, v + u.tile(ty, tx) * p.depth_stride,
+                             v_stride);
+    }
   }
 
   // A sample whose gradient is exactly zero is left out, not multiplied: its input may be inf or
@@ -245,12 +257,10 @@ struct Backward {
   }
 
   void run(int64_t begin, int64_t end) const {
-    constexpr int64_t kMaxUnits = 128 * 4;
     const LevelShape& s = p.shape;
     const int64_t reach_y = p.units_y * R - s.pool_pad + F::kFilter - 1 - s.padding;
     const int64_t reach_x = p.units_x * R - s.pool_pad + F::kFilter - 1 - s.padding;
     const bool covered = !F::kDirect && reach_y >= s.height && reach_x >= s.width;
-    const int64_t capacity = at_most(p.block_units, kMaxUnits);
     Unit block[kMaxUnits];
     int64_t units = 0;
     for (int64_t image = begin; image < end; ++image) {
@@ -261,7 +271,7 @@ struct Backward {
       for (int64_t uy = 0; uy < p.units_y; ++uy)
         for (int64_t ux = 0; ux < p.units_x; ++ux) {
           block[units++] = unit_of(p, image, uy, ux);
-          if (units == capacity) {
+          if (units == p.block_units) {
             flush(block, units);
             units = 0;
           }
@@ -282,8 +292,9 @@ static void backward_images(const LevelPlan& p, const LevelBackward& args, Scala
     memset(m, 0, sizeof(Scalar) * p.batches * out_batch(p, p.out_stride));
   Scalar* edge = m + p.batches * out_batch(p, p.out_stride);
   memset(edge, 0, sizeof(Scalar) * 2 * p.shape.in_channels);
+  Scalar* window_scratch = edge + round_up(2 * p.shape.in_channels, kLanes);
   const Backward<F, kPool> backward = {
-      p, args, scratch, m, edge, partial, partial + p.batches * p.depth * p.out_stride};
+      p, args, scratch, m, edge, partial, partial + p.bias_at, {p, args, window_scratch, partial}};
   backward.run(begin, end);
 }
 

@@ -81,18 +81,19 @@ static inline void input_tile(const LevelPlan& p, const Scalar* image, int64_t y
   }
 }
 
-// Fetches the rows of a unit's patch that its left neighbour did not read: the transform goes
-// through them a column at a time, a pattern the hardware does not follow.
-LASEM_INLINE void prefetch_patch(const LevelPlan& p, const Scalar* image, const Unit& u) {
+// Fetches the rows of a unit's patch that its left neighbour did not read, or one of `parts` parts
+// of them: the transform goes through them a column at a time, a pattern the hardware does not
+// follow.
+LASEM_INLINE void prefetch_patch(const LevelPlan& p, const Scalar* x, const Unit& u, int64_t part,
+                                 int64_t parts) {
   const LevelShape& s = p.shape;
-  const int64_t side = p.unit * p.tile, overlap = s.filter - 1;
+  const int64_t side = p.unit * p.tile, overlap = s.filter - 1, rows = side + overlap;
   const int64_t top = u.y - s.padding, left = u.x - s.padding + overlap;
   const int64_t from = at_least(left, 0), to = at_most(left + side, s.width);
   const int64_t bytes = (to - from) * s.in_channels * static_cast<int64_t>(sizeof(Scalar));
-  for (int64_t y = at_least(top, 0); y < at_most(top + side + overlap, s.height); ++y) {
-    const char* row = reinterpret_cast<const char*>(image + (y * s.width + from) * s.in_channels);
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
-  }
+  const int64_t end = at_most(top + rows * (part + 1) / parts, s.height);
+  for (int64_t y = at_least(top + rows * part / parts, 0); y < end; ++y)
+    prefetch_run(x + ((u.image * s.height + y) * s.width + from) * s.in_channels, bytes);
 }
 
 // Convolution outputs of one tile and one vector of channels; m is the tile's row of batch 0.
@@ -124,6 +125,7 @@ struct Sink {
   Scalar* y;
   uint8_t* code;
   int64_t row, column, lanes;
+  bool streams;
 };
 
 // ReLU and pool of one window. The running maximum starts at 0 with code 255: both are one compare.
@@ -155,7 +157,7 @@ LASEM_INLINE void pool_unit(const LevelPlan& p, const Unit& u, Vec (&o)[R][R], c
       for (int wx = 0; wx < windows; ++wx) {
         pool_window<kPool>(o, wy, wx, best, code);
         const int64_t at = wy * sink.row + wx * sink.column;
-        store(sink.y + at, best);
+        sink.streams ? stream(sink.y + at, best) : store(sink.y + at, best);
         code_store(sink.code + at, code);
       }
     return;
@@ -190,65 +192,66 @@ static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar*
   Scalar* zeros = m + p.batches * out_batch(p, kPanel);
   memset(zeros, 0, sizeof(Scalar) * s.in_channels);
 
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * p.block_units;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index * p.block_units;
     const int64_t units = at_most(p.block_units, total - first);
-    const int64_t rows = units * tiles * p.rows_per_tile;
-    // Direct: the outputs of a tile are further rows of the one product, not further products.
-    const int64_t v_stride = F::kDirect ? units * tiles * p.depth_stride : in_batch(p);
-    const int64_t m_stride = F::kDirect ? units * tiles * kPanel : out_batch(p, kPanel);
-    const auto unit = [&](int64_t i) {
+    Unit block[kMaxUnits];
+    for (int64_t i = 0; i < units; ++i) {
       const int64_t image = (first + i) / per_image, at = (first + i) % per_image;
-      return unit_of(p, image, at / p.units_x, at % p.units_x);
-    };
+      block[i] = unit_of(p, image, at / p.units_x, at % p.units_x);
+    }
+    const int64_t block_tiles = number_tiles(block, units);
+    // Direct: the outputs of a tile are further rows of the one product, not further products.
+    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in_batch(p);
+    const int64_t m_stride = F::kDirect ? block_tiles * kPanel : out_batch(p, kPanel);
 
     for (int64_t i = 0; i < units; ++i) {
-      const Unit u = unit(i);
-      if (i + 1 < units) {
-        const Unit next = unit(i + 1);
-        prefetch_patch(p, x + next.image * image_size, next);
-      }
-      for (int t = 0; t < tiles; ++t)
-        input_tile<F>(p, x + u.image * image_size, u.y + t / side * F::kTile,
-                      u.x + t % side * F::kTile, zeros, v + (i * tiles + t) * p.depth_stride,
-                      v_stride);
+      const Unit& u = block[i];
+      if (i + 1 < units) prefetch_patch(p, x, block[i + 1], 0, 1);
+      for (int64_t ty = 0; ty < u.tiles_y; ++ty)
+        for (int64_t tx = 0; tx < u.tiles_x; ++tx)
+          input_tile<F>(p, x + u.image * image_size, u.y + ty * F::kTile, u.x + tx * F::kTile,
+                        zeros, v + u.tile(ty, tx) * p.depth_stride, v_stride);
     }
     for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
       const Scalar* w = packed + panel * p.batches * p.depth * kPanel;
       for (int64_t b = 0; b < p.batches; ++b)
-        gemm_panel<false>(rows, p.depth, v + b * in_batch(p), p.depth_stride,
-                          w + b * p.depth * kPanel, m + b * out_batch(p, kPanel), kPanel);
+        gemm_panel<false>(block_tiles * p.rows_per_tile, p.depth, v + b * in_batch(p),
+                          p.depth_stride, w + b * p.depth * kPanel, m + b * out_batch(p, kPanel),
+                          kPanel);
       for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
         const int64_t vector = panel * 2 + h, branch = vector / p.branch_vectors;
         const int64_t co = vector % p.branch_vectors * kLanes, left = s.out_channels - co;
         const Vec offset = load_some(bias + branch * s.out_channels + co, left);
         for (int64_t i = 0; i < units; ++i) {
-          const Unit u = unit(i);
+          const Unit& u = block[i];
           const int64_t column = s.out_channels, row = s.out_width * column;
           const int64_t at =
               ((u.out_image + branch * s.samples) * s.out_height + u.wy) * row + u.wx * column + co;
-          const Sink sink = {static_cast<Scalar*>(args.y) + at, args.code + at, row, column, left};
-          const Scalar* from = m + i * tiles * kPanel + h * kLanes;
+          const Sink sink = {
+              static_cast<Scalar*>(args.y) + at, args.code + at, row, column, left, args.streams};
+          Vec o[R][R];
           if constexpr (side == 1) {
-            Vec o[R][R];
-            output_tile<F>(from, m_stride, offset, o);
-            pool_unit<kPool, R>(p, u, o, sink);
+            output_tile<F>(m + u.first_tile * kPanel + h * kLanes, m_stride, offset, o);
           } else {
-            Vec o[R][R];
             for (int t = 0; t < tiles; ++t) {
+              // What a tile outside the convolution would give is not looked at.
+              if (!u.has_tile(t / side, t % side)) continue;
               Vec part[F::kTile][F::kTile];
-              output_tile<F>(from + t * kPanel, m_stride, offset, part);
+              output_tile<F>(m + u.tile(t / side, t % side) * kPanel + h * kLanes, m_stride, offset,
+                             part);
 #pragma GCC unroll 16
               for (int e = 0; e < F::kTile * F::kTile; ++e)
                 o[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile] =
                     part[e / F::kTile][e % F::kTile];
             }
-            pool_unit<kPool, R>(p, u, o, sink);
           }
+          pool_unit<kPool, R>(p, u, o, sink);
         }
       }
     }
   }
+  if (args.streams) stream_end();
 }
 
 }  // namespace LASEM_ISA

@@ -71,6 +71,7 @@ static void run_backward(const LevelPlan& p, const LevelBackward& args, void* sc
 }
 
 static void run_finish(const LevelPlan& p, const LevelBackward& args, int64_t begin, int64_t end) {
+  if (p.by_window) return finish_windows(p, args, begin, end);
   with_algorithm(p, [&](auto algorithm, auto) {
     finish<typename decltype(algorithm)::type>(p, args, begin, end);
   });

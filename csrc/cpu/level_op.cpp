@@ -68,6 +68,14 @@ void for_filters(const LevelShape& s, int64_t threads, int64_t items, const F& f
   for_ranges(std::min(threads, 1 + filters / 2048), items, f);
 }
 
+// Whether y had better go past the caches: too large for an L2, it comes back from further away,
+// and a line that is written as a whole need not be read before.
+bool streams(const Tensor& y) {
+  constexpr int64_t kLarge = 1 << 20, kLine = 64;
+  return y.numel() * y.element_size() >= kLarge && y.size(5) * y.element_size() % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(y.const_data_ptr()) % kLine == 0;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -94,13 +102,16 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
   }();
   const Scratch scratch(layout.bytes() + tasks * task_size);
   char* base = static_cast<char*>(scratch.data());
-  const void* w = weight.const_data_ptr();
-  const LevelForward args = {x.const_data_ptr(),    w,
-                             bias.const_data_ptr(), y.mutable_data_ptr(),
-                             base + packed_at,      static_cast<uint8_t*>(code.mutable_data_ptr())};
+  LevelForward args{};
+  args.x = x.const_data_ptr(), args.weight = weight.const_data_ptr(),
+  args.bias = bias.const_data_ptr();
+  args.y = y.mutable_data_ptr(), args.packed = base + packed_at;
+  args.code = static_cast<uint8_t*>(code.mutable_data_ptr());
+  args.streams = streams(y);
 
-  for_filters(s, threads, plan.pack_items,
-              [&](int64_t begin, int64_t end) { kernels.pack(plan, w, args.packed, begin, end); });
+  for_filters(s, threads, plan.pack_items, [&](int64_t begin, int64_t end) {
+    kernels.pack(plan, args.weight, args.packed, begin, end);
+  });
   // Blocks are independent, so whichever thread is free takes the next: the result is the same.
   std::atomic<int64_t> next{0};
   for_tasks(tasks, [&](int64_t task) {

@@ -112,10 +112,9 @@ torch::stable::Tensor new_output(std::initializer_list<int64_t> sizes,
   const size_t bytes = std::max<size_t>(1, static_cast<size_t>(elements) * element_size);
   void* data = allocate(bytes);
   if (poison) std::memset(data, 0xFF, bytes);
-  return torch::stable::from_blob(data, {sizes.begin(), sizes.size()},
-                                  {strides.data(), strides.size()},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, -1),
-                                  dtype, release);
+  return torch::stable::from_blob(
+      data, {sizes.begin(), sizes.size()}, {strides.data(), strides.size()},
+      torch::stable::Device(torch::headeronly::DeviceType::CPU, -1), dtype, release);
 }
 
 size_t clear_output_pool() {

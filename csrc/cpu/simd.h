@@ -1,6 +1,7 @@
 // One vector type per instruction set. Included only between isa_begin.h and isa_end.h.
 // Vec: kLanes scalars. Code: one small integer per lane (stored as uint8). Mask: one truth per
-// lane. interleave: the lanes of a and b in turn, the first half of them and the second.
+// lane. stream: a store past the caches to an aligned address, ended by stream_end. interleave: the
+// lanes of a and b in turn, the first half of them and the second.
 
 #define LASEM_INLINE static inline __attribute__((always_inline))
 
@@ -23,6 +24,8 @@ LASEM_INLINE Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 LASEM_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
 LASEM_INLINE Vec load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(lanes(n), p); }
 LASEM_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+LASEM_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
+LASEM_INLINE void stream_end() { _mm_sfence(); }
 LASEM_INLINE void store_n(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, lanes(n), v); }
 LASEM_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 LASEM_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
@@ -79,6 +82,8 @@ LASEM_INLINE Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 LASEM_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
 LASEM_INLINE Vec load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, lanes(n)); }
 LASEM_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+LASEM_INLINE void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
+LASEM_INLINE void stream_end() { _mm_sfence(); }
 LASEM_INLINE void store_n(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, lanes(n), v); }
 LASEM_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 LASEM_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
@@ -141,6 +146,8 @@ LASEM_INLINE void store_n(double* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 LASEM_INLINE void store(double* p, Vec v) { store_n(p, v, kLanes); }
+LASEM_INLINE void stream(double* p, Vec v) { store(p, v); }
+LASEM_INLINE void stream_end() {}
 LASEM_INLINE Vec add(Vec a, Vec b) { return a + b; }
 LASEM_INLINE Vec sub(Vec a, Vec b) { return a - b; }
 LASEM_INLINE Vec mul(Vec a, Vec b) { return a * b; }
@@ -176,6 +183,11 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Fetches the lines of `bytes` bytes. Its callers are always inlined as well: GCC takes a function
+// of prefetches alone for one without effects, and drops its calls.
+LASEM_INLINE void prefetch_run(const void* from, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(from) + b);
+}
 LASEM_INLINE Vec load_some(const Scalar* p, int64_t n) {
   return n >= kLanes ? load(p) : load_n(p, n);
 }

@@ -121,7 +121,6 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
   const Scalar* partial = static_cast<const Scalar*>(args.partial);
   Scalar* dweight = static_cast<Scalar*>(args.dweight);
   Scalar* dbias = static_cast<Scalar*>(args.dbias);
-  const int64_t bias_at = p.batches * p.depth * p.out_stride;
   const auto sum_at = [&](int64_t at) {
     Vec sum = load(partial + at);
     for (int64_t t = 1; t < args.tasks; ++t)
@@ -148,7 +147,7 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
       Scalar* w = dweight + ((branch * s.out_channels + co + lane) * s.in_channels + c) * kTaps<F>;
       for (int t = 0; t < kTaps<F>; ++t) w[t] = lanes_of[t][lane];
     }
-    if (c == 0) store_some(dbias + branch * s.out_channels + co, sum_at(bias_at + v * kLanes), n);
+    if (c == 0) store_some(dbias + branch * s.out_channels + co, sum_at(p.bias_at + v * kLanes), n);
   }
 }
 
