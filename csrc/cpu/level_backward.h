@@ -1,6 +1,6 @@
 // Backward: the Winograd algorithm differentiated. One transform dM = A dY A' feeds both products,
 // dU += V' dM and dV = dM U'; summing the branches is part of the inner dimension of the latter.
-// Behind a 3 x 3 pool, the weight gradient goes by windows (window_weight_grad.h) instead of dU.
+// Where the pool makes it cheaper, the weight gradient goes by windows (window_weight_grad.h).
 
 namespace lasem_fast {
 namespace LASEM_ISA {
@@ -140,7 +140,7 @@ static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y,
 template <class F, int kPool>
 struct Backward {
   static constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
-  static constexpr bool kByWindow = by_window(F::kFilter, kPool, F::kDirect);
+  static constexpr bool kByWindow = by_window(F::kTile, F::kFilter, kPool, F::kDirect);
   const LevelPlan& p;
   const LevelBackward& args;
   Scalar *v, *m, *edge, *du, *dbias;  // edge: C zeros to read, then C to throw away

@@ -13,9 +13,11 @@ constexpr int unit_side(int tile, int pool) {
   return n;
 }
 
-// Whether the weight gradient goes by windows, where that takes fewer products than transforms.
-constexpr bool by_window(int64_t filter, int64_t pool, bool direct) {
-  return !direct && filter == 3 && pool == 3;
+// Whether the weight gradient goes by windows: where that takes so many fewer products than the
+// transforms, (m + r - 1)^2 for m x m outputs, that it pays for its slower inner loop.
+constexpr bool by_window(int64_t tile, int64_t filter, int64_t pool, bool direct) {
+  const int64_t side = tile + filter - 1;
+  return !direct && 7 * filter * filter * tile * tile <= 5 * pool * pool * side * side;
 }
 
 // The weight gradient by windows: pixels per side of a unit's inputs, and how many units' inputs,
@@ -116,7 +118,7 @@ static void make_plan(const LevelShape& s, int64_t threads, bool backward, Level
   p.pack_back_size = depth_panels * p.batches * p.out_stride * kPanel;
   p.pack_back_items = p.out_vectors * kLanes;
   p.forward_scratch = p.batches * (in_batch(p) + out_batch(p, kPanel)) + s.in_channels;
-  p.by_window = by_window(s.filter, s.pool, direct);
+  p.by_window = by_window(p.tile, s.filter, s.pool, direct);
   const int64_t outputs = p.out_vectors * kLanes, out_side = p.unit * p.tile;
   if (p.by_window) {
     const int64_t patch = window_patch(static_cast<int>(out_side), static_cast<int>(s.filter));

@@ -15,7 +15,8 @@ using Vec = __m512;
 using Code = __m512i;
 using Mask = __mmask16;
 constexpr int kLanes = 16;
-constexpr int kRows = 8;  // micro-kernel rows: 2 x 8 accumulators cover the FMA latency
+constexpr int kRows = 8;   // micro-kernel rows: 2 x 8 accumulators cover the FMA latency
+constexpr int kSums = 28;  // accumulators that leave registers for a factor
 
 LASEM_INLINE __mmask16 lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 LASEM_INLINE Vec zero() { return _mm512_setzero_ps(); }
@@ -71,6 +72,7 @@ using Code = __m256i;
 using Mask = __m256;
 constexpr int kLanes = 8;
 constexpr int kRows = 6;  // 2 x 6 accumulators, two columns and one broadcast fit 16 registers
+constexpr int kSums = 12;
 
 LASEM_INLINE __m256i lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
@@ -133,6 +135,7 @@ LASEM_INLINE void code_store_n(uint8_t* p, Code c, int64_t n) {
 using Scalar = double;
 constexpr int kLanes = 2;
 constexpr int kRows = 4;
+constexpr int kSums = 12;
 typedef double Vec __attribute__((vector_size(16)));
 typedef int64_t Code __attribute__((vector_size(16)));
 using Mask = Code;

@@ -90,24 +90,35 @@ struct WindowWeightGrad {
     }
   }
 
-  // dweight += gradient * inputs over the windows of one list.
-  void add_products(int64_t list, Scalar* to) const {
+  // dweight += gradient * inputs over the windows of one list, for kCount rows of the filter.
+  template <int kFirst, int kCount>
+  __attribute__((always_inline)) void add_rows(int64_t list, Scalar* to) const {
+    constexpr int taps = kCount * r;
     const int64_t n = length[list];
-    if (n == 0) return;
     const Scalar* g = gradient + list * kList;
     const int32_t* at = corner + list * kList;
-    Vec sum[r * r];
-#pragma GCC unroll 9
-    for (int t = 0; t < r * r; ++t) sum[t] = zero();
+    Vec sum[taps];
+#pragma GCC unroll 32
+    for (int t = 0; t < taps; ++t) sum[t] = zero();
     for (int64_t k = 0; k < n; ++k) {
       const Vec scale = broadcast(g + k);
-      const Scalar* from = patches + at[k];
-#pragma GCC unroll 9
-      for (int t = 0; t < r * r; ++t)
+      const Scalar* from = patches + at[k] + kFirst * kPatch * kLanes;
+#pragma GCC unroll 32
+      for (int t = 0; t < taps; ++t)
         sum[t] = fma(scale, load(from + (t / r * kPatch + t % r) * kLanes), sum[t]);
     }
-#pragma GCC unroll 9
-    for (int t = 0; t < r * r; ++t) store(to + t * kLanes, add(load(to + t * kLanes), sum[t]));
+    to += kFirst * r * kLanes;
+#pragma GCC unroll 32
+    for (int t = 0; t < taps; ++t) store(to + t * kLanes, add(load(to + t * kLanes), sum[t]));
+  }
+
+  // As many rows at once as there are registers for.
+  template <int kFirst = 0>
+  void add_products(int64_t list, Scalar* to) const {
+    constexpr int at_once = kSums / r < r - kFirst ? kSums / r : r - kFirst;
+    if (length[list] == 0) return;
+    add_rows<kFirst, at_once>(list, to);
+    if constexpr (kFirst + at_once < r) add_products<kFirst + at_once>(list, to);
   }
 
   void add_block(const Unit* block, int64_t units) const {
