@@ -352,6 +352,23 @@ def test_outputs_larger_than_the_caches(isa, channels, pool):
         assert all(torch.equal(a[:, :, i : i + 1], b) for a, b in zip(outputs, alone, strict=True))
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_without_input_gradient(isa, algorithm, pool):
+    filter_size, tile = algorithm
+    torch.manual_seed(pool)
+    x, weight = torch.randn(2, 3, 11, 14, 19), torch.randn(2, 17, 19, filter_size, filter_size)
+    out = [-(-n // pool) for n in x.shape[2:4]]
+    y, code = level(x, weight, torch.randn(2, 17), filter_size // 2, pool, 0, *out, tile)
+    dy = torch.randn_like(y)
+    with_dx, without = (
+        level_backward(dy, x, code, weight, filter_size // 2, pool, 0, tile, need_dx)
+        for need_dx in (True, False)
+    )
+    assert without[0].numel() == 0
+    assert all(torch.equal(a, b) for a, b in zip(with_dx[1:], without[1:], strict=True))
+
+
 def test_concurrent_calls(isa):
     (x, weight, bias), _ = draw(1, torch.float32, channels=(32,), side=24)
     sizes = (1, 1, 0, *x.shape[2:4], 4)

@@ -190,6 +190,7 @@ struct Backward {
     Vec d[R][R];
     const Vec sum = unpool_unit<kPool, R>(p, u, from, d);
     store(dbias + vector * kLanes, add(load(dbias + vector * kLanes), sum));
+    if (kByWindow && !args.dx) return;  // nobody asks for dM
     if constexpr (side == 1) {
       output_grad_tile<F>(d, to + u.first_tile * p.out_stride, m_stride);
     } else {
