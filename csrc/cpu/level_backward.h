@@ -168,15 +168,6 @@ struct Backward {
     }
   }
 
-  void gather_input(const Unit& u, int64_t v_stride) const {
-    const LevelShape& s = p.shape;
-    const Scalar* x = static_cast<const Scalar*>(args.x);
-    for (int64_t ty = 0; ty < u.tiles_y; ++ty)
-      for (int64_t tx = 0; tx < u.tiles_x; ++tx)
-        input_tile<F>(p, x + u.image * s.height * s.width * s.in_channels, u.y + ty * F::kTile,
-                      u.x + tx * F::kTile, edge, v + u.tile(ty, tx) * p.depth_stride, v_stride);
-  }
-
   void gather_output(const Unit& u, int64_t vector, int64_t m_stride) const {
     const LevelShape& s = p.shape;
     const int64_t branch = vector / p.branch_vectors;
@@ -212,7 +203,8 @@ struct Backward {
     const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in_batch(p);
     const int64_t m_stride = F::kDirect ? block_tiles * p.out_stride : out_batch(p, p.out_stride);
     for (int64_t i = 0; i < units; ++i) {
-      if constexpr (!kByWindow) gather_input(block[i], v_stride);
+      if constexpr (!kByWindow)
+        input_tiles<F>(p, static_cast<const Scalar*>(args.x), block[i], edge, v, v_stride);
       for (int64_t vector = 0; vector < p.out_vectors; ++vector) {
         if (i + 1 < units) prefetch(block[i + 1], vector, p.out_vectors);
         gather_output(block[i], vector, m_stride);

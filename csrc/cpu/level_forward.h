@@ -81,6 +81,18 @@ static inline void input_tile(const LevelPlan& p, const Scalar* image, int64_t y
   }
 }
 
+// The input patches of a unit's tiles, in the rows of those tiles.
+template <class F>
+static inline void input_tiles(const LevelPlan& p, const Scalar* x, const Unit& u,
+                               const Scalar* zeros, Scalar* v, int64_t batch_stride) {
+  const LevelShape& s = p.shape;
+  const Scalar* image = x + u.image * s.height * s.width * s.in_channels;
+  for (int64_t ty = 0; ty < u.tiles_y; ++ty)
+    for (int64_t tx = 0; tx < u.tiles_x; ++tx)
+      input_tile<F>(p, image, u.y + ty * F::kTile, u.x + tx * F::kTile, zeros,
+                    v + u.tile(ty, tx) * p.depth_stride, batch_stride);
+}
+
 // Fetches the rows of a unit's patch that its left neighbour did not read, or one of `parts` parts
 // of them: the transform goes through them a column at a time, a pattern the hardware does not
 // follow.
@@ -184,7 +196,6 @@ static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar*
   const Scalar* x = static_cast<const Scalar*>(args.x);
   const Scalar* bias = static_cast<const Scalar*>(args.bias);
   const Scalar* packed = static_cast<const Scalar*>(args.packed);
-  const int64_t image_size = s.height * s.width * s.in_channels;
   const int64_t per_image = p.units_y * p.units_x;
   const int64_t total = s.prefixes * s.samples * per_image;
   Scalar* v = scratch;
@@ -206,12 +217,8 @@ static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar*
     const int64_t m_stride = F::kDirect ? block_tiles * kPanel : out_batch(p, kPanel);
 
     for (int64_t i = 0; i < units; ++i) {
-      const Unit& u = block[i];
       if (i + 1 < units) prefetch_patch(p, x, block[i + 1], 0, 1);
-      for (int64_t ty = 0; ty < u.tiles_y; ++ty)
-        for (int64_t tx = 0; tx < u.tiles_x; ++tx)
-          input_tile<F>(p, x + u.image * image_size, u.y + ty * F::kTile, u.x + tx * F::kTile,
-                        zeros, v + u.tile(ty, tx) * p.depth_stride, v_stride);
+      input_tiles<F>(p, x, block[i], zeros, v, v_stride);
     }
     for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
       const Scalar* w = packed + panel * p.batches * p.depth * kPanel;
