@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.level_geometry import CLOSED, Geometry, device_of, needs_int64, same_strides
-from lasem_fast.kernels.level_tiles import Tile, cdiv, default, fitting
+from lasem_fast.kernels.level_tiles import FMA_TILES, Tile, cdiv, default, fitting
 
 TENSOR_CORE_TILES = (
     Tile(64, 64, 64, 4, 3),
@@ -21,7 +21,6 @@ TENSOR_CORE_TILES = (
     Tile(16, 32, 64, 2, 3),
     Tile(16, 16, 64, 2, 3),
 )
-FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from lasem_fast.kernels.level_geometry import (
     output_shape,
     same_strides,
 )
-from lasem_fast.kernels.level_tiles import Tile, cdiv, default, fitting
+from lasem_fast.kernels.level_tiles import FMA_TILES, Tile, cdiv, default, fitting
 
 # Without spills on sm_80 and sm_90; the first one only without a pool, see MOST_POOLED.
 TENSOR_CORE_TILES = (
@@ -34,7 +34,6 @@ TENSOR_CORE_TILES = (
 )
 # Where channels are read one by one, addresses take so many registers that others spill.
 RAGGED_TILES = (Tile(32, 32, 32, 4, 3),)
-FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 # Per thread: behind a pool there is a running maximum for every accumulator.
 MOST_POOLED = 16
 

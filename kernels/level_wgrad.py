@@ -20,7 +20,7 @@ from lasem_fast.kernels.level_geometry import (
     is_ragged,
     needs_int64,
 )
-from lasem_fast.kernels.level_tiles import PROGRAMS, Tile, cdiv, default, fitting
+from lasem_fast.kernels.level_tiles import FMA_TILES, PROGRAMS, Tile, cdiv, default, fitting
 
 TENSOR_CORE_TILES = (
     Tile(64, 64, 32, 4, 3),
@@ -30,7 +30,6 @@ TENSOR_CORE_TILES = (
 )
 # Where channels are read one by one, addresses take so many registers that others spill.
 RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
-FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 # Elements that one program of the second launch adds up.
 SUM_BLOCK = 256
 # A part of the sum that is worth a program of its own, in steps of a tile's depth.

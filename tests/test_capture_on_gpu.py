@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import parity
 import pytest
@@ -175,19 +176,25 @@ def test_autocast():
         assert torch.equal(got.loss, want.loss) and torch.equal(got.posterior, want.posterior)
 
 
+def _on_late_input(stream, step, x, y):
+    """A step on ``stream``, whose input arrives late: what does not wait for it reads NaN."""
+    late = torch.full_like(x, torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        result = step(late, y)
+    torch.cuda.synchronize()
+    return result
+
+
 def test_replays_follow_the_current_stream():
     em, opt, drawn = _made("triton")
     captured = lf.capture(em, opt, drawn.x, drawn.y, TASK, strict=True)
     plain_em, plain_opt = copy.deepcopy((em, opt))
     stream = torch.cuda.Stream()
     for x, y in _batches(drawn, 5):
-        late = torch.full_like(x, torch.nan)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)
-            late.copy_(x)  # anything that does not wait for this stream reads NaN
-            got = captured(late, y).clone()
-        torch.cuda.synchronize()
+        got = _on_late_input(stream, lambda late, y: captured(late, y).clone(), x, y)
         assert torch.equal(got.loss, _plain(plain_em, plain_opt, x, y).loss)
 
 
@@ -197,13 +204,7 @@ def test_eager_steps_follow_the_current_stream(backend):
     plain_em, plain_opt = copy.deepcopy((em, opt))
     stream = torch.cuda.Stream()
     for x, y in _batches(drawn, 3):
-        late = torch.full_like(x, torch.nan)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)
-            late.copy_(x)
-            got = _plain(em, opt, late, y)
-        torch.cuda.synchronize()
+        got = _on_late_input(stream, partial(_plain, em, opt), x, y)
         assert torch.equal(got.loss, _plain(plain_em, plain_opt, x, y).loss)
 
 
