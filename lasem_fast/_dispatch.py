@@ -12,38 +12,19 @@ import torch
 from lasem_fast import _ops
 from lasem_fast.backends import (
     cpu_head,
+    cpu_level,
     cpu_scores,
     plain_torch,
     triton_level,
     triton_scores,
-    winograd,
 )
 from lasem_fast.configs import Configuration
-from lasem_fast.fastest import Fastest
 from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
 from lasem_fast.tree import Tree
 
 _AVAILABLE = "available"
-
-_PYTORCH = {
-    "PyTorch": plain_torch.wide_level,
-    "PyTorch, channels last": plain_torch.channels_last_level,
-}
-# The first that takes a level is the one where nothing is measured.
-_CPU_LEVELS = {
-    "Winograd F(4x4, 3x3)": winograd.winograd_level,
-    "Winograd F(3x3, 3x3)": winograd.small_tile_level,
-    "Winograd F(2x2, 5x5)": winograd.large_filter_level,
-    **_PYTORCH,
-}
-_GPU_LEVELS = {"Triton": triton_level.triton_level, **_PYTORCH}
-# One for all LASEMs of a process, so that each shape is looked up once.
-_FASTEST_ON_CPU = Fastest(_CPU_LEVELS, "cpu")
-# Compilers of kernels have bugs: Triton has to agree with PyTorch in float64.
-_FASTEST_ON_GPU = Fastest(_GPU_LEVELS, "cuda", trusted="PyTorch")
-
 
 def backends() -> dict[str, str]:
     """What each backend says of itself: ``"available"``, or why it is not."""
@@ -94,7 +75,7 @@ def operations(backend: str) -> Operations:
         return Operations()
     if backend == "cpp":
         return Operations(
-            levels=(_FASTEST_ON_CPU, plain_torch.wide_level),
+            levels=(cpu_level.CpuLevel(),),
             heads=(
                 cpu_head.linear_head,
                 plain_torch.channels_last_head,
@@ -105,12 +86,12 @@ def operations(backend: str) -> Operations:
         # a net may stay on the CPU or move later, so the CPU's operations stand behind
         return operations("cpp" if _ops.supported() else "torch").after(
             Operations(
-                levels=(_FASTEST_ON_GPU, triton_level.triton_level),
+                levels=(),
                 heads=(triton_level.triton_head,),
                 scores=(triton_scores.scores,),
             )
         )
-    return Operations(levels=(plain_torch.wide_level,))
+    return Operations()
 
 
 def evaluator(backend: str, configs: Sequence[Configuration]) -> NaiveLoop | Tree:

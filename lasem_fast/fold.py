@@ -7,7 +7,7 @@ form by a view. The other forms are put into it only where something needs it.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -58,7 +58,28 @@ class RowsFirst(NamedTuple):
         return (data if data.dim() == 3 else data.permute(0, 1, 4, 2, 3)).flatten(0, 1)
 
 
-Fold = Tensor | Stacks | RowsFirst
+class Carried(NamedTuple):
+    """A level's rows with a skip on its way, which lies where it began.
+
+    Attributes:
+        main: the rows' own activations, images.
+        skip: images of the same size.
+        rows: for each row, the row of ``skip`` that it carries.
+    """
+
+    main: RowsFirst
+    skip: RowsFirst
+    rows: tuple[int, ...]
+
+    def folded(self) -> Tensor:
+        """All rows, the skip's channels behind their own, ``[N * P, C + C_skip, H, W]``."""
+        main, skip = self.main.data, self.skip.data
+        if self.rows != tuple(range(skip.shape[0])):
+            skip = skip.index_select(0, index_tensor(self.rows, skip.device))
+        return RowsFirst(torch.cat([main, skip], dim=-1)).folded()
+
+
+Fold = Tensor | Stacks | RowsFirst | Carried
 
 
 def folded(h: Fold) -> Tensor:
@@ -83,9 +104,15 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
     On a device it is made once and kept for good: making one waits for the device, which a CUDA
     graph does not allow, and a graph goes on reading it.
     """
-    if device.type == "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return torch.tensor(rows, device=device)
-    return _kept_index(rows, device)
+    return _recent_index(rows) if device.type == "cpu" else _kept_index(rows, device)
+
+
+@lru_cache(maxsize=1024)
+def _recent_index(rows: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(rows)
 
 
 @cache

@@ -101,10 +101,10 @@ def same_form(a: PlainStage, b: PlainStage | None) -> bool:
     if b is None:
         return False
     ours, theirs = ([*s.before, s.core, *s.after] for s in (a, b))
-    return len(ours) == len(theirs) and all(map(_same_settings, ours, theirs))
+    return len(ours) == len(theirs) and all(map(same_settings, ours, theirs))
 
 
-def _same_settings(a: nn.Module, b: nn.Module) -> bool:
+def same_settings(a: nn.Module, b: nn.Module) -> bool:
     """Whether two layers are of one type and were made with the same stride, slope and so on."""
     if type(a) is not type(b):
         return False

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from lasem_fast.fold import Fold
+from lasem_fast.plan import Level
+from lasem_fast.relu_and_pool import Pool
 
 if TYPE_CHECKING:
     from lasem_fast.likelihoods import Likelihood
     from lasem_fast.priors import Prior
-    from lasem_fast.transfer import Branch
 
 
 class Scores(NamedTuple):
@@ -34,9 +35,80 @@ class Scores(NamedTuple):
     counted: bool = False
 
 
-LevelOperation = Callable[["Sequence[Branch]", Fold, int], "Fold | None"]
-"""``(branches, h, rows) -> output``: a level on which each of the ``rows`` prefixes in ``h`` goes
-through every branch."""
+class Layer(NamedTuple):
+    """One weighted layer in all its branches, with its epilogue.
+
+    ``pool(relu_after(relu(core(x)) + skip))``, where everything but the core may be missing.
+
+    Attributes:
+        core: the convolution or linear layer of one branch; the others have the same settings.
+        weights: one per branch, of one shape.
+        biases: one per branch, or none.
+        flatten: whether every sample is flattened first.
+        relu: whether a ReLU follows the core.
+        relu_after: whether a ReLU follows the sum with the skip.
+        pool: the max-pool at the end.
+    """
+
+    core: nn.Module
+    weights: list[Tensor]
+    biases: list[Tensor]
+    flatten: bool
+    relu: bool
+    relu_after: bool
+    pool: Pool
+
+
+class Skip(NamedTuple):
+    """What is added to a layer's output.
+
+    Attributes:
+        data: ``[S, N, H, W, C]``, rows outermost.
+        rows: for each row of the level, the row of ``data`` that it reads; None: its own.
+    """
+
+    data: Tensor
+    rows: tuple[int, ...] | None
+
+
+class Liveness:
+    """Which rows of a level a backward has to look at; decided between forward and backward.
+
+    Attributes:
+        live: bool tensor, one entry per row, on the level's device; None: all.
+    """
+
+    def __init__(self) -> None:
+        self.live: Tensor | None = None
+
+
+class LevelOperation(Protocol):
+    """A backend's way to run one layer on all rows of a level, forward and backward."""
+
+    def why_not(self, layer: Layer, x: Tensor) -> str:
+        """Why it cannot take the layer on inputs like ``x`` (dtype, device), in words; or ""."""
+
+    def __call__(
+        self,
+        layer: Layer,
+        x: Tensor,
+        level: Level,
+        skip: Skip | None,
+        liveness: Liveness | None,
+    ) -> Tensor | None:
+        """The output ``[R, N, H, W, C]`` or ``[R, N, F]`` of the level's R rows.
+
+        Args:
+            layer: one that it takes.
+            x: the parents ``[P, N, H, W, C]`` or ``[P, N, F]``, with any strides.
+            level: the rows.
+            skip: what the layer adds, of the size of its output before the pool.
+            liveness: which rows the backward has to look at; the others' gradients are 0.
+
+        Returns:
+            None where sizes forbid what :meth:`why_not` could not know.
+        """
+
 
 HeadOperation = Callable[[nn.Module, Fold, int], "Tensor | None"]
 """``(head, h, rows) -> logits [rows * N, K]``, rows outermost."""
@@ -50,8 +122,7 @@ class Operations(NamedTuple):
     """A backend's operations of each kind, best first; each returns None for what it cannot take.
 
     Attributes:
-        levels: stages whose branches are evaluated together. A stage that none takes has each of
-            its branches called once on the folded batch.
+        levels: layers on all rows of a level. A stage of which they take nothing runs in PyTorch.
         heads: heads that can read a level's rows as they are.
         scores: the posterior head.
     """

@@ -26,22 +26,31 @@ class Level:
         branches: for each row, the branch of this level's stage that it takes.
         width: number of rows on the level before.
         used_branches: the branches that at least one row takes, ascending.
-        is_full: whether every parent goes through every used branch.
+        positions: for each row, where its branch stands among the used ones.
+        is_full: whether every parent goes through every used branch, in nested-loop order.
     """
 
     parents: tuple[int, ...]
     branches: tuple[int, ...]
     width: int
     used_branches: tuple[int, ...] = field(init=False)
+    positions: tuple[int, ...] = field(init=False)
     is_full: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # set here, not when first read: torch.compile cannot trace a cached property
-        object.__setattr__(self, "used_branches", tuple(sorted(set(self.branches))))
-        object.__setattr__(self, "is_full", len(self) == self.width * len(self.used_branches))
+        used = tuple(sorted(set(self.branches)))
+        place = {branch: i for i, branch in enumerate(used)}
+        object.__setattr__(self, "used_branches", used)
+        object.__setattr__(self, "positions", tuple(place[branch] for branch in self.branches))
+        object.__setattr__(self, "is_full", len(self) == self.width * len(used))
 
     def __len__(self) -> int:
         return len(self.parents)
+
+    def going_on(self) -> Level:
+        """The level of these rows' next layer in the branch that each of them came from."""
+        return Level(tuple(range(len(self))), self.branches, len(self))
 
     def rows_of(self, branch: int) -> tuple[int, ...]:
         """The rows of this level that take ``branch``."""
@@ -104,6 +113,5 @@ class Plan:
 
     def split(self, stage: int) -> Plan:
         """The same plan for a net whose stage ``stage`` has been cut into two stages."""
-        rows = len(self.levels[stage])
-        second = Level(tuple(range(rows)), self.levels[stage].branches, rows)
+        second = self.levels[stage].going_on()
         return Plan((*self.levels[: stage + 1], second, *self.levels[stage + 1 :]), self.leaves)

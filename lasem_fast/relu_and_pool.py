@@ -39,11 +39,15 @@ def relu_and_pool(layers: Sequence[nn.Module]) -> ReluAndPool | None:
     relus = [layer for layer in layers if type(layer) is nn.ReLU]
     if len(pools) > 1 or len(relus) > 1 or len(pools) + len(relus) < len(layers):
         return None
-    pool = _pool(pools[0]) if pools else Pool()
+    pool = max_pool(pools[0]) if pools else Pool()
     return None if pool is None else ReluAndPool(bool(relus), pool)
 
 
-def _pool(layer: nn.MaxPool2d) -> Pool | None:
+def max_pool(layer: nn.Module) -> Pool | None:
+    """A square max-pool of 2 or 3 whose stride is its window; None for any other layer."""
+    if type(layer) is not nn.MaxPool2d or layer.return_indices:
+        return None
+
     def same(value: int | tuple[int, int]) -> int | None:
         pair = value if isinstance(value, tuple) else (value, value)
         return pair[0] if pair[0] == pair[1] else None

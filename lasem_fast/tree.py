@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _checks
+from lasem_fast import _checks, fused_stage
+from lasem_fast.backends import plain_torch
 from lasem_fast.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.layers import active_random_layers, has_hooks, may_write_input
 from lasem_fast.network import Network
@@ -65,37 +66,37 @@ class Tree:
     def _advance(self, network: Network, h: Fold, first: int, stop: int) -> Fold:
         """Runs the stages ``first .. stop - 1`` on a level's rows."""
         for i in range(first, stop):
-            if self.plan.continues(i):
-                h = self._continue(network.stages[i], h, self.plan.levels[i])
+            branches, level = network.stages[i], self.plan.levels[i]
+            used = [branches[b] for b in level.used_branches]
+            out = fused_stage.run(self.operations.levels, used, h, level)
+            if out is not None:
+                h = out
+            elif self.plan.continues(i):
+                h = self._continue(used, h, level)
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
                 merge = not goes_on or _is_parameter_free(network.stages[i + 1])
-                h = self._branch_out(network.stages[i], h, self.plan.levels[i], merge)
+                h = self._branch_out(used, h, level, merge)
         return h
 
-    def _branch_out(
-        self, branches: Sequence[Branch | None], h: Fold, level: Level, merge: bool
-    ) -> Fold:
-        """A level whose rows go through different branches of the same input."""
-        used = [branches[b] for b in level.used_branches]
-        if merge and level.is_full:
-            for operation in self.operations.levels:
-                out = operation(used, h, level.width)
-                if out is not None:
-                    return out
+    def _branch_out(self, used: Sequence[Branch], h: Fold, level: Level, merge: bool) -> Fold:
+        """A level in PyTorch whose rows go through different branches of the same input."""
         h = folded(h)
+        if merge and level.is_full:
+            out = plain_torch.wide_level(used, h, level.width)
+            if out is not None:
+                return out
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
             rows = rows_of(h, level.width, level.parents_of(b))
             parts.append(_call(branch, rows))
         return Stacks(parts, level)
 
-    def _continue(self, branches: Sequence[Branch | None], h: Fold, level: Level) -> Fold:
-        """A level whose rows go on in the branch that they came from."""
-        used = [branches[b] for b in level.used_branches]
+    def _continue(self, used: Sequence[Branch], h: Fold, level: Level) -> Fold:
+        """A level in PyTorch whose rows go on in the branch that they came from."""
         if not isinstance(h, Stacks):
             h = folded(h)
-            if _is_parameter_free(branches):
+            if _is_parameter_free(used):
                 return _call(used[0], h)
             h = Stacks(
                 [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lasem_fast.fold import Fold, RowsFirst, folded
+from lasem_fast.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.layers import PlainStage, flatten_then_linear, plain_stage, same_form
 from lasem_fast.network import tensors_in_force
+from lasem_fast.operations import Layer, Skip
+from lasem_fast.plan import Level
 from lasem_fast.transfer import Branch
 
 
@@ -42,41 +44,73 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
     return _branches_into_batch(h, len(branches))
 
 
-def channels_last_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
-    """:func:`wide_level` on channels-last images, for 2D convolutions that give images.
+def level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tensor:
+    """Any layer on any list of rows, rows outermost and channels last.
 
     Args:
-        branches: the B branches of a stage.
-        h: the level's input, P ``rows`` of images.
-        rows: number of rows P.
+        layer: the layer in all its branches.
+        x: the parents, images ``[P, N, H, W, C]`` or vectors ``[P, N, F]``.
+        level: the rows.
+        skip: what is added behind the layer's first ReLU, or None.
 
     Returns:
-        The output with ``P * B`` rows, branch innermost; None for any other stage or input.
+        The R rows, ``[R, N, H', W', C']`` or ``[R, N, F']``.
     """
-    wide = _wide(branches)
-    if wide is None:
-        return None
-    stage, weights = wide
-    flattens = any(type(layer) in (nn.Flatten, nn.Unflatten) for layer in _layers(stage))
-    if type(stage.core) is not nn.Conv2d or flattens:
-        return None
-    if not isinstance(h, RowsFirst):
-        h = folded(h)
-        if h.dim() != 4:
-            return None
-    x = RowsFirst.of(h, rows).data.contiguous()
-    if x.dim() != 5:
-        return None
-    images = x.flatten(0, 1).permute(0, 3, 1, 2)
-    weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
-    for layer in stage.before:
-        images = layer(images)
-    images = functional_call(stage.core, weights, (images,))
-    for layer in stage.after:
-        images = layer(images)
-    # [P * N, B * K, H, W] as [P, B, N, H, W, K]
-    split = images.unflatten(1, (len(branches), -1)).unflatten(0, (rows, -1))
-    return RowsFirst(split.permute(0, 2, 1, 4, 5, 3).contiguous().flatten(0, 1))
+    samples = x.shape[1]
+    if level.is_full:
+        wide = {"weight": torch.cat(layer.weights)}
+        if layer.biases:
+            wide["bias"] = torch.cat(layer.biases)
+        y = _branches_into_rows(_core(layer, x, wide), level.width, len(layer.weights))
+    else:
+        parts = []
+        for b, branch in enumerate(level.used_branches):
+            own = {"weight": layer.weights[b]}
+            if layer.biases:
+                own["bias"] = layer.biases[b]
+            parents = x.index_select(0, index_tensor(level.parents_of(branch), x.device))
+            parts.append(_core(layer, parents, own))
+        y = torch.cat(parts).unflatten(0, (len(level), samples))
+        y = y.index_select(0, index_tensor(level.merge_order(), x.device)).flatten(0, 1)
+    if layer.relu:
+        y = y.relu()
+    if skip is not None:
+        data = skip.data
+        if skip.rows is not None:
+            data = data.index_select(0, index_tensor(skip.rows, data.device))
+        y = y + _channels_first(data)
+    if layer.relu_after:
+        y = y.relu()
+    if layer.pool.size > 1:
+        y = F.max_pool2d(
+            y, layer.pool.size, padding=layer.pool.padding, ceil_mode=layer.pool.ceil
+        )
+    if y.dim() == 4:
+        y = y.permute(0, 2, 3, 1)
+    return y.unflatten(0, (len(level), samples))
+
+
+def _core(layer: Layer, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The convolution or linear layer on all rows of ``x``, channels first, rows outermost."""
+    x = _channels_first(x)
+    if layer.flatten:
+        x = x.flatten(1)
+    if weights["weight"].dim() == 4 and x.device.type != "cpu":
+        weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
+    return functional_call(layer.core, weights, (x,))
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    x = x.flatten(0, 1)
+    return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+
+
+def _branches_into_rows(y: Tensor, rows: int, branches: int) -> Tensor:
+    """``[P * N, B * K, ...]`` as ``[P * B * N, K, ...]``."""
+    if branches == 1:
+        return y
+    split = y.unflatten(1, (branches, -1)).unflatten(0, (rows, -1))  # [P, N, B, K, ...]
+    return split.transpose(1, 2).flatten(0, 2)
 
 
 def _wide(branches: Sequence[Branch]) -> tuple[PlainStage, dict[str, Tensor]] | None:
@@ -95,10 +129,6 @@ def _wide(branches: Sequence[Branch]) -> tuple[PlainStage, dict[str, Tensor]] | 
         if tensors[0] is not None:
             wide[name] = torch.cat(tensors)
     return first, wide
-
-
-def _layers(stage: PlainStage) -> tuple[nn.Module, ...]:
-    return (*stage.before, stage.core, *stage.after)
 
 
 def _branches_into_batch(h: Tensor, branches: int) -> Tensor:
