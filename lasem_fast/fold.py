@@ -7,6 +7,7 @@ form by a view. The other forms are put into it only where something needs it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -85,6 +86,21 @@ Fold = Tensor | Stacks | RowsFirst | Carried
 def folded(h: Fold) -> Tensor:
     """Any form as a folded batch with samples outermost."""
     return h if isinstance(h, Tensor) else h.folded()
+
+
+def split_rows(h: Fold, width: int, sizes: Sequence[int]) -> list[Fold]:
+    """The ``width`` rows of a level in runs of these sizes, in nested-loop order."""
+    if isinstance(h, Carried):
+        parts, at = [], 0
+        for main in h.main.data.split(sizes):
+            rows = h.rows[at : at + len(main)]
+            parts.append(Carried(RowsFirst(main), h.skip, rows))
+            at += len(main)
+        return parts
+    if isinstance(h, RowsFirst):
+        return [RowsFirst(part) for part in h.data.split(sizes)]
+    parts = folded(h).unflatten(0, (-1, width)).split(sizes, dim=1)
+    return [part.flatten(0, 1) for part in parts]
 
 
 def rows_of(h: Tensor, width: int, rows: tuple[int, ...]) -> Tensor:

@@ -111,7 +111,44 @@ class Plan:
         in_order = level.parents == tuple(range(level.width))
         return in_order and level.branches == before.branches
 
+    def top(self, stage: int) -> Plan:
+        """The levels before stage ``stage``, each of whose last rows is a leaf."""
+        levels = self.levels[:stage]
+        return Plan(levels, tuple(range(len(levels[-1]))))
+
+    def below(self, stage: int, first: int, stop: int) -> SubPlan:
+        """The sub-trees from stage ``stage`` on that hang on some rows of the level before.
+
+        Args:
+            stage: at least 1.
+            first: the first of those rows.
+            stop: the row behind the last.
+        """
+        levels = []
+        kept = {row: row - first for row in range(first, stop)}
+        for level in self.levels[stage:]:
+            rows = [row for row, parent in enumerate(level.parents) if parent in kept]
+            parents = tuple(kept[level.parents[row]] for row in rows)
+            levels.append(Level(parents, tuple(level.branches[row] for row in rows), len(kept)))
+            kept = {row: i for i, row in enumerate(rows)}
+        configs = tuple(c for c, leaf in enumerate(self.leaves) if leaf in kept)
+        return SubPlan(Plan(tuple(levels), tuple(kept[self.leaves[c]] for c in configs)), configs)
+
     def split(self, stage: int) -> Plan:
         """The same plan for a net whose stage ``stage`` has been cut into two stages."""
         second = self.levels[stage].going_on()
         return Plan((*self.levels[: stage + 1], second, *self.levels[stage + 1 :]), self.leaves)
+
+
+@dataclass(frozen=True)
+class SubPlan:
+    """A part of a plan.
+
+    Attributes:
+        plan: its levels and leaves, numbered from 0; the first level's parents are the rows that
+            it was asked for.
+        configs: for each of its leaves, the configuration of the whole plan.
+    """
+
+    plan: Plan
+    configs: tuple[int, ...]

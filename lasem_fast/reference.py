@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lasem_fast import _checks
 from lasem_fast.configs import Configuration
+from lasem_fast.evaluation import Whole
 from lasem_fast.network import Network
 from lasem_fast.plan import SHARED, SPECIFIC
 
@@ -35,8 +36,11 @@ class NaiveLoop:
             outputs.append(logits)
         return torch.stack(outputs)
 
-    def logits_without_and_with_noise(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs ``[C, N, K]`` for the E-step (dropout off, no gradient) and for the M-step."""
+    def evaluate(self, network: Network, x: Tensor, *, one_pass: bool) -> Whole:
+        """Every configuration for the E-step (dropout off, no gradient), and for the M-step."""
+        if one_pass:
+            logits = self.logits(network, x)
+            return Whole(logits, logits)
         with torch.no_grad(), network.random_layers_off():
             e_step = self.logits(network, x)
-        return e_step, self.logits(network, x)
+        return Whole(e_step, self.logits(network, x))

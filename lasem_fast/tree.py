@@ -7,14 +7,17 @@ a loop over rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lasem_fast import _checks, fused_stage
 from lasem_fast.backends import plain_torch
+from lasem_fast.evaluation import Whole
 from lasem_fast.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.layers import active_random_layers, has_hooks, may_write_input
+from lasem_fast.liveness import TreeLiveness
 from lasem_fast.network import Network
 from lasem_fast.operations import Operations
 from lasem_fast.plan import Level, Plan
@@ -35,40 +38,43 @@ class Tree:
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
-        return self._finish(network, self._advance(network, x, 0, len(network.stages)), x.shape[0])
+        return self.finish(network, self.advance(network, x, 0, len(network.stages)), x.shape[0])
 
-    def logits_without_and_with_noise(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs ``[C, N, K]`` twice: with random layers off and no gradient, and as they are.
-
-        What lies before the first random layer runs once. Without an active random layer both are
-        the same tensor, and carry the gradient.
-        """
-        cut = _first_random_stage(network)
+    def evaluate(self, network: Network, x: Tensor, *, one_pass: bool) -> Whole:
+        """Outputs for both steps of EM; what lies before the first random layer runs once."""
+        liveness = TreeLiveness(self.plan) if torch.is_grad_enabled() else None
+        cut = None if one_pass else first_random_stage(network)
         if cut is None:
-            logits = self.logits(network, x)
-            return logits, logits
-        depth = len(network.stages)
-        if cut < depth and (halves := _split(network.stages[cut])) is not None:
-            stages = [*network.stages[:cut], *halves, *network.stages[cut + 1 :]]
-            network = network._replace(stages=stages)
-            return Tree(self.plan.split(cut), self.operations)._twice(network, x, cut + 1)
-        return self._twice(network, x, cut)
+            h = self.advance(network, x, 0, len(network.stages), liveness)
+            logits = self.finish(network, h, x.shape[0])
+            return Whole(logits, logits, liveness)
+        network, plan, cut = split_at(network, self.plan, cut)
+        return Tree(plan, self.operations)._evaluate_twice(network, x, cut)
 
-    def _twice(self, network: Network, x: Tensor, cut: int) -> tuple[Tensor, Tensor]:
+    def _evaluate_twice(self, network: Network, x: Tensor, cut: int) -> Whole:
         depth = len(network.stages)
-        trunk = self._advance(network, x, 0, cut)
+        liveness = TreeLiveness(self.plan) if torch.is_grad_enabled() else None
+        trunk = self.advance(network, x, 0, cut, liveness)
         with torch.no_grad(), network.random_layers_off(cut):
-            calm = self._advance(network, trunk, cut, depth)
-            calm = self._finish(network, calm, x.shape[0])
-        noisy = self._advance(network, trunk, cut, depth)
-        return calm, self._finish(network, noisy, x.shape[0])
+            calm = self.advance(network, trunk, cut, depth)
+            calm = self.finish(network, calm, x.shape[0])
+        noisy = self.advance(network, trunk, cut, depth, liveness)
+        return Whole(calm, self.finish(network, noisy, x.shape[0]), liveness)
 
-    def _advance(self, network: Network, h: Fold, first: int, stop: int) -> Fold:
+    def advance(
+        self,
+        network: Network,
+        h: Fold,
+        first: int,
+        stop: int,
+        liveness: TreeLiveness | None = None,
+    ) -> Fold:
         """Runs the stages ``first .. stop - 1`` on a level's rows."""
         for i in range(first, stop):
             branches, level = network.stages[i], self.plan.levels[i]
             used = [branches[b] for b in level.used_branches]
-            out = fused_stage.run(self.operations.levels, used, h, level)
+            live = None if liveness is None else liveness.levels[i]
+            out = fused_stage.run(self.operations.levels, used, h, level, live)
             if out is not None:
                 h = out
             elif self.plan.continues(i):
@@ -104,7 +110,7 @@ class Tree:
         parts = [_call(branch, part) for branch, part in zip(used, h.parts, strict=True)]
         return Stacks(parts, level)
 
-    def _finish(self, network: Network, h: Fold, samples: int) -> Tensor:
+    def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
         leaves = len(self.plan.levels[-1])
         logits = self._rows_first_logits(network, h, leaves, samples)
@@ -139,12 +145,24 @@ def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:
     return not any(True for b in there for _ in (*b.module.parameters(), *b.module.buffers()))
 
 
-def _first_random_stage(network: Network) -> int | None:
+def first_random_stage(network: Network) -> int | None:
     """The first stage with an active random layer; the depth if only the head has one."""
     for i, branches in enumerate(network.stages):
         if any(active_random_layers(b.module) for b in branches if b is not None):
             return i
     return len(network.stages) if active_random_layers(network.head) else None
+
+
+def split_at(network: Network, plan: Plan, cut: int) -> tuple[Network, Plan, int]:
+    """The same network with a stage cut in two where its random layers begin, if that can be.
+
+    Returns:
+        The network and its plan, and the first stage with a random layer in them.
+    """
+    if cut < len(network.stages) and (halves := _split(network.stages[cut])) is not None:
+        stages = [*network.stages[:cut], *halves, *network.stages[cut + 1 :]]
+        return network._replace(stages=stages), plan.split(cut), cut + 1
+    return network, plan, cut
 
 
 def _split(branches: Sequence[Branch | None]) -> tuple[list, list] | None:
@@ -165,7 +183,23 @@ def _split(branches: Sequence[Branch | None]) -> tuple[list, list] | None:
 
 
 def _part(branch: Branch, start: int, stop: int | None) -> Branch:
-    module = branch.module[start:stop]
+    module = _slice(branch.module, start, stop)
     layers = dict(module.named_children())
     tensors = {k: t for k, t in branch.tensors.items() if k.partition(".")[0] in layers}
     return Branch(module, tensors)
+
+
+def _slice(module: nn.Sequential, start: int, stop: int | None) -> nn.Sequential:
+    """Some of a stage's layers as a module; the same object for as long as the layers stay."""
+    if torch.compiler.is_compiling():
+        return module[start:stop]
+    parts = _slices.setdefault(module, {})
+    layers = list(module)[start:stop]
+    known = parts.get((start, stop))
+    if known is None or list(known) != layers:
+        known = parts[start, stop] = module[start:stop]
+    known.training = module.training
+    return known
+
+
+_slices: WeakKeyDictionary[nn.Sequential, dict[tuple, nn.Sequential]] = WeakKeyDictionary()

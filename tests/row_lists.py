@@ -1,0 +1,29 @@
+"""The level operation of PyTorch itself, which works in float64: proves lists, skips and cuts."""
+
+from __future__ import annotations
+
+from lasem_fast.backends import plain_torch
+from lasem_fast.operations import Operations
+from lasem_fast.plan import Plan
+from lasem_fast.tree import Tree
+
+
+class PlainLevel:
+    """Takes every fused layer, in plain PyTorch."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def why_not(self, layer, x) -> str:
+        return ""
+
+    def __call__(self, layer, x, level, skip, liveness):
+        self.calls += 1
+        return plain_torch.level(layer, x, level, skip)
+
+
+PLAIN = Operations(levels=(PlainLevel(),))
+
+
+def evaluator_of(space, operations) -> Tree:
+    return Tree(Plan.of_configs(space.configs), operations)

@@ -1,0 +1,73 @@
+"""The tree in parts equals brute force in float64, wherever it is cut."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import cases
+from oracle import assert_equals, brute_force
+from row_lists import PLAIN
+
+import lasem_fast as lf
+from lasem_fast.bounded import BoundedTree
+from lasem_fast.budget import Cut
+from lasem_fast.network import Network
+from lasem_fast.operations import Operations
+from lasem_fast.plan import Plan
+
+
+def _check(net, space, x, y, operations, cut, weighs=None):
+    """Log-likelihoods, and the gradients of the posterior-weighted loss of some configurations."""
+    tree = BoundedTree(Plan.of_configs(space.configs), operations, 0)
+    tree._cut = lambda *_: cut
+    evaluation = tree.evaluate(Network(net.branches("a"), net.heads["a"], "a"), x, one_pass=False)
+    truth = brute_force(net, space.bits, x, y, "a")
+    picked = torch.arange(len(y))
+    log_prob = evaluation.e_step.log_softmax(-1)[:, picked, y]
+    assert_equals(log_prob.sum(1).detach(), truth.log_likelihood, "log_likelihood")
+    posterior = truth.posterior
+    if weighs is not None:
+        posterior = torch.where(weighs, posterior, 0)
+        truth = brute_force(net, space.bits, x, y, "a", posterior=posterior)
+    part = evaluation.m_step(weighs)
+    rows = list(range(len(space)) if part.configs is None else part.configs)
+    nll = -part.logits.log_softmax(-1)[:, picked, y].mean(1)
+    net.zero_grad()
+    (posterior[rows] * nll).sum().backward()
+    for name, parameter in net.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_equals(grad, truth.grads[name], f"gradient of {name}")
+
+
+@settings(max_examples=25)
+@given(cases(max_depth=5), st.randoms(use_true_random=False))
+@pytest.mark.parametrize("operations", [Operations(), PLAIN], ids=["PyTorch", "fused layers"])
+def test_every_cut_equals_brute_force(operations, case, draw):
+    plan = Plan.of_configs(case.space.configs)
+    for stage in range(1, case.net.depth):
+        rows = draw.choice([1, 2, 3, len(plan.levels[stage - 1])])
+        weighs = None
+        if draw.random() < 0.5:
+            weighs = torch.tensor([draw.random() < 0.4 for _ in range(len(case.space))])
+            weighs[draw.randrange(len(weighs))] = True
+        _check(case.net, case.space, case.x, case.y, operations, Cut(stage, rows, 0), weighs)
+
+
+@pytest.mark.parametrize("operations", [Operations(), PLAIN], ids=["PyTorch", "fused layers"])
+@pytest.mark.parametrize("kind", ["groups", "list"])
+def test_cuts_across_skips(kind, operations):
+    torch.manual_seed(0)
+    architecture = lf.nets.residual17(4, width=0.05)
+    net = architecture.net()
+    net.add_task("a", architecture.head(3))
+    net.double().eval()
+    drawn = random.Random(1)
+    lists = [[drawn.random() < 0.5 for _ in range(17)] for _ in range(5)]
+    space = architecture.space() if kind == "groups" else lf.ConfigSpace.from_configs(lists)
+    x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 2])
+    for stage in range(1, 17, 3 if kind == "list" else 5):
+        _check(net, space, x, y, operations, Cut(stage, 2, 0))

@@ -1,0 +1,170 @@
+"""Stages lowered to fused layers: what is found, what is refused, and that it computes the same."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_step_equals, brute_force
+from row_lists import PLAIN, evaluator_of
+from torch import nn
+
+import lasem_fast as lf
+from lasem_fast.lowering import Program, program_of
+from lasem_fast.tools.builtin import NETS
+
+
+class Block(nn.Module):
+    """A residual block as a user writes it."""
+
+    def __init__(self, channels=4, down=None, how="functions"):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.down = down
+        self.how = how
+
+    def forward(self, h):
+        skip = h if self.down is None else self.down(h)
+        if self.how == "functions":
+            return F.max_pool2d(torch.relu(self.second(F.relu(self.first(h))) + skip), 2)
+        if self.how == "methods":
+            return self.second(self.first(h).relu()).add(skip).relu()
+        out = F.relu(self.first(h), inplace=True)
+        out = self.second(out)
+        out += skip
+        return out.relu_()
+
+
+def _summary(module):
+    program = program_of(module)
+    assert isinstance(program, Program), program
+    return [
+        (layer.name, layer.source, layer.relu, layer.skip, layer.relu_after, layer.pool.size)
+        for layer in program.layers
+    ]
+
+
+@pytest.mark.parametrize(("how", "pool"), [("functions", 2), ("methods", 1), ("in place", 1)])
+def test_a_residual_block_is_two_fused_layers(how, pool):
+    assert _summary(Block(how=how)) == [
+        ("first", 0, True, None, False, 1),
+        ("second", 1, False, 0, True, pool),
+    ]
+
+
+def test_a_projection_is_a_layer_of_its_own_and_the_later_one_adds():
+    layers = _summary(Block(down=nn.Conv2d(4, 4, 1)))
+    assert layers[-1] == ("second", 2, False, 1, True, 2)
+    assert [layer[0] for layer in layers] == ["down", "first", "second"]
+
+
+def test_the_builtin_residual_net_is_all_fused_layers():
+    layers = [_summary(stage) for stage in NETS["residual-17"].stages()]
+    assert [len(of_stage) for of_stage in layers] == [3, 2, 2, 2, 2, 2, 2, 2]
+    assert layers[1][-1] == ("layers.2", 1, True, 0, False, 1)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(2, 2, 3), 0
+
+    def forward(self, h):
+        self.calls += 1
+        return self.conv(h)
+
+
+class Branching(Counting):
+    def forward(self, h):
+        return self.conv(h) if h.sum() > 0 else h
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.GELU()), "GELU"),
+        (nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3)), "ReLU does not follow"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(), nn.Conv2d(2, 2, 3)), "random numbers"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(3, stride=1)), "max-pool"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)), "BatchNorm2d"),
+        (Counting(), "changes attributes"),
+        (Branching(), "cannot be traced"),
+        (lf.nets.SkipLayer(nn.Conv2d(2, 2, 3, padding=1), nn.MaxPool2d(2)), "passes its pool"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_what_is_refused_says_why(module, reason):
+    before = {name: value for name, value in vars(module).items() if name != "_modules"}
+    assert reason in program_of(module)
+    assert before == {name: value for name, value in vars(module).items() if name != "_modules"}
+
+
+def test_a_trace_follows_the_module():
+    block = Block()
+    assert program_of(block) is program_of(block)
+    block.how = "methods"
+    assert _summary(block)[-1][-1] == 1
+    block.second = nn.Conv2d(4, 4, 1)
+    assert program_of(block).layers[1].core is block.second
+    block.second.register_forward_hook(lambda *_: None)
+    assert "hooks" in program_of(block)
+    dropout = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(0.5), nn.ReLU())
+    assert "random numbers" in program_of(dropout)
+    assert _summary(dropout.eval()) == [("0", 0, True, None, False, 1)]
+
+
+def test_a_trace_does_not_keep_its_module():
+    block = Block()
+    program_of(block)
+    gone = weakref.ref(block)
+    del block
+    gc.collect()
+    assert gone() is None
+
+
+class Passing(nn.Module):
+    """Uses what its first convolution gives three times, so that nothing may be fused into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+    def forward(self, h):
+        a = self.first(h)
+        return (self.second(a) + a).relu()
+
+
+STAGES = {
+    "functions": lambda: Block(),
+    "methods": lambda: Block(how="methods"),
+    "in place": lambda: Block(how="in place"),
+    "projection": lambda: Block(down=nn.Conv2d(4, 4, 1)),
+    "passing": Passing,
+    "wide first": lambda: nn.Sequential(nn.Conv2d(4, 4, 7, padding=3), nn.ReLU(), Block()),
+    "no epilogue": lambda: nn.Conv2d(4, 4, 3, padding=1),
+    "pool before relu": lambda: nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(3, padding=1, ceil_mode=True), nn.ReLU()
+    ),
+}
+
+
+@pytest.mark.parametrize("groups", [None, (2, 1), (1, 2)])
+@pytest.mark.parametrize("name", STAGES)
+def test_fused_layers_equal_brute_force(name, groups):
+    torch.manual_seed(0)
+    net = lf.TransferNet([copy.deepcopy(STAGES[name]()) for _ in range(3)])
+    with torch.no_grad():
+        side = net.shared[2](net.shared[1](net.shared[0](torch.zeros(1, 4, 9, 8)))).shape[2:]
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(4 * side.numel(), 3)))
+    net.double()
+    x, y = torch.randn(3, 4, 9, 8, dtype=torch.float64), torch.tensor([0, 2, 1])
+    em = lf.LASEM(net, lf.ConfigSpace(3, groups), backend="torch")
+    em._evaluator, calls = evaluator_of(em.space, PLAIN), PLAIN.levels[0].calls
+    truth = brute_force(net, em.space.bits, x, y, "a")
+    assert_step_equals(net, em(x, y, "a"), truth)
+    assert PLAIN.levels[0].calls > calls
