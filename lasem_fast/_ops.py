@@ -7,6 +7,8 @@ it; then :func:`supported` is false, :func:`why_unsupported` says why, and the o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -19,12 +21,13 @@ except ImportError as error:
 
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
-    "winograd_level(Tensor x, Tensor weight, Tensor bias, int padding, int pool, int pool_pad, "
-    "int out_h, int out_w, int tile) -> (Tensor, Tensor)"
+    "winograd_level(Tensor x, Tensor weight, Tensor bias, Tensor parents, Tensor branches, "
+    "int padding, int pool, int pool_pad, int out_h, int out_w, int tile) -> (Tensor, Tensor)"
 )
 _library.define(
-    "winograd_level_backward(Tensor dy, Tensor x, Tensor code, Tensor weight, int padding, "
-    "int pool, int pool_pad, int tile, bool need_dx) -> (Tensor, Tensor, Tensor)"
+    "winograd_level_backward(Tensor dy, Tensor x, Tensor code, Tensor weight, Tensor parents, "
+    "Tensor branches, Tensor? live, int padding, int pool, int pool_pad, int tile, bool need_dx) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define("channels_last_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 _library.define(
@@ -44,15 +47,13 @@ _posterior_head = torch.ops.lasem_fast.posterior_head.default
 
 
 @torch.library.register_fake("lasem_fast::winograd_level", lib=_library)
-def _(x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile):
-    prefixes, samples = x.shape[:2]
-    branches, out_channels = weight.shape[:2]
-    size = (prefixes, branches, samples, out_h, out_w, out_channels)
+def _(x, weight, bias, parents, branches, padding, pool, pool_pad, out_h, out_w, tile):
+    size = (parents.shape[0], x.shape[1], out_h, out_w, weight.shape[1])
     return x.new_empty(size), x.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("lasem_fast::winograd_level_backward", lib=_library)
-def _(dy, x, code, weight, padding, pool, pool_pad, tile, need_dx):
+def _(dy, x, code, weight, parents, branches, live, padding, pool, pool_pad, tile, need_dx):
     dx = torch.empty_like(x) if need_dx else x.new_empty((0,))
     return dx, torch.empty_like(weight), weight.new_empty(weight.shape[:2])
 
@@ -111,13 +112,29 @@ def clear_scratch() -> int:
     return _cpu.clear_scratch() if _cpu else 0
 
 
+@dataclass
+class Liveness:
+    """Which rows of a level its backward goes through, to be set before it runs.
+
+    Attributes:
+        live: bool ``[R]`` on the CPU; ``None`` is all of them.
+    """
+
+    live: Tensor | None = None
+
+
 class WinogradLevel(torch.autograd.Function):
     """One tree level with its backward: one operator call in each direction."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile):
-        y, code = _level(x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile)
-        ctx.save_for_backward(x, weight, code)
+    def forward(
+        ctx, x, weight, bias, parents, branches, liveness, padding, pool, pool_pad, out_h, out_w,
+        tile,
+    ):  # fmt: skip
+        rows = parents, branches
+        y, code = _level(x, weight, bias, *rows, padding, pool, pool_pad, out_h, out_w, tile)
+        ctx.save_for_backward(x, weight, code, *rows)
+        ctx.liveness = liveness
         ctx.sizes = padding, pool, pool_pad, tile
         ctx.mark_non_differentiable(code)
         ctx.set_materialize_grads(False)
@@ -127,11 +144,14 @@ class WinogradLevel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
-            return (None,) * 9
-        x, weight, code = ctx.saved_tensors
+            return (None,) * 12
+        x, weight, code, *rows = ctx.saved_tensors
         need_dx = ctx.needs_input_grad[0]
-        dx, dweight, dbias = _level_backward(dy.contiguous(), x, code, weight, *ctx.sizes, need_dx)
-        return (dx if need_dx else None, dweight, dbias) + (None,) * 6
+        live = None if ctx.liveness is None else ctx.liveness.live
+        dx, dweight, dbias = _level_backward(
+            dy.contiguous(), x, code, weight, *rows, live, *ctx.sizes, need_dx
+        )
+        return (dx if need_dx else None, dweight, dbias) + (None,) * 9
 
 
 class ChannelsLastLinear(torch.autograd.Function):
@@ -185,18 +205,27 @@ def winograd_level(
     weight: Tensor,
     bias: Tensor,
     *,
+    parents: Tensor,
+    branches: Tensor,
     padding: int,
     pool: int = 1,
     pool_pad: int = 0,
     out_size: tuple[int, int] | None = None,
     tile: int | None = None,
+    liveness: Liveness | None = None,
 ) -> Tensor:
-    """One level: ``max_pool2d(relu(conv2d(x, weight, bias)))`` of every prefix in every branch.
+    """One level: ``max_pool2d(relu(conv2d(x, weight, bias)))`` of a list of rows.
+
+    Row r is parent ``parents[r]`` through branch ``branches[r]``. Any pairs in any order will do:
+    a parent is read once however many rows come from it, and not at all if none does, so that it
+    may then hold anything. What no row uses has gradient 0.
 
     Args:
         x: ``[P, N, H, W, C]``, contiguous, float32 (float64: slow, for tests).
         weight: ``[G, Co, C, R, R]`` with R = 3 or 5, one filter bank per branch.
         bias: ``[G, Co]``.
+        parents: int64 ``[R]`` on the CPU, rows of ``x``.
+        branches: int64 ``[R]`` on the CPU, rows of ``weight``; no (parent, branch) pair twice.
         padding: of the convolution, 0 to R - 1; its stride is 1.
         pool: window and stride of the pool, 1 (none), 2 or 3.
         pool_pad: padding before the first window, at most ``pool // 2``; never wins.
@@ -205,9 +234,12 @@ def winograd_level(
         tile: ``m`` of Winograd F(m x m, R x R), larger being faster and rounding more. For R = 3:
             2, 3 or 4; 1 is the direct algorithm, which up to 4 input channels is always used.
             For R = 5: 2. ``None`` is the largest.
+        liveness: its ``live``, as it is when the backward runs, names the rows that count there:
+            neither the gradient of another row nor a parent that only such rows use is read.
+            ``None``: all rows.
 
     Returns:
-        ``[P, G, N, out_h, out_w, Co]``; ``y.flatten(0, 1)`` is the next level's ``x``.
+        ``[R, N, out_h, out_w, Co]``: the next level's ``x``.
 
     Raises:
         RuntimeError: a shape, dtype or size that does not fit, naming the argument.
@@ -221,7 +253,8 @@ def winograd_level(
         )
     if tile is None:
         tile = 2 if filter_size == 5 else 4
-    return WinogradLevel.apply(x, weight, bias, padding, pool, pool_pad, *out_size, tile)[0]
+    rows = parents.contiguous(), branches.contiguous(), liveness
+    return WinogradLevel.apply(x, weight, bias, *rows, padding, pool, pool_pad, *out_size, tile)[0]
 
 
 def channels_last_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from lasem_fast import _ops as ops
 
 pytestmark = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
 
-level = torch.ops.lasem_fast.winograd_level.default
-level_backward = torch.ops.lasem_fast.winograd_level_backward.default
+level_op = torch.ops.lasem_fast.winograd_level.default
+level_backward_op = torch.ops.lasem_fast.winograd_level_backward.default
 
 # Error against float64 as a multiple of PyTorch's in float32, per filter and tile: y, dx, dweight,
 # dbias. Measured at most (1.0, 0.5, 1.2, 1.1), (0.9, 1.1, 1.4, 1.1), (1.9, 3.5, 2.7, 1.1),
@@ -34,6 +34,32 @@ ERROR_FACTOR = {
 ALGORITHMS = list(ERROR_FACTOR)
 # Filter, tile and pool for which no transform rounds the weight gradient; its factor is then 2.
 BY_WINDOW = {(3, 2, 2), (3, 2, 3), (3, 3, 3), (3, 4, 3), (5, 2, 2), (5, 2, 3)}
+
+
+def every_row(x, weight):
+    """Parents and branches of a full level, branch innermost."""
+    prefixes, branches = x.shape[0], weight.shape[0]
+    return torch.arange(prefixes).repeat_interleave(branches), torch.arange(branches).repeat(
+        prefixes
+    )
+
+
+def level(x, weight, bias, *sizes):
+    """The full level [P, G, N, h, w, Co] and its code; see test_level_rows.py for other lists."""
+    outputs = level_op(x, weight, bias, *every_row(x, weight), *sizes)
+    return tuple(t.unflatten(0, (x.shape[0], weight.shape[0])) for t in outputs)
+
+
+def level_backward(dy, x, code, weight, *sizes):
+    rows = (*every_row(x, weight), None)
+    return level_backward_op(dy.flatten(0, 1), x, code.flatten(0, 1), weight, *rows, *sizes)
+
+
+def full_level(x, weight, bias, **sizes):
+    """The autograd function on the full level, [P, G, N, h, w, Co]."""
+    parents, branches = every_row(x, weight)
+    y = ops.winograd_level(x, weight, bias, parents=parents, branches=branches, **sizes)
+    return y.unflatten(0, (x.shape[0], weight.shape[0]))
 
 
 def conv(x, weight, bias, padding):
@@ -119,7 +145,7 @@ def test_float64_equals_pytorch(seed, filter_size):
     expected = reference(*leaves, padding, pool, pool_pad, out_h, out_w)
     dy = torch.randn_like(expected)
     expected_grads = torch.autograd.grad(expected, leaves, dy)
-    y = ops.winograd_level(
+    y = full_level(
         *leaves, padding=padding, pool=pool, pool_pad=pool_pad, out_size=(out_h, out_w), tile=tile
     )
     grads = torch.autograd.grad(y, leaves, dy)
@@ -221,7 +247,7 @@ def test_gradcheck(algorithm, pool, pool_pad, size):
     ]
 
     def f(x, weight, bias):
-        return ops.winograd_level(
+        return full_level(
             x,
             weight,
             bias,
@@ -243,11 +269,14 @@ def test_opcheck_of_levels(dtype, filter_size, tile):
     weight = torch.randn(2, 3, 5, filter_size, filter_size, dtype=dtype)
     bias = torch.randn(2, 3, dtype=dtype)
     padding = filter_size // 2
-    torch.library.opcheck(level, (x, weight, bias, padding, 2, 0, 3, 4, tile))
-    y, code = level(x, weight, bias, padding, 2, 0, 3, 4, tile)
-    for need_dx in (True, False):
+    rows = torch.tensor([1, 0, 0]), torch.tensor([1, 0, 1])
+    torch.library.opcheck(level_op, (x, weight, bias, *rows, padding, 2, 0, 3, 4, tile))
+    y, code = level_op(x, weight, bias, *rows, padding, 2, 0, 3, 4, tile)
+    dy = torch.randn_like(y)
+    for need_dx, live in ((True, None), (False, torch.tensor([True, False, True]))):
         torch.library.opcheck(
-            level_backward, (torch.randn_like(y), x, code, weight, padding, 2, 0, tile, need_dx)
+            level_backward_op,
+            (dy, x, code, weight, *rows, live, padding, 2, 0, tile, need_dx),
         )
 
 
@@ -392,7 +421,7 @@ def test_concurrent_calls(isa):
 def test_empty_batch(isa):
     x, weight, bias = torch.randn(2, 0, 6, 6, 8), torch.randn(2, 4, 8, 3, 3), torch.randn(2, 4)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    y = ops.winograd_level(*leaves, padding=1)
+    y = full_level(*leaves, padding=1)
     assert y.shape == (2, 2, 0, 6, 6, 4)
     y.sum().backward()
     assert x.grad.shape == x.shape
@@ -402,7 +431,7 @@ def test_empty_batch(isa):
 def test_no_input_gradient(isa):
     (x, weight, bias), _ = draw(3, torch.float32)
     weight.requires_grad_()
-    ops.winograd_level(x, weight, bias, padding=1).sum().backward()
+    full_level(x, weight, bias, padding=1).sum().backward()
     assert x.grad is None and weight.grad.isfinite().all()
 
 
@@ -411,13 +440,15 @@ def test_the_largest_tile_is_the_default(filter_size, tile):
     (x, weight, bias), _ = draw(3, torch.float32, filter_size, channels=(8,))
     padding = filter_size // 2
     want = level(x, weight, bias, padding, 1, 0, *x.shape[2:4], tile)[0]
-    assert torch.equal(ops.winograd_level(x, weight, bias, padding=padding), want)
+    assert torch.equal(full_level(x, weight, bias, padding=padding), want)
 
 
 GOOD = {
     "x": torch.zeros(1, 2, 6, 6, 8),
     "weight": torch.zeros(2, 4, 8, 3, 3),
     "bias": torch.zeros(2, 4),
+    "parents": torch.zeros(2, dtype=torch.int64),
+    "branches": torch.arange(2),
     "padding": 1,
     "pool": 2,
     "pool_pad": 0,
@@ -439,27 +470,38 @@ GOOD = {
         ("weight", torch.zeros(2, 4, 7, 3, 3), "weight must have shape"),
         ("weight", torch.zeros(2, 4, 8, 3, 3, dtype=torch.float64), "weight must have dtype"),
         ("bias", torch.zeros(2, 5), "bias must have shape"),
+        ("parents", torch.zeros(2), "parents must have dtype"),
+        ("parents", torch.zeros(1, 2).long(), r"parents must have shape \(R,\), got 2 dim"),
+        ("parents", torch.tensor([0, 1]), "parents must be from 0 to 0, got 1 for row 1"),
+        ("branches", torch.tensor([0, -1]), "branches must be from 0 to 1, got -1 for row 1"),
+        ("branches", torch.zeros(3).long(), "branches must have shape"),
+        ("branches", torch.ones(2).long(), "each pair once, got parent 0 through branch 1 as rows"),
         ("padding", 3, "padding must be from 0 to 2, got 3"),
         ("padding", -1, "padding must be from 0 to 2, got -1"),
         ("pool", 4, "pool must be 1, 2 or 3, got 4"),
         ("pool_pad", 2, "pool_pad must be"),
         ("out_h", 4, "out_h must be"),
         ("out_w", 0, "out_w must be"),
+        ("out_w", 2**62, "out_w must be"),
         ("tile", 5, "tile must be"),
     ],
 )
 def test_level_errors(name, value, message):
     with pytest.raises(RuntimeError, match=message):
-        level(*{**GOOD, name: value}.values())
+        level_op(*{**GOOD, name: value}.values())
 
 
 def test_backward_errors():
     x, weight = GOOD["x"], GOOD["weight"]
-    y, code = level(*GOOD.values())
+    y, code = level_op(*GOOD.values())
+    rows = GOOD["parents"], GOOD["branches"]
     with pytest.raises(RuntimeError, match="dy must have shape"):
-        level_backward(y[:, :1].contiguous(), x, code, weight, 1, 2, 0, 4, True)
+        level_backward_op(y[:1], x, code, weight, *rows, None, 1, 2, 0, 4, True)
     with pytest.raises(RuntimeError, match="code must have dtype"):
-        level_backward(y, x, y, weight, 1, 2, 0, 4, True)
+        level_backward_op(y, x, y, weight, *rows, None, 1, 2, 0, 4, True)
+    live = torch.ones(3, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="live must have shape"):
+        level_backward_op(y, x, code, weight, *rows, live, 1, 2, 0, 4, True)
 
 
 @pytest.mark.parametrize(
@@ -575,9 +617,7 @@ def test_tree_equals_pytorch_in_float64():
         for weight, bias in zip(weights, biases, strict=True):
             side = -(-x.shape[2] // 3)
             x = (
-                ops.winograd_level(
-                    x, weight, bias, padding=1, pool=3, out_size=(side, side), tile=4
-                )
+                full_level(x, weight, bias, padding=1, pool=3, out_size=(side, side), tile=4)
                 if fast
                 else reference(x, weight, bias, 1, 3, 0, side, side)
             ).flatten(0, 1)
@@ -603,12 +643,12 @@ def test_autocast_computes_in_float32_what_came_in_lower_precision():
     x = torch.randn(1, 2, 6, 6, 5, dtype=torch.bfloat16, requires_grad=True)
     weight, bias = torch.randn(2, 4, 5, 3, 3, requires_grad=True), torch.randn(2, 4)
     exact = x.detach().float().requires_grad_()
-    expected = ops.winograd_level(exact, weight, bias, padding=1)
+    expected = full_level(exact, weight, bias, padding=1)
     (dx,) = torch.autograd.grad(expected.sum(), exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ops.winograd_level(x, weight, bias, padding=1)
+        y = full_level(x, weight, bias, padding=1)
     assert torch.equal(y, expected)
     (got,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(got, dx.bfloat16())
     with pytest.raises(RuntimeError, match="x must have dtype float32 or float64"):
-        ops.winograd_level(x, weight, bias, padding=1)
+        full_level(x, weight, bias, padding=1)

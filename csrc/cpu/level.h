@@ -6,18 +6,42 @@
 
 namespace lasem_fast {
 
-// One tree level: x [P, N, H, W, C] -> y, code [P, G, N, out_h, out_w, Co], all contiguous.
+// One tree level: x [P, N, H, W, C] -> y, code [R, N, out_h, out_w, Co], all contiguous; an output
+// row is a parent through a branch. A slot is a branch that some row takes, in ascending order.
 struct LevelShape {
-  int64_t prefixes, samples, height, width, in_channels;
-  int64_t branches, out_channels, filter;  // filter: r of r x r
+  int64_t parents, samples, height, width, in_channels;
+  int64_t slots, out_channels, filter;  // filter: r of r x r
   int64_t padding, pool, pool_pad, out_height, out_width;
   int64_t conv_height, conv_width;  // of the convolution, before the pool
   int64_t tile;                     // m of F(m x m, r x r); 1 = direct
 };
 
+// Which row a parent gives in a slot, and the slots' branches.
+struct LevelRows {
+  const int64_t* row_of;     // [parents][slots], -1 where there is none
+  const int64_t* branch_of;  // [slots]
+};
+
+// The parents that go through one and the same set of slots. A block never spans two classes, and
+// multiplies only the panels of columns that hold outputs of these slots.
+struct LevelClass {
+  const int64_t* parents;  // ascending
+  int64_t count;
+  int64_t slots;          // of its rows: what one of its images costs
+  int64_t* panels;        // ascending; room for those of all slots
+  int64_t panel_count;    // set by the plan, as all below
+  int64_t columns;        // panel_count * kPanel
+  bool has_idle_vectors;  // whether its panels hold more than outputs of its slots
+  int64_t block_units;    // units per block
+  int64_t blocks;         // of the forward
+};
+
 // How a level is cut for one instruction set; sizes are in elements of the scalar type.
 struct LevelPlan {
   LevelShape shape;
+  LevelRows rows;
+  const LevelClass* classes;
+  int64_t class_count;
   int64_t tile;  // conv outputs per tile side
   int64_t unit;  // tiles per unit side: a unit is the least square that pool windows fill
   int64_t units_y, units_x;
@@ -25,14 +49,14 @@ struct LevelPlan {
   int64_t rows_per_tile;   // rows each tile adds to a product: 1, or m^2 when direct
   int64_t depth;           // inner dimension of the forward product: C, or r^2 C when direct
   int64_t depth_stride;    // depth rounded up to whole panels
-  int64_t branch_vectors;  // vectors per branch
-  int64_t out_vectors;     // vectors over all branches
-  int64_t out_stride;      // outputs over all branches, rounded up to whole panels
-  int64_t block_units;     // units per block
+  int64_t branch_vectors;  // vectors per slot
+  int64_t out_vectors;     // vectors over all slots
+  int64_t out_stride;      // outputs over all slots, rounded up to whole panels
   int64_t batch_pad;       // keeps the batches of a block out of one another's cache sets
   int64_t forward_blocks;
   int64_t pack_size, pack_items;              // weights for the forward product
   int64_t pack_back_size, pack_back_items;    // weights for the input gradient
+  int64_t in_size, panel_size, out_size;      // V, M and dM of a block, of the largest class
   int64_t forward_scratch, backward_scratch;  // per task
   int64_t partial_size, bias_at;              // weight and bias gradient of one task
   int64_t finish_items;
@@ -58,8 +82,10 @@ struct LevelBackward {
 };
 
 // Every range is split by the caller; none of these functions starts a thread or allocates.
+// Images are counted over the parents of all classes, class after class.
 struct LevelKernels {
-  void (*plan)(const LevelShape& shape, int64_t threads, bool backward, LevelPlan* plan);
+  void (*plan)(const LevelShape& shape, const LevelRows& rows, LevelClass* classes,
+               int64_t class_count, int64_t threads, bool backward, LevelPlan* plan);
   void (*pack)(const LevelPlan& plan, const void* weight, void* packed, int64_t begin, int64_t end);
   void (*forward)(const LevelPlan& plan, const LevelForward& args, void* scratch, int64_t begin,
                   int64_t end);

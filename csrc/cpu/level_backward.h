@@ -157,10 +157,11 @@ struct Backward {
     const LevelShape& s = p.shape;
     prefetch_patch(p, static_cast<const Scalar*>(args.x), u, part, parts);
     constexpr int64_t kWindows = R / kPool;
-    const int64_t rows = s.branches * kWindows, n = kWindows * s.out_channels;
+    const int64_t rows = s.slots * kWindows, n = kWindows * s.out_channels;
     for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
-      const int64_t row =
-          (u.out_image + r / kWindows * s.samples) * s.out_height + u.wy + r % kWindows;
+      const int64_t slot = r / kWindows;
+      if (!u.takes(slot)) continue;
+      const int64_t row = u.out_image(slot, s.samples) * s.out_height + u.wy + r % kWindows;
       const int64_t at = (row * s.out_width + u.wx) * s.out_channels;
       prefetch_run(static_cast<const Scalar*>(args.dy) + at,
                    n * static_cast<int64_t>(sizeof(Scalar)));
@@ -168,22 +169,23 @@ struct Backward {
     }
   }
 
-  void gather_output(const Unit& u, int64_t vector, int64_t m_stride) const {
+  // One vector of the outputs' gradients; `to` is where it goes in the rows of dM.
+  void gather_output(const LevelClass& of, const Unit& u, int64_t vector, Scalar* to,
+                     int64_t m_stride) const {
     const LevelShape& s = p.shape;
-    const int64_t branch = vector / p.branch_vectors;
+    const int64_t slot = vector / p.branch_vectors;
     const int64_t co = vector % p.branch_vectors * kLanes, column = s.out_channels;
     const int64_t row = s.out_width * column;
-    const int64_t at =
-        ((u.out_image + branch * s.samples) * s.out_height + u.wy) * row + u.wx * column + co;
+    const int64_t image_row = u.out_image(slot, s.samples) * s.out_height + u.wy;
+    const int64_t at = image_row * row + u.wx * column + co;
     const Source from = {static_cast<const Scalar*>(args.dy) + at, args.code + at, row, column,
                          column - co};
-    Scalar* to = m + vector * kLanes;
     Vec d[R][R];
     const Vec sum = unpool_unit<kPool, R>(p, u, from, d);
     store(dbias + vector * kLanes, add(load(dbias + vector * kLanes), sum));
     if (kByWindow && !args.dx) return;  // nobody asks for dM
     if constexpr (side == 1) {
-      output_grad_tile<F>(d, to + u.first_tile * p.out_stride, m_stride);
+      output_grad_tile<F>(d, to + u.first_tile * of.columns, m_stride);
     } else {
       for (int t = 0; t < tiles; ++t) {
         if (!u.has_tile(t / side, t % side)) continue;
@@ -192,38 +194,64 @@ struct Backward {
         for (int e = 0; e < F::kTile * F::kTile; ++e)
           part[e / F::kTile][e % F::kTile] =
               d[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile];
-        output_grad_tile<F>(part, to + u.tile(t / side, t % side) * p.out_stride, m_stride);
+        output_grad_tile<F>(part, to + u.tile(t / side, t % side) * of.columns, m_stride);
       }
     }
   }
 
-  void flush(Unit* block, int64_t units) const {
+  // vb [rows, depth] -> dU of one batch, panel by panel of the class.
+  void add_weight_grad(const LevelClass& of, int64_t rows, const Scalar* vb, const Scalar* mb,
+                       Scalar* to) const {
+    for (int64_t i = 0; i < of.panel_count; ++i)
+      gemm_transposed_add(rows, p.depth, vb, p.depth_stride, mb + i * kPanel, of.columns,
+                          to + of.panels[i] * kPanel, p.out_stride);
+  }
+
+  // dV of one batch; the inner dimension goes over the outputs of all slots of the class, run by
+  // run of neighbouring panels.
+  void input_grad(const LevelClass& of, int64_t rows, const Scalar* mb, int64_t b,
+                  Scalar* vb) const {
+    for (int64_t first = 0, end; first < of.panel_count; first = end) {
+      for (end = first + 1; end < of.panel_count; ++end)
+        if (of.panels[end] != of.panels[end - 1] + 1) break;
+      const int64_t from = of.panels[first] * kPanel;
+      const int64_t depth = at_most((end - first) * kPanel, p.out_vectors * kLanes - from);
+      for (int64_t panel = 0; panel < p.depth_stride / kPanel; ++panel) {
+        const Scalar* w = static_cast<const Scalar*>(args.packed) +
+                          ((panel * p.batches + b) * p.out_stride + from) * kPanel;
+        Scalar* to = vb + panel * kPanel;
+        if (first == 0)
+          gemm_panel<false>(rows, depth, mb, of.columns, w, to, p.depth_stride);
+        else
+          gemm_panel<true>(rows, depth, mb + first * kPanel, of.columns, w, to, p.depth_stride);
+      }
+    }
+  }
+
+  void flush(const LevelClass& of, Unit* block, int64_t units) const {
     if (units == 0) return;
     const int64_t block_tiles = number_tiles(block, units), rows = block_tiles * p.rows_per_tile;
-    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in_batch(p);
-    const int64_t m_stride = F::kDirect ? block_tiles * p.out_stride : out_batch(p, p.out_stride);
+    const int64_t in = in_batch(p, of), out = out_batch(p, of, of.columns);
+    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in;
+    const int64_t m_stride = F::kDirect ? block_tiles * of.columns : out;
+    const int64_t vectors = 2 * of.panel_count;
     for (int64_t i = 0; i < units; ++i) {
       if constexpr (!kByWindow)
         input_tiles<F>(p, static_cast<const Scalar*>(args.x), block[i], edge, v, v_stride);
-      for (int64_t vector = 0; vector < p.out_vectors; ++vector) {
-        if (i + 1 < units) prefetch(block[i + 1], vector, p.out_vectors);
-        gather_output(block[i], vector, m_stride);
+      for (int64_t n = 0; n < vectors; ++n) {
+        if (i + 1 < units) prefetch(block[i + 1], n, vectors);
+        const int64_t vector = 2 * of.panels[n / 2] + n % 2;
+        if (vector < p.out_vectors && block->takes(vector / p.branch_vectors))
+          gather_output(of, block[i], vector, m + n * kLanes, m_stride);
       }
     }
     if constexpr (kByWindow) windows.add_block(block, units);
     for (int64_t b = 0; b < p.batches; ++b) {
-      Scalar* vb = v + b * in_batch(p);
-      const Scalar* mb = m + b * out_batch(p, p.out_stride);
-      if constexpr (!kByWindow)
-        gemm_transposed_add(rows, p.depth, p.out_stride, vb, p.depth_stride, mb, p.out_stride,
-                            du + b * p.depth * p.out_stride);
-      if (!args.dx) continue;
+      Scalar* vb = v + b * in;
+      const Scalar* mb = m + b * out;
+      if constexpr (!kByWindow) add_weight_grad(of, rows, vb, mb, du + b * p.depth * p.out_stride);
       // V of this batch is spent: dV takes its place.
-      for (int64_t panel = 0; panel < p.depth_stride / kPanel; ++panel)
-        gemm_panel<false>(rows, p.out_vectors * kLanes, mb, p.out_stride,
-                          static_cast<const Scalar*>(args.packed) +
-                              (panel * p.batches + b) * p.out_stride * kPanel,
-                          vb + panel * kPanel, p.depth_stride);
+      if (args.dx) input_grad(of, rows, mb, b, vb);
     }
     if (!args.dx) return;
     for (int64_t i = 0; i < units; ++i) {
@@ -238,14 +266,12 @@ struct Backward {
 
   // A sample whose gradient is exactly zero is left out, not multiplied: its input may be inf or
   // NaN.
-  bool image_takes_part(int64_t image) const {
+  bool takes_part(const Unit& u) const {
     const LevelShape& s = p.shape;
     const int64_t size = s.out_height * s.out_width * s.out_channels;
-    const Unit u = unit_of(p, image, 0, 0);
-    for (int64_t g = 0; g < s.branches; ++g)
-      if (any_nonzero(static_cast<const Scalar*>(args.dy) + (u.out_image + g * s.samples) * size,
-                      size))
-        return true;
+    const Scalar* dy = static_cast<const Scalar*>(args.dy);
+    for (int64_t slot = 0; slot < s.slots; ++slot)
+      if (u.takes(slot) && any_nonzero(dy + u.out_image(slot, s.samples) * size, size)) return true;
     return false;
   }
 
@@ -255,22 +281,35 @@ struct Backward {
     const int64_t reach_x = p.units_x * R - s.pool_pad + F::kFilter - 1 - s.padding;
     const bool covered = !F::kDirect && reach_y >= s.height && reach_x >= s.width;
     Unit block[kMaxUnits];
-    int64_t units = 0;
-    for (int64_t image = begin; image < end; ++image) {
-      const bool part = image_takes_part(image);
-      if (args.dx && (!part || !covered))
-        memset(dx_of(image), 0, sizeof(Scalar) * s.height * s.width * s.in_channels);
-      if (!part) continue;
-      for (int64_t uy = 0; uy < p.units_y; ++uy)
-        for (int64_t ux = 0; ux < p.units_x; ++ux) {
-          block[units++] = unit_of(p, image, uy, ux);
-          if (units == p.block_units) {
-            flush(block, units);
-            units = 0;
+    int64_t class_begin = 0;
+    for (int64_t i = 0; i < p.class_count && class_begin < end; ++i) {
+      const LevelClass& of = p.classes[i];
+      const int64_t images = of.count * s.samples;
+      const int64_t from = at_least(begin - class_begin, 0);
+      const int64_t to = at_most(end - class_begin, images);
+      class_begin += images;
+      if (from >= to) continue;
+      // Columns of dM that no row writes are read by the products.
+      if (of.has_idle_vectors)
+        memset(m, 0, sizeof(Scalar) * p.batches * out_batch(p, of, of.columns));
+      int64_t units = 0;
+      for (int64_t image = from; image < to; ++image) {
+        const Unit first = unit_of(p, of, image, 0, 0);
+        const bool part = takes_part(first);
+        if (args.dx && (!part || !covered))
+          memset(dx_of(first.image), 0, sizeof(Scalar) * s.height * s.width * s.in_channels);
+        if (!part) continue;
+        for (int64_t uy = 0; uy < p.units_y; ++uy)
+          for (int64_t ux = 0; ux < p.units_x; ++ux) {
+            block[units++] = unit_of(p, of, image, uy, ux);
+            if (units == of.block_units) {
+              flush(of, block, units);
+              units = 0;
+            }
           }
-        }
+      }
+      flush(of, block, units);
     }
-    flush(block, units);
   }
 };
 
@@ -278,12 +317,9 @@ template <class F, int kPool>
 static void backward_images(const LevelPlan& p, const LevelBackward& args, Scalar* scratch,
                             int64_t task, int64_t begin, int64_t end) {
   Scalar* partial = static_cast<Scalar*>(args.partial) + task * p.partial_size;
-  Scalar* m = scratch + p.batches * in_batch(p);
+  Scalar* m = scratch + p.in_size;
   memset(partial, 0, sizeof(Scalar) * p.partial_size);
-  // Panel padding of dM is read by the products and never written below.
-  if (p.out_vectors * kLanes != p.out_stride)
-    memset(m, 0, sizeof(Scalar) * p.batches * out_batch(p, p.out_stride));
-  Scalar* edge = m + p.batches * out_batch(p, p.out_stride);
+  Scalar* edge = m + p.out_size;
   memset(edge, 0, sizeof(Scalar) * 2 * p.shape.in_channels);
   Scalar* window_scratch = edge + round_up(2 * p.shape.in_channels, kLanes);
   const Backward<F, kPool> backward = {

@@ -197,44 +197,48 @@ static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar*
   const Scalar* bias = static_cast<const Scalar*>(args.bias);
   const Scalar* packed = static_cast<const Scalar*>(args.packed);
   const int64_t per_image = p.units_y * p.units_x;
-  const int64_t total = s.prefixes * s.samples * per_image;
   Scalar* v = scratch;
-  Scalar* m = v + p.batches * in_batch(p);
-  Scalar* zeros = m + p.batches * out_batch(p, kPanel);
+  Scalar* m = v + p.in_size;
+  Scalar* zeros = m + p.panel_size;
   memset(zeros, 0, sizeof(Scalar) * s.in_channels);
 
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t first = index * p.block_units;
-    const int64_t units = at_most(p.block_units, total - first);
+    const LevelClass* of = p.classes;
+    int64_t in_class = index;
+    for (; in_class >= of->blocks; ++of) in_class -= of->blocks;
+    const int64_t first = in_class * of->block_units;
+    const int64_t units = at_most(of->block_units, of->count * s.samples * per_image - first);
     Unit block[kMaxUnits];
     for (int64_t i = 0; i < units; ++i) {
       const int64_t image = (first + i) / per_image, at = (first + i) % per_image;
-      block[i] = unit_of(p, image, at / p.units_x, at % p.units_x);
+      block[i] = unit_of(p, *of, image, at / p.units_x, at % p.units_x);
     }
     const int64_t block_tiles = number_tiles(block, units);
     // Direct: the outputs of a tile are further rows of the one product, not further products.
-    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in_batch(p);
-    const int64_t m_stride = F::kDirect ? block_tiles * kPanel : out_batch(p, kPanel);
+    const int64_t in = in_batch(p, *of), out = out_batch(p, *of, kPanel);
+    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in;
+    const int64_t m_stride = F::kDirect ? block_tiles * kPanel : out;
 
     for (int64_t i = 0; i < units; ++i) {
       if (i + 1 < units) prefetch_patch(p, x, block[i + 1], 0, 1);
       input_tiles<F>(p, x, block[i], zeros, v, v_stride);
     }
-    for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
+    for (int64_t i_panel = 0; i_panel < of->panel_count; ++i_panel) {
+      const int64_t panel = of->panels[i_panel];
       const Scalar* w = packed + panel * p.batches * p.depth * kPanel;
       for (int64_t b = 0; b < p.batches; ++b)
-        gemm_panel<false>(block_tiles * p.rows_per_tile, p.depth, v + b * in_batch(p),
-                          p.depth_stride, w + b * p.depth * kPanel, m + b * out_batch(p, kPanel),
-                          kPanel);
+        gemm_panel<false>(block_tiles * p.rows_per_tile, p.depth, v + b * in, p.depth_stride,
+                          w + b * p.depth * kPanel, m + b * out, kPanel);
       for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
-        const int64_t vector = panel * 2 + h, branch = vector / p.branch_vectors;
+        const int64_t vector = panel * 2 + h, slot = vector / p.branch_vectors;
+        if (!block->takes(slot)) continue;
         const int64_t co = vector % p.branch_vectors * kLanes, left = s.out_channels - co;
-        const Vec offset = load_some(bias + branch * s.out_channels + co, left);
+        const Vec offset = load_some(bias + p.rows.branch_of[slot] * s.out_channels + co, left);
         for (int64_t i = 0; i < units; ++i) {
           const Unit& u = block[i];
           const int64_t column = s.out_channels, row = s.out_width * column;
-          const int64_t at =
-              ((u.out_image + branch * s.samples) * s.out_height + u.wy) * row + u.wx * column + co;
+          const int64_t image_row = u.out_image(slot, s.samples) * s.out_height + u.wy;
+          const int64_t at = image_row * row + u.wx * column + co;
           const Sink sink = {
               static_cast<Scalar*>(args.y) + at, args.code + at, row, column, left, args.streams};
           Vec o[R][R];

@@ -8,6 +8,7 @@
 #include "cpu_dispatch.h"
 #include "ops.h"
 #include "output_pool.h"
+#include "row_lists.h"
 #include "scratch.h"
 #include "stable_torch.h"
 #include "tasks.h"
@@ -19,6 +20,7 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kDirectChannels = 4;  // below, the transforms cost more than they save
 
+// The shape of a level before anything is known of its rows: a slot for every branch.
 LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int64_t pool,
                     int64_t pool_pad, int64_t out_h, int64_t out_w, int64_t tile) {
   check_float(x, "x");
@@ -26,17 +28,17 @@ LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int6
   STD_TORCH_CHECK(weight.dim() == 5, "weight must have shape (G, Co, C, R, R), got ", weight.dim(),
                   " dimensions");
   LevelShape s{};
-  s.prefixes = x.size(0), s.samples = x.size(1), s.height = x.size(2), s.width = x.size(3);
-  s.in_channels = x.size(4), s.branches = weight.size(0), s.out_channels = weight.size(1);
+  s.parents = x.size(0), s.samples = x.size(1), s.height = x.size(2), s.width = x.size(3);
+  s.in_channels = x.size(4), s.slots = weight.size(0), s.out_channels = weight.size(1);
   s.filter = weight.size(3);
   s.padding = padding, s.pool = pool, s.pool_pad = pool_pad;
   s.out_height = out_h, s.out_width = out_w;
-  check_tensor(x, "x", x.scalar_type(), {s.prefixes, s.samples, s.height, s.width, s.in_channels});
+  check_tensor(x, "x", x.scalar_type(), {s.parents, s.samples, s.height, s.width, s.in_channels});
   STD_TORCH_CHECK(s.filter == 3 || s.filter == 5,
                   "weight must have filters of 3 x 3 or 5 x 5, got ", s.filter, " rows");
   check_tensor(weight, "weight", x.scalar_type(),
-               {s.branches, s.out_channels, s.in_channels, s.filter, s.filter});
-  STD_TORCH_CHECK(s.in_channels > 0 && s.branches > 0 && s.out_channels > 0,
+               {s.slots, s.out_channels, s.in_channels, s.filter, s.filter});
+  STD_TORCH_CHECK(s.in_channels > 0 && s.slots > 0 && s.out_channels > 0,
                   "weight must have at least one branch, output and input channel");
   STD_TORCH_CHECK(padding >= 0 && padding < s.filter, "padding must be from 0 to ", s.filter - 1,
                   ", got ", padding);
@@ -54,7 +56,7 @@ LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int6
                   padding);
   for (const auto& [name, out, conv] :
        {std::tuple{"out_h", out_h, s.conv_height}, std::tuple{"out_w", out_w, s.conv_width}})
-    STD_TORCH_CHECK(out >= 1 && (out - 1) * pool - pool_pad < conv, name,
+    STD_TORCH_CHECK(out >= 1 && out - 1 <= (conv - 1 + pool_pad) / pool, name,
                     " must be at least 1 and its last window must start inside the convolution's ",
                     conv, " outputs, got ", out);
   return s;
@@ -64,7 +66,7 @@ LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int6
 // thread.
 template <class F>
 void for_filters(const LevelShape& s, int64_t threads, int64_t items, const F& f) {
-  const int64_t filters = s.in_channels * s.branches * s.out_channels;
+  const int64_t filters = s.in_channels * s.slots * s.out_channels;
   for_ranges(std::min(threads, 1 + filters / 2048), items, f);
 }
 
@@ -72,26 +74,44 @@ void for_filters(const LevelShape& s, int64_t threads, int64_t items, const F& f
 // and a line that is written as a whole need not be read before.
 bool streams(const Tensor& y) {
   constexpr int64_t kLarge = 1 << 20, kLine = 64;
-  return y.numel() * y.element_size() >= kLarge && y.size(5) * y.element_size() % kLine == 0 &&
+  return y.numel() * y.element_size() >= kLarge && y.size(4) * y.element_size() % kLine == 0 &&
          reinterpret_cast<uintptr_t>(y.const_data_ptr()) % kLine == 0;
+}
+
+void plan_level(const LevelKernels& kernels, const LevelShape& s, RowLists& rows, int64_t threads,
+                bool backward, LevelPlan* plan) {
+  rows.make_room_for_panels(s.slots * s.out_channels);
+  kernels.plan(s, rows.table(), rows.classes.data(), static_cast<int64_t>(rows.classes.size()),
+               threads, backward, plan);
+}
+
+// Zeroes row i of a contiguous tensor for each i.
+void zero_rows(const Tensor& t, const int64_t* begin, const int64_t* end) {
+  if (t.numel() == 0) return;
+  const size_t bytes = static_cast<size_t>(t.numel() / t.size(0)) * t.element_size();
+  for (; begin != end; ++begin)
+    std::memset(static_cast<char*>(t.mutable_data_ptr()) + *begin * bytes, 0, bytes);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                          const Tensor& parents, const Tensor& branches,
                                           int64_t padding, int64_t pool, int64_t pool_pad,
                                           int64_t out_h, int64_t out_w, int64_t tile) {
-  const LevelShape s = shape_of(x, weight, padding, pool, pool_pad, out_h, out_w, tile);
-  check_tensor(bias, "bias", x.scalar_type(), {s.branches, s.out_channels});
+  LevelShape s = shape_of(x, weight, padding, pool, pool_pad, out_h, out_w, tile);
+  check_tensor(bias, "bias", x.scalar_type(), {s.slots, s.out_channels});
+  RowLists rows(parents, branches, nullptr, s.parents, s.slots);
   const LevelKernels& kernels = kernels_for(x.scalar_type()).level;
-  const auto size = {s.prefixes, s.branches, s.samples, out_h, out_w, s.out_channels};
+  const auto size = {rows.rows(), s.samples, out_h, out_w, s.out_channels};
   Tensor y = new_output(size, x.scalar_type(), x.element_size());
   Tensor code = new_output(size, ScalarType::Byte, 1);
-  if (x.size(0) == 0 || x.size(1) == 0) return {y, code};
+  if (!rows.any() || s.samples == 0) return {y, code};
 
   const int64_t threads = torch::stable::get_num_threads();
   LevelPlan plan;
-  kernels.plan(s, threads, false, &plan);
+  s.slots = rows.slots();
+  plan_level(kernels, s, rows, threads, false, &plan);
   const int64_t tasks = std::min(threads, plan.forward_blocks);
   Layout layout(x.element_size());
   const size_t packed_at = layout.add(plan.pack_size);
@@ -122,31 +142,42 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
   return {y, code};
 }
 
-std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, const Tensor& x,
-                                                           const Tensor& code, const Tensor& weight,
-                                                           int64_t padding, int64_t pool,
-                                                           int64_t pool_pad, int64_t tile,
-                                                           bool need_dx) {
-  STD_TORCH_CHECK(dy.dim() == 6, "dy must have shape (P, G, N, out_h, out_w, Co), got ", dy.dim(),
+std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& code, const Tensor& weight,
+    const Tensor& parents, const Tensor& branches, const std::optional<Tensor>& live,
+    int64_t padding, int64_t pool, int64_t pool_pad, int64_t tile, bool need_dx) {
+  STD_TORCH_CHECK(dy.dim() == 5, "dy must have shape (R, N, out_h, out_w, Co), got ", dy.dim(),
                   " dimensions");
-  const LevelShape s = shape_of(x, weight, padding, pool, pool_pad, dy.size(3), dy.size(4), tile);
-  const auto out = {s.prefixes, s.branches, s.samples, s.out_height, s.out_width, s.out_channels};
+  LevelShape s = shape_of(x, weight, padding, pool, pool_pad, dy.size(2), dy.size(3), tile);
+  RowLists rows(parents, branches, live ? &*live : nullptr, s.parents, s.slots);
+  const auto out = {rows.rows(), s.samples, s.out_height, s.out_width, s.out_channels};
   check_tensor(dy, "dy", x.scalar_type(), out);
   check_tensor(code, "code", ScalarType::Byte, out);
   const LevelKernels& kernels = kernels_for(x.scalar_type()).level;
-  const int64_t none[] = {0}, bias_size[] = {s.branches, s.out_channels};
-  Tensor dx = need_dx ? new_output({s.prefixes, s.samples, s.height, s.width, s.in_channels},
+  const int64_t none[] = {0}, bias_size[] = {s.slots, s.out_channels};
+  Tensor dx = need_dx ? new_output({s.parents, s.samples, s.height, s.width, s.in_channels},
                                    x.scalar_type(), x.element_size())
                       : torch::stable::new_empty(x, {none, 1});
   Tensor dweight = torch::stable::empty_like(weight);
   Tensor dbias = torch::stable::new_empty(weight, {bias_size, 2});
 
-  const int64_t images = s.prefixes * s.samples;
+  const auto& unused = rows.idle_branches;
+  zero_rows(dweight, unused.data(), unused.data() + unused.size());
+  zero_rows(dbias, unused.data(), unused.data() + unused.size());
   const int64_t threads = torch::stable::get_num_threads();
+  const int64_t* idle = rows.idle_parents.data();
+  const int64_t idle_count = need_dx ? static_cast<int64_t>(rows.idle_parents.size()) : 0;
+  for_ranges(std::min(threads, idle_count), idle_count,
+             [&](int64_t begin, int64_t end) { zero_rows(dx, idle + begin, idle + end); });
+  if (!rows.any()) return {dx, dweight, dbias};
+
+  s.slots = rows.slots();
   LevelPlan plan;
-  kernels.plan(s, threads, true, &plan);
+  plan_level(kernels, s, rows, threads, true, &plan);
   // A task owns whole images, so that no two write the same dx; no image leaves one task of zeros.
+  const int64_t images = rows.split_images(s.samples, 1).back();
   const int64_t tasks = std::max<int64_t>(1, std::min(threads, images));
+  const std::vector<int64_t> begins = rows.split_images(s.samples, tasks);
   Layout layout(x.element_size());
   const size_t packed_at = layout.add(need_dx ? plan.pack_back_size : 0);
   const size_t partial_at = layout.add(tasks * plan.partial_size);
@@ -170,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, con
       kernels.pack_back(plan, args.weight, args.packed, begin, end);
     });
   for_tasks(tasks, [&](int64_t task) {
-    kernels.backward(plan, args, base + layout.bytes() + task * task_size, task,
-                     images * task / tasks, images * (task + 1) / tasks);
+    kernels.backward(plan, args, base + layout.bytes() + task * task_size, task, begins[task],
+                     begins[task + 1]);
   });
   for_filters(s, threads, plan.finish_items,
               [&](int64_t begin, int64_t end) { kernels.finish(plan, args, begin, end); });

@@ -30,23 +30,29 @@ constexpr int window_units(int patch) {
 
 // A unit in image coordinates. Outputs start at (y, x) of the convolution, windows at (wy, wx).
 struct Unit {
-  int64_t image;      // prefix * N + sample
-  int64_t out_image;  // image of branch 0 in y; branch g is g * N further
+  int64_t image;  // parent * N + sample
+  int64_t sample;
+  const int64_t* rows;  // of its parent in each slot, -1 where there is none
   int64_t y, x, wy, wx;
   int64_t tiles_y, tiles_x;  // its tiles that have an output inside the convolution: the first ones
   int64_t first_tile;        // of the block: where its rows start
 
+  bool takes(int64_t slot) const { return rows[slot] >= 0; }
+  int64_t out_image(int64_t slot, int64_t samples) const { return rows[slot] * samples + sample; }
   bool has_tile(int64_t ty, int64_t tx) const { return ty < tiles_y && tx < tiles_x; }
   int64_t tile(int64_t ty, int64_t tx) const { return first_tile + ty * tiles_x + tx; }
 };
 
-LASEM_INLINE Unit unit_of(const LevelPlan& p, int64_t image, int64_t uy, int64_t ux) {
+// The unit at (uy, ux) of an image of a class.
+LASEM_INLINE Unit unit_of(const LevelPlan& p, const LevelClass& of, int64_t image, int64_t uy,
+                          int64_t ux) {
   const LevelShape& s = p.shape;
   const int64_t side = p.unit * p.tile, windows = side / s.pool;
-  const int64_t prefix = image / s.samples, sample = image % s.samples;
+  const int64_t parent = of.parents[image / s.samples], sample = image % s.samples;
   const int64_t y = uy * side - s.pool_pad, x = ux * side - s.pool_pad;
-  return {image,
-          prefix * s.branches * s.samples + sample,
+  return {parent * s.samples + sample,
+          sample,
+          p.rows.row_of + parent * s.slots,
           y,
           x,
           uy * windows,
@@ -67,20 +73,58 @@ LASEM_INLINE int64_t number_tiles(Unit* block, int64_t units) {
 }
 
 // Rows of a block's products, and the strides between its batches.
-LASEM_INLINE int64_t block_rows(const LevelPlan& p) {
-  return p.block_units * p.unit * p.unit * p.rows_per_tile;
+LASEM_INLINE int64_t block_rows(const LevelPlan& p, const LevelClass& of) {
+  return of.block_units * p.unit * p.unit * p.rows_per_tile;
 }
-LASEM_INLINE int64_t in_batch(const LevelPlan& p) {
-  return block_rows(p) * p.depth_stride + p.batch_pad;
+LASEM_INLINE int64_t in_batch(const LevelPlan& p, const LevelClass& of) {
+  return block_rows(p, of) * p.depth_stride + p.batch_pad;
 }
-LASEM_INLINE int64_t out_batch(const LevelPlan& p, int64_t columns) {
-  return block_rows(p) * columns + p.batch_pad;
+LASEM_INLINE int64_t out_batch(const LevelPlan& p, const LevelClass& of, int64_t columns) {
+  return block_rows(p, of) * columns + p.batch_pad;
 }
 
-static void make_plan(const LevelShape& s, int64_t threads, bool backward, LevelPlan* out) {
+// The panels of a class, and its blocks where the level has `units` units.
+static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool backward,
+                       LevelClass* out) {
+  LevelClass& c = *out;
+  const LevelShape& s = p.shape;
+  const int64_t* rows = p.rows.row_of + c.parents[0] * s.slots;
+  c.panel_count = 0;
+  c.has_idle_vectors = false;
+  for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
+    int64_t used = 0;
+    for (int64_t v = 2 * panel; v < at_most(2 * panel + 2, p.out_vectors); ++v)
+      used += rows[v / p.branch_vectors] >= 0;
+    if (used) c.panels[c.panel_count++] = panel;
+    if (used == 1) c.has_idle_vectors = true;
+  }
+  c.columns = c.panel_count * kPanel;
+
+  const int64_t unit_rows = p.unit * p.unit * p.rows_per_tile;
+  const int64_t row_bytes =
+      p.batches * (p.depth_stride + c.columns) * static_cast<int64_t>(sizeof(Scalar));
+  // A block fills 7/8 of a 1 MiB L2, but has rows enough to use each weight that it loads; the
+  // backward loads two weights and stores one, which from the L3 costs more than a block that
+  // outgrows the L2.
+  const int64_t weight_bytes =
+      p.batches * p.depth * c.columns * static_cast<int64_t>(sizeof(Scalar));
+  const int64_t least = backward && weight_bytes > kL2 ? 9 * kRows : 3 * kRows;
+  int64_t block = at_least(kL2 / 8 * 7 / row_bytes, least);
+  block = at_most(block, at_least(unit_rows * units / (4 * threads), kRows));
+  block = at_most(block, 16 * kRows * (s.tile == 1 ? 4 : 1));
+  c.block_units = at_least(block / kRows * kRows / unit_rows, 1);
+  const int64_t own = c.count * s.samples * p.units_y * p.units_x;
+  c.blocks = (own + c.block_units - 1) / c.block_units;
+}
+
+static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* classes,
+                      int64_t class_count, int64_t threads, bool backward, LevelPlan* out) {
   LevelPlan& p = *out;
   p = {};
   p.shape = s;
+  p.rows = rows;
+  p.classes = classes;
+  p.class_count = class_count;
   const bool direct = s.tile == 1;
   p.tile = direct ? (s.pool == 3 ? 3 : 2) : s.tile;
   p.unit = unit_side(static_cast<int>(p.tile), static_cast<int>(s.pool));
@@ -92,39 +136,38 @@ static void make_plan(const LevelShape& s, int64_t threads, bool backward, Level
   p.depth = direct ? s.filter * s.filter * s.in_channels : s.in_channels;
   p.depth_stride = round_up(p.depth, kPanel);
   p.branch_vectors = (s.out_channels + kLanes - 1) / kLanes;
-  p.out_vectors = s.branches * p.branch_vectors;
+  p.out_vectors = s.slots * p.branch_vectors;
   p.out_stride = round_up(p.out_vectors * kLanes, kPanel);
   p.batch_pad = kLanes;
 
-  const int64_t unit_rows = p.unit * p.unit * p.rows_per_tile;
-  const int64_t row_bytes =
-      p.batches * (p.depth_stride + p.out_stride) * static_cast<int64_t>(sizeof(Scalar));
-  const int64_t units = s.prefixes * s.samples * p.units_y * p.units_x;
-  // A block fills 7/8 of a 1 MiB L2, but has rows enough to use each weight that it loads; the
-  // backward loads two weights and stores one, which from the L3 costs more than a block that
-  // outgrows the L2.
-  const int64_t weight_bytes =
-      p.batches * p.depth * p.out_stride * static_cast<int64_t>(sizeof(Scalar));
-  const int64_t least = backward && weight_bytes > kL2 ? 9 * kRows : 3 * kRows;
-  int64_t rows = at_least(kL2 / 8 * 7 / row_bytes, least);
-  rows = at_most(rows, at_least(unit_rows * units / (4 * threads), kRows));
-  rows = at_most(rows, 16 * kRows * (direct ? 4 : 1));
-  p.block_units = at_least(rows / kRows * kRows / unit_rows, 1);
-  p.forward_blocks = (units + p.block_units - 1) / p.block_units;
+  int64_t units = 0;
+  for (int64_t i = 0; i < class_count; ++i)
+    units += classes[i].count * s.samples * p.units_y * p.units_x;
+  int64_t block_units = 0, in_size = 0, panel_size = 0, out_size = 0;
+  for (int64_t i = 0; i < class_count; ++i) {
+    LevelClass& c = classes[i];
+    plan_class(p, units, threads, backward, &c);
+    p.forward_blocks += c.blocks;
+    block_units = at_least(block_units, c.block_units);
+    in_size = at_least(in_size, p.batches * in_batch(p, c));
+    panel_size = at_least(panel_size, p.batches * out_batch(p, c, kPanel));
+    out_size = at_least(out_size, p.batches * out_batch(p, c, c.columns));
+  }
 
   const int64_t panels = p.out_stride / kPanel, depth_panels = p.depth_stride / kPanel;
   p.pack_size = p.batches * p.depth * p.out_stride;
   p.pack_items = panels * s.in_channels;
   p.pack_back_size = depth_panels * p.batches * p.out_stride * kPanel;
   p.pack_back_items = p.out_vectors * kLanes;
-  p.forward_scratch = p.batches * (in_batch(p) + out_batch(p, kPanel)) + s.in_channels;
+  p.in_size = in_size, p.panel_size = panel_size, p.out_size = out_size;
+  p.forward_scratch = in_size + panel_size + s.in_channels;
   p.by_window = by_window(p.tile, s.filter, s.pool, direct);
   const int64_t outputs = p.out_vectors * kLanes, out_side = p.unit * p.tile;
   if (p.by_window) {
     const int64_t patch = window_patch(static_cast<int>(out_side), static_cast<int>(s.filter));
     const int64_t at_once = window_units(static_cast<int>(patch));
     p.window_patches = at_once * patch * patch * kLanes;
-    p.window_lists = (p.block_units + at_once - 1) / at_once * outputs;
+    p.window_lists = (block_units + at_once - 1) / at_once * outputs;
     // An int32 takes no more room than a scalar.
     p.window_scratch = p.window_patches + p.window_lists * (2 * at_once * windows * windows + 1);
   }
@@ -132,8 +175,7 @@ static void make_plan(const LevelShape& s, int64_t threads, bool backward, Level
                           : p.batches * p.depth * p.out_stride;
   p.partial_size = p.bias_at + p.out_stride;
   p.finish_items = p.by_window ? outputs : p.out_vectors * s.in_channels;
-  p.backward_scratch = p.batches * (in_batch(p) + out_batch(p, p.out_stride)) +
-                       round_up(2 * s.in_channels, kLanes) + p.window_scratch;
+  p.backward_scratch = in_size + out_size + round_up(2 * s.in_channels, kLanes) + p.window_scratch;
 }
 
 }  // namespace LASEM_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include "stable_torch.h"
@@ -11,14 +12,14 @@ namespace lasem_fast {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                          const Tensor& parents, const Tensor& branches,
                                           int64_t padding, int64_t pool, int64_t pool_pad,
                                           int64_t out_h, int64_t out_w, int64_t tile);
 
-std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(const Tensor& dy, const Tensor& x,
-                                                           const Tensor& code, const Tensor& weight,
-                                                           int64_t padding, int64_t pool,
-                                                           int64_t pool_pad, int64_t tile,
-                                                           bool need_dx);
+std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& code, const Tensor& weight,
+    const Tensor& parents, const Tensor& branches, const std::optional<Tensor>& live,
+    int64_t padding, int64_t pool, int64_t pool_pad, int64_t tile, bool need_dx);
 
 Tensor channels_last_linear(const Tensor& x, const Tensor& weight, const Tensor& bias);
 

@@ -43,13 +43,14 @@ static inline void filter_gradient(const Vec* u, Vec (&taps)[kTaps<F>]) {
     }
 }
 
-// Output o counts lanes over all branches, each padded to whole vectors; null for a padding lane.
+// Output o counts lanes over all slots, each padded to whole vectors; null for a padding lane.
 LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const Scalar* weight, int64_t o,
                                      int64_t c) {
   const LevelShape& s = p.shape;
-  const int64_t branch = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
-  if (branch >= s.branches || co >= s.out_channels) return nullptr;
-  return weight + ((branch * s.out_channels + co) * s.in_channels + c) * s.filter * s.filter;
+  const int64_t slot = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
+  if (slot >= s.slots || co >= s.out_channels) return nullptr;
+  const int64_t filter = p.rows.branch_of[slot] * s.out_channels + co;
+  return weight + (filter * s.in_channels + c) * s.filter * s.filter;
 }
 
 // packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
@@ -129,7 +130,8 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
   };
   for (int64_t item = begin; item < end; ++item) {
     const int64_t v = item / s.in_channels, c = item % s.in_channels;
-    const int64_t branch = v / p.branch_vectors, co = v % p.branch_vectors * kLanes;
+    const int64_t branch = p.rows.branch_of[v / p.branch_vectors];
+    const int64_t co = v % p.branch_vectors * kLanes;
     const int64_t n = at_most(kLanes, s.out_channels - co);
     Vec taps[kTaps<F>];
     if constexpr (F::kDirect) {

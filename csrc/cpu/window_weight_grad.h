@@ -29,8 +29,9 @@ struct WindowWeightGrad {
 
   int64_t outputs() const { return p.out_vectors * kLanes; }
 
-  // Sorts the windows of some units by output channel, without those that pass nothing on.
-  void list_windows(const Unit* units, int64_t count, int64_t first_list) const {
+  // Sorts the windows of some units in one slot by output channel, without those that pass nothing
+  // on.
+  void list_windows(const Unit* units, int64_t count, int64_t slot, int64_t first_list) const {
     const LevelShape& s = p.shape;
     int64_t window[kList];
     int32_t place[kList];
@@ -39,21 +40,20 @@ struct WindowWeightGrad {
       for (int64_t wy = 0; wy < at_most(kWindows, s.out_height - units[i].wy); ++wy)
         for (int64_t wx = 0; wx < at_most(kWindows, s.out_width - units[i].wx); ++wx) {
           const Unit& u = units[i];
-          const int64_t row = u.out_image * s.out_height + u.wy + wy;
+          const int64_t row = u.out_image(slot, s.samples) * s.out_height + u.wy + wy;
           window[windows] = (row * s.out_width + u.wx + wx) * s.out_channels;
           place[windows++] =
               static_cast<int32_t>(((i * kPatch + wy * kPool) * kPatch + wx * kPool) * kLanes);
         }
     int32_t shift[16] = {};
     for (int t = 0; t < kPool * kPool; ++t) shift[t] = (t / kPool * kPatch + t % kPool) * kLanes;
-    for (int64_t o = 0; o < outputs(); ++o) {
-      const int64_t branch = o / (p.branch_vectors * kLanes);
-      const int64_t co = o % (p.branch_vectors * kLanes);
-      const int64_t at = branch * s.samples * s.out_height * s.out_width * s.out_channels + co;
-      const Scalar* dy = static_cast<const Scalar*>(args.dy) + at;
-      const uint8_t* code = args.code + at;
-      Scalar* g = gradient + (first_list + o) * kList;
-      int32_t* c = corner + (first_list + o) * kList;
+    const int64_t per_slot = p.branch_vectors * kLanes;
+    for (int64_t co = 0; co < per_slot; ++co) {
+      const int64_t list = first_list + slot * per_slot + co;
+      const Scalar* dy = static_cast<const Scalar*>(args.dy) + co;
+      const uint8_t* code = args.code + co;
+      Scalar* g = gradient + list * kList;
+      int32_t* c = corner + list * kList;
       int32_t n = 0;
       if (co < s.out_channels)
         for (int64_t w = 0; w < windows; ++w) {
@@ -63,7 +63,7 @@ struct WindowWeightGrad {
           c[n] = place[w] + shift[open & 15];
           n += (value != 0) & (open != 255);
         }
-      length[first_list + o] = n;
+      length[list] = n;
     }
   }
 
@@ -122,13 +122,19 @@ struct WindowWeightGrad {
   }
 
   void add_block(const Unit* block, int64_t units) const {
+    const int64_t slots = p.shape.slots, per_slot = p.branch_vectors * kLanes;
     for (int64_t i = 0, list = 0; i < units; i += kUnits, list += outputs())
-      list_windows(block + i, at_most(kUnits, units - i), list);
+      for (int64_t slot = 0; slot < slots; ++slot)
+        if (block->takes(slot)) list_windows(block + i, at_most(kUnits, units - i), slot, list);
     Scalar* to = dweight;
     for (int64_t channel = 0; channel < p.shape.in_channels; channel += kLanes) {
       for (int64_t i = 0, list = 0; i < units; i += kUnits, list += outputs()) {
         gather_patches(block + i, at_most(kUnits, units - i), channel);
-        for (int64_t o = 0; o < outputs(); ++o) add_products(list + o, to + o * r * r * kLanes);
+        for (int64_t slot = 0; slot < slots; ++slot) {
+          if (!block->takes(slot)) continue;
+          for (int64_t o = slot * per_slot; o < (slot + 1) * per_slot; ++o)
+            add_products(list + o, to + o * r * r * kLanes);
+        }
       }
       to += outputs() * r * r * kLanes;
     }
@@ -142,9 +148,9 @@ static void finish_windows(const LevelPlan& p, const LevelBackward& args, int64_
   const Scalar* partial = static_cast<const Scalar*>(args.partial);
   const int64_t taps = s.filter * s.filter, outputs = p.out_vectors * kLanes;
   for (int64_t o = begin; o < end; ++o) {
-    const int64_t branch = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
+    const int64_t slot = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
     if (co >= s.out_channels) continue;
-    const int64_t out = branch * s.out_channels + co;
+    const int64_t out = p.rows.branch_of[slot] * s.out_channels + co;
     Scalar* dweight = static_cast<Scalar*>(args.dweight) + out * s.in_channels * taps;
     for (int64_t channel = 0; channel < s.in_channels; ++channel)
       for (int64_t t = 0; t < taps; ++t) {

@@ -47,11 +47,13 @@ def winograd_level(
     x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data.contiguous()
     padding = _padding(first.core)
     size = tuple(pool.output(n + 2 * padding - filter_size + 1) for n in x.shape[2:4])
+    # every row through every branch, branch innermost
+    parents = torch.arange(rows).repeat_interleave(len(branches))
     y = _ops.winograd_level(
-        x, weight, bias, padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
-        tile=tile,
+        x, weight, bias, parents=parents, branches=torch.arange(len(branches)).repeat(rows),
+        padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size, tile=tile,
     )  # fmt: skip
-    return RowsFirst(y.flatten(0, 1))
+    return RowsFirst(y)
 
 
 def small_tile_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:

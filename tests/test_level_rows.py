@@ -1,0 +1,168 @@
+"""The CPU level on lists of rows: any (parent, branch) pairs, rows left out of the backward."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lasem_fast import _ops as ops
+
+pytestmark = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
+
+SEEDS = range(40)
+
+
+def draw(seed, dtype):
+    """Tensors, a list of rows, and the keywords of a drawn level."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    parents, samples, branches = pick.randint(1, 6), pick.randint(1, 3), pick.randint(1, 3)
+    c, co = (pick.choice((1, 3, 5, 16, 17, 33, 48, 64)) for _ in range(2))
+    filter_size = pick.choice((3, 3, 5))
+    padding, pool = pick.randint(0, filter_size - 1), pick.randint(1, 3)
+    least = max(1, filter_size - 2 * padding)
+    height, width = (max(least, pick.randint(1, 14)) for _ in range(2))
+    tile = 2 if filter_size == 5 else pick.choice((1, 2, 3, 4))
+    x = torch.randn(parents, samples, height, width, c, dtype=dtype)
+    weight = torch.randn(branches, co, c, filter_size, filter_size, dtype=dtype)
+    weight /= filter_size * c**0.5
+    bias = torch.randn(branches, co, dtype=dtype) / 10
+    pairs = [(p, b) for p in range(parents) for b in range(branches)]
+    kept = pick.choice((len(pairs), max(1, len(pairs) // 2), 1))
+    rows = torch.tensor(pick.sample(pairs, kept))
+    out_size = tuple(-(-(n + 2 * padding - filter_size + 1) // pool) for n in (height, width))
+    sizes = {"padding": padding, "pool": pool, "out_size": out_size, "tile": tile}
+    return (x, weight, bias), {"parents": rows[:, 0], "branches": rows[:, 1]}, sizes
+
+
+def reference(x, weight, bias, parents, branches, padding, pool, out_size, tile=None):
+    """The level row by row, in plain PyTorch."""
+    out = []
+    for p, b in zip(parents.tolist(), branches.tolist(), strict=True):
+        y = F.conv2d(x[p].permute(0, 3, 1, 2), weight[b], bias[b], padding=padding).relu()
+        if pool > 1:
+            y = F.max_pool2d(y, pool, ceil_mode=True)
+        out.append(y.permute(0, 2, 3, 1))
+    return torch.stack(out)
+
+
+def unused(rows, tensors, live=None):
+    """Which parents and which branches no (live) row uses."""
+    keep = slice(None) if live is None else live
+    parents = torch.ones(len(tensors[0]), dtype=torch.bool)
+    branches = torch.ones(len(tensors[1]), dtype=torch.bool)
+    parents[rows["parents"][keep]] = False
+    branches[rows["branches"][keep]] = False
+    return parents, branches
+
+
+def run(tensors, rows, sizes, dy=None, liveness=None):
+    """Output and gradients, with what is not written poisoned."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    ops._cpu.poison_outputs(True)
+    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    try:
+        y = ops.winograd_level(*leaves, **rows, **sizes, liveness=liveness)
+        if dy is None:
+            dy = torch.randn_like(y)
+        return dy, (y.detach(), *torch.autograd.grad(y, leaves, dy))
+    finally:
+        ops._cpu.poison_outputs(False)
+        torch.use_deterministic_algorithms(False)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_float64_equals_pytorch(seed):
+    tensors, rows, sizes = draw(seed, torch.float64)
+    dy, got = run(tensors, rows, sizes)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    want = reference(*leaves, **rows, **sizes)
+    torch.testing.assert_close(got[0], want, rtol=1e-11, atol=1e-12)
+    for gradient, exact in zip(got[1:], torch.autograd.grad(want, leaves, dy), strict=True):
+        assert relative(gradient, exact) < 1e-12
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_of_a_list_are_those_of_the_full_level(isa, seed, threads):
+    """Unused parents are not read; each row is the same, bit for bit, whatever else is in the list,
+    and the gradients are those of a full level whose other rows send zero."""
+    torch.set_num_threads(threads)
+    tensors, rows, sizes = draw(seed, torch.float32)
+    parents, branches = len(tensors[0]), len(tensors[1])
+    full = {
+        "parents": torch.arange(parents).repeat_interleave(branches),
+        "branches": torch.arange(branches).repeat(parents),
+    }
+    place = rows["parents"] * branches + rows["branches"]
+    idle_parents, idle_branches = unused(rows, tensors)
+    poisoned = [t.clone() for t in tensors]
+    poisoned[0][idle_parents] = torch.nan
+    poisoned[1][idle_branches] = torch.nan
+    dy, got = run(poisoned, rows, sizes)
+    dy_full = dy.new_zeros(parents * branches, *dy.shape[1:])
+    dy_full[place] = dy
+    _, want = run(tensors, full, sizes, dy_full)
+    assert torch.equal(got[0], want[0][place])
+    for gradient, exact in zip(got[1:], want[1:], strict=True):
+        # sums over other blocks in another order: within a few roundings of one another
+        assert relative(gradient, exact) < 1e-5
+    assert not got[1][idle_parents].any()
+    assert not got[2][idle_branches].any() and not got[3][idle_branches].any()
+    _, again = run(poisoned, rows, sizes, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_that_are_not_live_take_no_part_in_the_backward(isa, seed):
+    tensors, rows, sizes = draw(seed, torch.float32)
+    live = torch.rand(len(rows["parents"])) < 0.5
+    kept = {name: values[live] for name, values in rows.items()}
+    liveness = ops.Liveness()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = ops.winograd_level(*leaves, **rows, **sizes, liveness=liveness)
+    liveness.live = live
+    dy = torch.randn_like(y)
+    dy[~live] = torch.nan
+    got = torch.autograd.grad(y, leaves, dy)
+    _, want = run(tensors, kept, sizes, dy[live])
+    for gradient, exact in zip(got, want[1:], strict=True):
+        assert torch.equal(gradient, exact)
+
+
+def test_what_only_dead_rows_use_is_not_read_in_the_backward(isa):
+    tensors, _, sizes = draw(3, torch.float32)
+    rows = {"parents": torch.tensor([0, 0]), "branches": torch.tensor([0, 1])}
+    x = torch.stack([tensors[0][0], torch.full_like(tensors[0][0], torch.nan)])
+    weight, bias = tensors[1][:1].repeat(2, 1, 1, 1, 1), tensors[2][:1].repeat(2, 1)
+    rows["parents"][1] = 1
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    liveness = ops.Liveness(torch.tensor([True, False]))
+    y = ops.winograd_level(*leaves, **rows, **sizes, liveness=liveness)
+    for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
+        assert gradient.isfinite().all() and gradient[0].any() and not gradient[1].any()
+
+
+def test_no_rows(isa):
+    tensors, _, sizes = draw(0, torch.float32)
+    none = torch.zeros(0, dtype=torch.int64)
+    _, (y, *gradients) = run(tensors, {"parents": none, "branches": none}, sizes)
+    assert y.shape[0] == 0
+    assert not any(g.any() for g in gradients)
+
+
+def test_more_branches_than_an_integer_has_bits():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 1, 3, 3, 2).double(), torch.randn(70, 3, 2, 3, 3).double()
+    bias = torch.randn(70, 3).double()
+    rows = {"parents": torch.tensor([0, 1, 0, 1]), "branches": torch.tensor([69, 69, 2, 65])}
+    y = ops.winograd_level(x, weight, bias, **rows, padding=1)
+    want = reference(x, weight, bias, **rows, padding=1, pool=1, out_size=(3, 3))
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
