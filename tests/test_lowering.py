@@ -59,8 +59,8 @@ def test_a_residual_block_is_two_fused_layers(how, pool):
 
 def test_a_projection_is_a_layer_of_its_own_and_the_later_one_adds():
     layers = _summary(Block(down=nn.Conv2d(4, 4, 1)))
-    assert layers[-1] == ("second", 2, False, 1, True, 2)
-    assert [layer[0] for layer in layers] == ["down", "first", "second"]
+    assert layers[-1] == ("second", 1, False, 2, True, 2)
+    assert [layer[0] for layer in layers] == ["first", "down", "second"]
 
 
 def test_the_builtin_residual_net_is_all_fused_layers():
