@@ -9,7 +9,8 @@ from lasem_fast import initialisers, likelihoods, nets, optim, priors, transfer
 from lasem_fast._dispatch import backends
 from lasem_fast.capture import CapturedStep, capture
 from lasem_fast.configs import ConfigSpace
-from lasem_fast.em import LASEM, EMStep
+from lasem_fast.em import LASEM
+from lasem_fast.em_step import EMStep
 from lasem_fast.net import TransferNet
 from lasem_fast.version import __version__
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +90,15 @@ def _check_task_name(task: Any) -> None:
         raise TypeError(f"task: expected a name (str), got {type(task).__name__} {task!r}")
     if not task:
         raise ValueError("task: expected a name, got an empty string")
+
+
+def count(value: Any, name: str) -> int:
+    """A whole number of at least 1, called ``name``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
 
 
 def check_batch(x: Any) -> None:
@@ -191,6 +200,19 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
             f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
             f"{leaves} configurations of {samples} samples each), got shape {list(logits.shape)}"
         )
+
+
+def or_misfit(evaluate: Callable[[], Any], network: Network, x: Tensor) -> Any:
+    """Evaluates; an error that the input's shape or dtype explains becomes one that says so."""
+    if torch.compiler.is_compiling():
+        return evaluate()
+    try:
+        return evaluate()
+    except RuntimeError as error:
+        reason = misfit(network, x)
+        if reason is None:
+            raise
+        raise ValueError(reason) from error
 
 
 @torch.no_grad()

@@ -18,13 +18,16 @@ from lasem_fast.backends import (
     triton_level,
     triton_scores,
 )
+from lasem_fast.bounded import BoundedTree
 from lasem_fast.configs import Configuration
+from lasem_fast.evaluation import Evaluator
 from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
 from lasem_fast.tree import Tree
 
 _AVAILABLE = "available"
+
 
 def backends() -> dict[str, str]:
     """What each backend says of itself: ``"available"``, or why it is not."""
@@ -94,8 +97,20 @@ def operations(backend: str) -> Operations:
     return Operations()
 
 
-def evaluator(backend: str, configs: Sequence[Configuration]) -> NaiveLoop | Tree:
-    """What evaluates these configurations with a backend that can run."""
+def evaluator(
+    backend: str, configs: Sequence[Configuration], max_memory: float | None = None
+) -> Evaluator:
+    """What evaluates these configurations with a backend that can run.
+
+    Args:
+        backend: its name.
+        configs: as bits.
+        max_memory: what a step may hold (see :func:`lasem_fast.budget.bytes_of`); None: anything.
+            The naive loop holds one configuration at a time for the E-step, whatever it is.
+    """
     if backend == "reference":
         return NaiveLoop(configs)
-    return Tree(Plan.of_configs(configs), operations(backend))
+    plan = Plan.of_configs(configs)
+    if max_memory is None:
+        return Tree(plan, operations(backend))
+    return BoundedTree(plan, operations(backend), max_memory)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lasem_fast.budget import Cut, best_cut, step_bytes
-from lasem_fast.evaluation import Evaluation, Part
+from lasem_fast.budget import Cut, best_cut, bytes_of, step_bytes
+from lasem_fast.evaluation import Evaluation, Follow, Part
 from lasem_fast.fold import Fold, split_rows
 from lasem_fast.liveness import TreeLiveness
 from lasem_fast.network import Network
@@ -30,10 +30,11 @@ class BoundedTree:
     Args:
         plan: what to evaluate.
         operations: a backend's operations on whole levels and on the leaves.
-        max_memory: bytes that a step may hold beside weights, their gradients and the mini-batch.
+        max_memory: what a step may hold beside weights, their gradients and the mini-batch, in
+            bytes or as a fraction of the device's memory.
     """
 
-    def __init__(self, plan: Plan, operations: Operations, max_memory: int) -> None:
+    def __init__(self, plan: Plan, operations: Operations, max_memory: float) -> None:
         self.plan = plan
         self.operations = operations
         self.max_memory = max_memory
@@ -43,7 +44,9 @@ class BoundedTree:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
         return self.evaluate(network, x, one_pass=True).m_step(None).logits
 
-    def evaluate(self, network: Network, x: Tensor, *, one_pass: bool) -> Evaluation:
+    def evaluate(
+        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+    ) -> Evaluation:
         """Outputs for both steps of EM.
 
         Raises:
@@ -51,7 +54,8 @@ class BoundedTree:
         """
         cut = self._cut(network, x)
         if cut is None:
-            return Tree(self.plan, self.operations).evaluate(network, x, one_pass=one_pass)
+            tree = Tree(self.plan, self.operations)
+            return tree.evaluate(network, x, one_pass=one_pass, follow=follow)
         parts = self._parts(cut)
         random = None if one_pass else first_random_stage(network)
         return _Chunked(self, network, x, cut, parts, random)
@@ -61,7 +65,7 @@ class BoundedTree:
         key = (network.task, x.shape, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
         if key not in self._cuts:
             costs = step_bytes(network, self.operations, x)
-            self._cuts[key] = best_cut(self.plan, costs, self.max_memory)
+            self._cuts[key] = best_cut(self.plan, costs, bytes_of(self.max_memory, x.device))
         return self._cuts[key]
 
     def _parts(self, cut: Cut) -> list[SubPlan]:
@@ -126,6 +130,9 @@ class _Chunked:
             logits = logits[torch.tensor(order, device=logits.device)]
         everything = len(configs) == len(self.tree.plan)
         return Part(None if everything else tuple(sorted(configs)), logits)
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        return None  # sub-trees that nothing follows are left out anyway
 
     def _keep(self, i: int, weighs: Tensor | None) -> None:
         if weighs is not None and self._liveness[i] is not None:

@@ -6,8 +6,10 @@ that are alive while one level runs. It is measured on one configuration of the 
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +47,31 @@ class Cut(NamedTuple):
     stage: int
     rows: int
     peak: int
+
+
+def check_max_memory(max_memory: Any) -> None:
+    """Raises TypeError or ValueError unless it is None, a fraction or a number of bytes."""
+    if max_memory is None:
+        return
+    if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)):
+        raise TypeError(
+            f"max_memory: expected None, bytes (int) or a fraction of the device's memory (float), "
+            f"got {type(max_memory).__name__}"
+        )
+    if not 0 < max_memory < math.inf or (isinstance(max_memory, float) and max_memory > 1):
+        raise ValueError(
+            f"max_memory: expected bytes (int) above 0 or a fraction (float) of at most 1.0 of the "
+            f"device's memory, got {max_memory!r}"
+        )
+
+
+def bytes_of(max_memory: float, device: torch.device) -> int:
+    """A budget in bytes; a float is a fraction of the device's memory."""
+    if not isinstance(max_memory, float):
+        return max_memory
+    if device.type == "cuda":
+        return int(max_memory * torch.cuda.get_device_properties(device).total_memory)
+    return int(max_memory * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def step_bytes(network: Network, operations: Operations, x: Tensor) -> StepBytes:

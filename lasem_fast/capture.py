@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lasem_fast import _checks
-from lasem_fast.em import LASEM, EMStep
+from lasem_fast.em import LASEM
+from lasem_fast.em_step import EMStep
 
 
 def capture(

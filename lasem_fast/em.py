@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lasem_fast import _checks, _dispatch
+from lasem_fast.budget import check_max_memory
 from lasem_fast.configs import ConfigSpace, Configuration
+from lasem_fast.em_step import EMStep
 from lasem_fast.likelihoods import Likelihood, as_likelihood
+from lasem_fast.m_step import MStep
 from lasem_fast.net import TransferNet
 from lasem_fast.network import Network
-from lasem_fast.posterior import Evidence, evidence, expected_nll, posterior_of
+from lasem_fast.posterior import evidence
 from lasem_fast.priors import Prior, as_prior
 from lasem_fast.ranks import Ranks
+from lasem_fast.reuse import Posteriors
 from lasem_fast.rollback import Rollback
 from lasem_fast.saved import all_or_nothing, lasting, packed, unpacked
-
-
-class EMStep(NamedTuple):
-    """What one mini-batch gave. All but ``loss`` are detached; nothing waits for the device.
-
-    Attributes:
-        loss: scalar; its gradient is minus Eq. 3 and 4, averaged over the mini-batch.
-        posterior: P(c | X, y) ``[C]``, or the frozen one that was passed.
-        log_likelihood: L_c ``[C]``; -inf for a configuration that overflowed.
-        nll: mean negative log-likelihood per sample and configuration ``[C]``; inf for one that
-            overflowed.
-        dropped_mass: scalar, the posterior mass that an approximation left out; 0 when exact.
-    """
-
-    loss: Tensor
-    posterior: Tensor
-    log_likelihood: Tensor
-    nll: Tensor
-    dropped_mass: Tensor
-
-    def clone(self) -> EMStep:
-        """Copies of all tensors, for results of a captured step that are to be kept."""
-        return EMStep(*(tensor.clone() for tensor in self))
+from lasem_fast.search import Found, Search
 
 
 class LASEM(nn.Module):
@@ -64,6 +45,20 @@ class LASEM(nn.Module):
         redraw_unclaimed: at the end of a task, once no other task is under way, draw those shared
             stages anew that no task has kept so far, so that the next task finds them untrained
             (the authors' release).
+
+        max_memory: what a step may hold beside weights, their gradients and the mini-batch: bytes
+            (int) or a fraction of the device's memory (float, at most 1.0). The upper levels of the
+            tree then run whole and its sub-trees one after another, those that carry weight twice;
+            the numbers are the same up to rounding. A budget that no cut meets is a ValueError at
+            the first mini-batch. None: no bound.
+        prune: posterior mass, from 0 to below 1, that an M-step may leave out: the least probable
+            configurations that sum to at most this much. The gradient is off by at most
+            ``EMStep.dropped_mass`` times the largest gradient of one of them. 0: exact.
+        m_step_draws: number of configurations that each M-step draws from the posterior, with
+            replacement, in place of following all; unbiased. Uses PyTorch's random state. None:
+            exact.
+        e_step_every: mini-batches of a task per E-step: the posterior is inferred, and counted, on
+            the first of them and followed by the others. 1: every mini-batch has its own.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -91,6 +86,10 @@ class LASEM(nn.Module):
         *,
         validate: bool = False,
         redraw_unclaimed: bool = False,
+        max_memory: float | None = None,
+        prune: float = 0.0,
+        m_step_draws: int | None = None,
+        e_step_every: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(net, TransferNet):
@@ -108,8 +107,14 @@ class LASEM(nn.Module):
         self._prior.check(len(self.space))
         self._rollback = Rollback()
         self._ranks = Ranks()
-        self._evaluator = _dispatch.evaluator(self.backend, self.space.configs)
-        self._score_operations = _dispatch.operations(self.backend).scores
+        check_max_memory(max_memory)
+        self.max_memory, self.prune, self.m_step_draws = max_memory, prune, m_step_draws
+        self.e_step_every = _checks.count(e_step_every, "e_step_every")
+        self._posteriors = Posteriors()
+        m_step = MStep.checked(prune, m_step_draws)
+        self._search = Search(
+            self.space, self.likelihood, self._prior, self.backend, m_step, max_memory
+        )
 
     @classmethod
     def reference(
@@ -179,13 +184,16 @@ class LASEM(nn.Module):
         _checks.check_batch(x)
         _checks.check_open_task(task, self.net)
         _checks.check_independent_samples(self.net, task)
-        return self._run(self._evaluator.logits, self._network(task), x)
+        network = self._network(task)
+        evaluator = self._search.everything
+        return _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
 
     def prior(self, task: str) -> Tensor:
         """The present prior P(c) of a task, ``[C]``."""
         self.net.config(task)
         known = task in self._prior.states
-        log_prior = self._log_prior(task)
+        self._start_prior(task)
+        log_prior = self._prior.log_prob(task)
         if not known:
             self._prior.forget(task)
         return log_prior.softmax(dim=0)
@@ -232,6 +240,7 @@ class LASEM(nn.Module):
         with all_or_nothing(self) if self.redraw_unclaimed else nullcontext():
             self._rollback.end(task, chosen, self.net.shared)
             self.net.keep(task, chosen)
+            self._posteriors.forget(task)
             for shared, kept in zip(self.net.shared, chosen, strict=True):
                 if not kept:
                     shared.zero_grad()
@@ -269,144 +278,41 @@ class LASEM(nn.Module):
     def _network(self, task: str) -> Network:
         return Network(self.net.branches(task), self.net.heads[task], task)
 
-    def _run(self, evaluate: Any, network: Network, x: Tensor) -> Any:
-        """Evaluates; an error that the input's shape or dtype explains becomes one that says so."""
-        if torch.compiler.is_compiling():
-            return evaluate(network, x)
-        try:
-            return evaluate(network, x)
-        except RuntimeError as error:
-            reason = _checks.misfit(network, x)
-            if reason is None:
-                raise
-            raise ValueError(reason) from error
-
     def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
-        network = self._network(task)
-        one_pass = frozen is not None
-        e_output, m_output = self._outputs(self._evaluator, network, x, y, one_pass)
-        if e_output is m_output and frozen is None:
-            step = self._scored_step(m_output, y, task)
-            if step is not None:
-                return step
-        e_step, m_step = self._evidence(e_output, m_output, y)
-        usable = torch.isfinite(e_step.nll) & torch.isfinite(m_step.nll)
-        rows = None
-        if self._reads_values(x) and not bool(usable.all()):
-            rows, e_step, m_step = self._evidence_of_usable(network, x, y, usable, one_pass)
-            usable = torch.zeros_like(usable).index_fill(0, rows, True)
-        log_likelihood = _spread(e_step.log_likelihood, rows, usable, -torch.inf)
-        if frozen is None:
-            posterior = self._infer(task, log_likelihood, usable, x)
-        else:
-            posterior = self._frozen(frozen, m_step, rows)
-        loss = expected_nll(posterior if rows is None else posterior[rows], m_step.nll)
+        reused = None
+        if frozen is None and self.e_step_every > 1:
+            reused = self._posteriors.again(task)
+        follow = frozen if reused is None else reused
+        if follow is None:
+            self._start_prior(task)
+        found = self._search.step(self._network(task), x, y, follow, self._reads_values(x))
         step = EMStep(
-            loss=self._with_auxiliary(loss, posterior, task),
-            posterior=posterior,
-            log_likelihood=log_likelihood,
-            nll=_spread(e_step.nll.detach(), rows, usable, torch.inf),
-            dropped_mass=self._nothing_dropped,
+            loss=self._with_auxiliary(found.loss, found.weights, task),
+            posterior=found.posterior,
+            log_likelihood=found.log_likelihood,
+            nll=found.nll,
+            dropped_mass=self._dropped(found),
         )
-        if frozen is None:  # last, when nothing can fail any more
-            self._prior.update(task, posterior, usable.any())
+        # last, when nothing can fail any more
+        if reused is not None:
+            self._posteriors.used(task)
+        elif frozen is None:
+            if not found.counted:
+                self._prior.update(task, found.posterior, torch.isfinite(found.nll).any())
+            if self.e_step_every > 1:
+                self._posteriors.keep(task, found.posterior, self.e_step_every - 1)
         return step
 
-    def _scored_step(self, output: Tensor, y: Tensor, task: str) -> EMStep | None:
-        """The step through a backend's posterior head.
-
-        None where it has none, or where a configuration is to be left out (see _search_step).
-        """
-        reads_values = self._reads_values(output)
-        # what an operation on a device has counted could not be taken back after the checks
-        if not self._score_operations or (reads_values and output.device.type != "cpu"):
-            return None
-        known = task in self._prior.states
-        self._start_prior(task)
-        for operation in self._score_operations:
-            scores = operation(output, y, self.likelihood, self._prior, task)
-            if scores is None:
-                continue
-            # one value that is not finite makes the sum so, and the loss alone may hide it
-            if reads_values and not math.isfinite((scores.nll.sum() + scores.loss).item()):
-                break
-            step = EMStep(
-                loss=self._with_auxiliary(scores.loss, scores.posterior, task),
-                posterior=scores.posterior,
-                log_likelihood=scores.log_likelihood,
-                nll=scores.nll,
-                dropped_mass=self._nothing_dropped,
-            )
-            if not scores.counted:
-                self._prior.update(task, scores.posterior, torch.isfinite(scores.nll).any())
-            return step
-        if not known:
-            self._prior.forget(task)
-        return None
-
-    def _infer(self, task: str, log_likelihood: Tensor, usable: Tensor, x: Tensor) -> Tensor:
-        """The E-step's posterior."""
-        posterior = posterior_of(self._log_prior(task), log_likelihood)
-        if self._reads_values(x) and not bool(torch.isfinite(posterior).all()):
-            raise ValueError(
-                f"prior: expected probability above 0 for a configuration with a finite loss on "
-                f"this mini-batch, got 0 for all {int(usable.sum())} of them"
-            )
-        return posterior
-
-    def _frozen(self, posterior: Tensor, m_step: Evidence, rows: Tensor | None) -> Tensor:
-        """A posterior that was passed, without the configurations that overflow now."""
-        posterior = posterior.detach().to(m_step.nll)
-        if rows is None:
-            return posterior
-        left = torch.zeros_like(posterior).index_copy(0, rows, posterior[rows])
-        if not bool(left.sum() > 0):
-            raise ValueError(
-                "posterior: expected weight above 0 for a configuration with a finite loss on "
-                f"this mini-batch, got 0 for all {rows.numel()} of them"
-            )
-        return left / left.sum()
-
-    def _outputs(
-        self, evaluator: Any, network: Network, x: Tensor, y: Tensor, one_pass: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs ``[C, N, ...]`` for the E-step and the M-step; one object if they are equal."""
-        if one_pass:
-            e_output = m_output = self._run(evaluator.logits, network, x)
-        else:
-            e_output, m_output = self._run(evaluator.logits_without_and_with_noise, network, x)
-        self.likelihood.check_target(y, m_output, values=self._reads_values(x))
-        return e_output, m_output
-
-    def _evidence(self, e_output: Tensor, m_output: Tensor, y: Tensor) -> tuple[Evidence, Evidence]:
-        m_step = evidence(m_output, y, self.likelihood)
-        return (m_step if e_output is m_output else evidence(e_output, y, self.likelihood)), m_step
-
-    def _evidence_of_usable(
-        self, network: Network, x: Tensor, y: Tensor, usable: Tensor, one_pass: bool
-    ) -> tuple[Tensor, Evidence, Evidence]:
-        """Evaluates again without the configurations that overflow; returns the rows left too."""
-        rows = usable.nonzero().squeeze(1)
-        while rows.numel() > 0:
-            evaluator = _dispatch.evaluator(self.backend, [self.space[r] for r in rows.tolist()])
-            outputs = self._outputs(evaluator, network, x, y, one_pass)
-            e_step, m_step = self._evidence(*outputs, y)
-            good = torch.isfinite(e_step.nll) & torch.isfinite(m_step.nll)
-            if bool(good.all()):
-                return rows, e_step, m_step
-            rows = rows[good]
-        raise ValueError(
-            f"x: expected a mini-batch on which some configuration has a finite loss, got NaN or "
-            f"infinity for all {len(self.space)}; the weights are finite, so the activations "
-            f"overflow: use smaller inputs, weights or learning rate"
-        )
+    def _dropped(self, found: Found) -> Tensor:
+        return self._nothing_dropped if found.dropped_mass is None else found.dropped_mass
 
     def _fixed_step(self, x: Tensor, y: Tensor, task: str, config: Configuration) -> EMStep:
         """A plain training step of the configuration that an ended task kept."""
         row = self.space.index(config)
-        evaluator = _dispatch.evaluator(self.backend, [config])
-        outputs = self._outputs(evaluator, self._network(task), x, y, one_pass=True)
-        _, m_step = self._evidence(*outputs, y)
+        evaluator, network = _dispatch.evaluator(self.backend, [config]), self._network(task)
+        output = _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
+        self.likelihood.check_target(y, output, values=self._reads_values(x))
+        m_step = evidence(output, y, self.likelihood)
         if self._reads_values(x) and not bool(torch.isfinite(m_step.nll).all()):
             raise ValueError(
                 f"x: expected a mini-batch with a finite loss, got {float(m_step.nll)} for the "
@@ -423,20 +329,16 @@ class LASEM(nn.Module):
             dropped_mass=self._nothing_dropped,
         )
 
-    def _with_auxiliary(self, loss: Tensor, posterior: Tensor, task: str) -> Tensor:
-        """Adds each stage's auxiliary term, weighted by the posterior that the stage is shared."""
+    def _with_auxiliary(self, loss: Tensor, weights: Tensor, task: str) -> Tensor:
+        """Adds each stage's auxiliary term, by the weight of the configurations that share it."""
         terms = self.net.auxiliary_losses(task)
         if all(term is None for term in terms):
             return loss
-        shared = posterior @ self._bits.to(posterior)
+        shared = weights @ self._bits.to(weights)
         for weight, term in zip(shared.unbind(), terms, strict=True):
             if term is not None:
                 loss = loss + weight * term
         return loss
-
-    def _log_prior(self, task: str) -> Tensor:
-        self._start_prior(task)
-        return self._prior.log_prob(task)
 
     def _start_prior(self, task: str) -> None:
         """Makes the prior's buffers for a task that is seen for the first time."""
@@ -459,6 +361,8 @@ class LASEM(nn.Module):
             "space": self.space.bits.tolist(),
             "prior_tasks": list(self._prior.states),
             "rollback": self._rollback.structure(),
+            "posteriors": self._posteriors.structure(),
+            "few": sorted(self._search.few),
         }
 
     def load_state_dict(
@@ -491,6 +395,8 @@ class LASEM(nn.Module):
         for task in state["prior_tasks"]:
             self._start_prior(task)
         self._rollback.restore_structure(state["rollback"], self.net.shared)
+        self._posteriors.restore_structure(state.get("posteriors", {}), self._bits)
+        self._search.few = set(state.get("few", ()))
 
 
 def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:
@@ -503,10 +409,3 @@ def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:
             f"space: expected configurations of the net's {depth} stages, got depth {space.depth}"
         )
     return space
-
-
-def _spread(values: Tensor, rows: Tensor | None, usable: Tensor, fill: float) -> Tensor:
-    """Values of all configurations, with ``fill`` for those that are not usable."""
-    if rows is None:
-        return torch.where(usable, values, fill)
-    return values.new_full(usable.shape, fill).index_copy(0, rows, values)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from lasem_fast.liveness import TreeLiveness
 from lasem_fast.network import Network
+
+Follow = Literal["all", "some", "few"]
+"""How many configurations an M-step will ask for; "few": so few that a forward of their own costs
+less than a backward over everything."""
 
 
 class Part(NamedTuple):
@@ -41,6 +46,10 @@ class Evaluation(Protocol):
                 out, and no backward looks at rows that only they use. None: all.
         """
 
+    def share_of(self, weighs: Tensor) -> float | None:
+        """How much of the tree some configurations use, 0 to 1; None where a backward leaves the
+        rest out anyway. Waits for the device."""
+
 
 class Evaluator(Protocol):
     """Evaluates the configurations that it was made for."""
@@ -48,13 +57,16 @@ class Evaluator(Protocol):
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
 
-    def evaluate(self, network: Network, x: Tensor, *, one_pass: bool) -> Evaluation:
+    def evaluate(
+        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+    ) -> Evaluation:
         """Starts on a mini-batch.
 
         Args:
             network: the task's network.
             x: the mini-batch.
             one_pass: there is no E-step of its own: both steps see the M-step's outputs.
+            follow: how many configurations the M-step will ask for.
         """
 
 
@@ -64,12 +76,12 @@ class Whole(NamedTuple):
     Attributes:
         calm: outputs for the E-step.
         noisy: outputs for the M-step; the same object where there are no random layers.
-        liveness: told which rows matter once that is known; None where nothing would use it.
+        liveness: told which rows matter once that is known; None where all do.
     """
 
     calm: Tensor
     noisy: Tensor
-    liveness: Any = None
+    liveness: TreeLiveness | None = None
 
     @property
     def whole(self) -> Tensor | None:
@@ -83,3 +95,6 @@ class Whole(NamedTuple):
         if weighs is not None and self.liveness is not None:
             self.liveness.keep(weighs)
         return Part(None, self.noisy)
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        return None if self.liveness is None else self.liveness.share_of(weighs)

@@ -15,10 +15,12 @@ class TreeLiveness:
 
     Attributes:
         levels: one per stage, handed to the operations of that level.
+        followed: whether all levels so far were run by operations that look at it.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.followed = True
         self.levels = [Liveness() for _ in plan.levels]
 
     def keep(self, weighs: Tensor) -> None:
@@ -26,11 +28,16 @@ class TreeLiveness:
         device = weighs.device
         last = len(self.plan.levels[-1])
         live = _any_of(weighs, index_tensor(self.plan.leaves, device), last)
-        for level, liveness in zip(
-            reversed(self.plan.levels), reversed(self.levels), strict=True
-        ):
+        for level, liveness in zip(reversed(self.plan.levels), reversed(self.levels), strict=True):
             liveness.live = live
             live = _any_of(live, index_tensor(level.parents, device), level.width)
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        """The share of the tree's rows that some configurations use; None if it is followed."""
+        if self.followed:
+            return None
+        used = self.plan.only(weighs.nonzero().flatten().tolist())
+        return used.stage_evaluations / self.plan.stage_evaluations
 
 
 def _any_of(values: Tensor, places: Tensor, count: int) -> Tensor:

@@ -164,9 +164,7 @@ def _plain(module: nn.Module) -> Program | None:
         return None
     if flatten and type(stage.core) is not nn.Linear:
         return None
-    layer = FusedLayer(
-        stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool
-    )
+    layer = FusedLayer(stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool)
     return Program(1, (layer,), (1,))
 
 
@@ -366,7 +364,6 @@ class _Builder:
         if isinstance(known, int) or known.value is not None or len(node.users) > 1:
             return False
         return known.fields.skip is None and known.fields.pool.size == 1
-
 
 
 def _name(node: fx.Node) -> str:

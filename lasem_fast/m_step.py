@@ -6,10 +6,12 @@ approximations leave configurations out and report the posterior mass of what th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lasem_fast._checks import count
 
 
 class Weights(NamedTuple):
@@ -24,6 +26,46 @@ class Weights(NamedTuple):
     weights: Tensor
     weighs: Tensor | None = None
     dropped_mass: Tensor | None = None
+
+
+class MStep(NamedTuple):
+    """Which configurations an M-step follows.
+
+    Attributes:
+        prune: posterior mass that it may leave out; 0: none.
+        draws: number of configurations to draw from the posterior; None: follow all.
+    """
+
+    prune: float = 0.0
+    draws: int | None = None
+
+    @classmethod
+    def checked(cls, prune: Any, draws: Any) -> MStep:
+        """The M-step of these arguments of a LASEM; TypeError or ValueError names a wrong one."""
+        if isinstance(prune, bool) or not isinstance(prune, (int, float)):
+            raise TypeError(f"prune: expected a posterior mass, got {type(prune).__name__}")
+        if not 0 <= prune < 1:
+            raise ValueError(f"prune: expected a posterior mass from 0 to below 1, got {prune!r}")
+        if draws is None:
+            return cls(float(prune))
+        draws = count(draws, "m_step_draws")
+        if prune > 0:
+            raise ValueError(
+                f"m_step_draws: expected None together with prune={prune}, because either says "
+                f"which configurations an M-step follows; got {draws}"
+            )
+        return cls(0.0, draws)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every configuration is followed with its posterior."""
+        return self.prune == 0 and self.draws is None
+
+    def weights(self, posterior: Tensor) -> Weights:
+        """The weights for a posterior ``[C]``."""
+        if self.draws is not None:
+            return drawn(posterior, self.draws)
+        return pruned(posterior, self.prune) if self.prune > 0 else Weights(posterior)
 
 
 def pruned(posterior: Tensor, mass: float) -> Weights:

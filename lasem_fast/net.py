@@ -193,7 +193,9 @@ class TransferNet(nn.Module):
             raise ValueError(f"task: expected one that has not ended, got {task!r}, which has")
         for own in (self.specific, self.adapters, self.heads):
             own[task].zero_grad()
-        without = {i for i, bit in enumerate(bits) if not bit and self.adapters[task][i] is not None}
+        without = {
+            i for i, bit in enumerate(bits) if not bit and self.adapters[task][i] is not None
+        }
         self._without_adapters[task] = self._without_adapters[task] | without
         for stage, bit in enumerate(bits):
             (self.specific if bit else self.adapters)[task][stage] = None

@@ -116,6 +116,23 @@ class Plan:
         levels = self.levels[:stage]
         return Plan(levels, tuple(range(len(levels[-1]))))
 
+    def only(self, configs: Sequence[int]) -> Plan:
+        """The plan of some of its configurations, in the order given."""
+        needed = {self.leaves[config] for config in configs}
+        levels = []
+        place = {row: i for i, row in enumerate(sorted(needed))}
+        leaves = tuple(place[self.leaves[config]] for config in configs)
+        for level, before in zip(
+            reversed(self.levels), [*reversed(self.levels[:-1]), None], strict=True
+        ):
+            rows = sorted(needed)
+            needed = {level.parents[row] for row in rows}
+            width = 1 if before is None else len(needed)
+            place = {row: i for i, row in enumerate(sorted(needed))}
+            parents = tuple(place[level.parents[row]] for row in rows)
+            levels.append(Level(parents, tuple(level.branches[row] for row in rows), width))
+        return Plan(tuple(reversed(levels)), leaves)
+
     def below(self, stage: int, first: int, stop: int) -> SubPlan:
         """The sub-trees from stage ``stage`` on that hang on some rows of the level before.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lasem_fast import _checks
 from lasem_fast.configs import Configuration
-from lasem_fast.evaluation import Whole
+from lasem_fast.evaluation import Evaluation, Follow, Part, Whole
 from lasem_fast.network import Network
 from lasem_fast.plan import SHARED, SPECIFIC
 
@@ -36,11 +36,32 @@ class NaiveLoop:
             outputs.append(logits)
         return torch.stack(outputs)
 
-    def evaluate(self, network: Network, x: Tensor, *, one_pass: bool) -> Whole:
+    def evaluate(
+        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+    ) -> Evaluation:
         """Every configuration for the E-step (dropout off, no gradient), and for the M-step."""
         if one_pass:
             logits = self.logits(network, x)
             return Whole(logits, logits)
+        return _TwoForwards(self, network, x)
+
+
+class _TwoForwards:
+    """As published: the M-step has a forward of its own."""
+
+    whole = None
+
+    def __init__(self, loop: NaiveLoop, network: Network, x: Tensor) -> None:
+        self.loop, self.network, self.x = loop, network, x
         with torch.no_grad(), network.random_layers_off():
-            e_step = self.logits(network, x)
-        return Whole(e_step, self.logits(network, x))
+            self.e_step = loop.logits(network, x)
+
+    def m_step(self, weighs: Tensor | None) -> Part:
+        if weighs is None:
+            return Part(None, self.loop.logits(self.network, self.x))
+        rows = weighs.nonzero().flatten().tolist()
+        some = NaiveLoop([self.loop.configs[row] for row in rows])
+        return Part(tuple(rows), some.logits(self.network, self.x))
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        return None

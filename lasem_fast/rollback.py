@@ -218,9 +218,7 @@ class Rollback(Unlisted):
         value = torch.where(written, _bits(now), _bits(last)).view(now.dtype).reshape(now.shape)
         target.write(name, value, torch.where(written, self.turn, turn))
 
-    def _settle(
-        self, name: Name, now: Tensor, change: Tensor, others: Iterable[_Values]
-    ) -> None:
+    def _settle(self, name: Name, now: Tensor, change: Tensor, others: Iterable[_Values]) -> None:
         """Takes a change over for good; where no other made one, exactly the present value."""
         settled = self.settled[name]
         changed = torch.where(_untouched(name, others, now), now, settled + change)

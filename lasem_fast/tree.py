@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lasem_fast import _checks, fused_stage
 from lasem_fast.backends import plain_torch
-from lasem_fast.evaluation import Whole
+from lasem_fast.evaluation import Evaluation, Follow, Part, Whole
 from lasem_fast.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.layers import active_random_layers, has_hooks, may_write_input
 from lasem_fast.liveness import TreeLiveness
@@ -40,26 +40,34 @@ class Tree:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
         return self.finish(network, self.advance(network, x, 0, len(network.stages)), x.shape[0])
 
-    def evaluate(self, network: Network, x: Tensor, *, one_pass: bool) -> Whole:
+    def evaluate(
+        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+    ) -> Evaluation:
         """Outputs for both steps of EM; what lies before the first random layer runs once."""
-        liveness = TreeLiveness(self.plan) if torch.is_grad_enabled() else None
+        if follow == "few" and not one_pass and torch.is_grad_enabled():
+            return _TwoForwards(self, network, x)
         cut = None if one_pass else first_random_stage(network)
         if cut is None:
+            liveness = self._liveness(follow)
             h = self.advance(network, x, 0, len(network.stages), liveness)
             logits = self.finish(network, h, x.shape[0])
             return Whole(logits, logits, liveness)
         network, plan, cut = split_at(network, self.plan, cut)
-        return Tree(plan, self.operations)._evaluate_twice(network, x, cut)
+        return Tree(plan, self.operations)._evaluate_twice(network, x, cut, follow)
 
-    def _evaluate_twice(self, network: Network, x: Tensor, cut: int) -> Whole:
+    def _evaluate_twice(self, network: Network, x: Tensor, cut: int, follow: Follow) -> Whole:
         depth = len(network.stages)
-        liveness = TreeLiveness(self.plan) if torch.is_grad_enabled() else None
+        liveness = self._liveness(follow)
         trunk = self.advance(network, x, 0, cut, liveness)
         with torch.no_grad(), network.random_layers_off(cut):
             calm = self.advance(network, trunk, cut, depth)
             calm = self.finish(network, calm, x.shape[0])
         noisy = self.advance(network, trunk, cut, depth, liveness)
         return Whole(calm, self.finish(network, noisy, x.shape[0]), liveness)
+
+    def _liveness(self, follow: Follow) -> TreeLiveness | None:
+        wanted = follow != "all" and torch.is_grad_enabled()
+        return TreeLiveness(self.plan) if wanted else None
 
     def advance(
         self,
@@ -75,6 +83,8 @@ class Tree:
             used = [branches[b] for b in level.used_branches]
             live = None if liveness is None else liveness.levels[i]
             out = fused_stage.run(self.operations.levels, used, h, level, live)
+            if liveness is not None:
+                liveness.followed &= out is not None
             if out is not None:
                 h = out
             elif self.plan.continues(i):
@@ -130,6 +140,29 @@ class Tree:
         logits = network.head(h)
         _checks.check_logits(logits, leaves, samples, network.task)
         return logits.unflatten(0, (samples, leaves)).transpose(0, 1)
+
+
+class _TwoForwards:
+    """A forward without a graph for the E-step, and one of what the M-step follows."""
+
+    whole = None
+
+    def __init__(self, tree: Tree, network: Network, x: Tensor) -> None:
+        self.tree, self.network, self.x = tree, network, x
+        with torch.no_grad(), network.random_layers_off():
+            self.e_step = tree.logits(network, x)
+
+    def m_step(self, weighs: Tensor | None) -> Part:
+        if weighs is None:
+            return Part(None, self.tree.logits(self.network, self.x))
+        rows = tuple(weighs.nonzero().flatten().tolist())
+        some = Tree(self.tree.plan.only(rows), self.tree.operations)
+        return Part(rows, some.logits(self.network, self.x))
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        rows = weighs.nonzero().flatten().tolist()
+        plan = self.tree.plan
+        return plan.only(rows).stage_evaluations / plan.stage_evaluations
 
 
 def _call(branch: Branch, h: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def _net(*stages, features):
 def test_steps_equal_brute_force(first, second, features):
     net = _net(first, second, features=features)
     em = lf.LASEM(net, backend="torch")
-    em._evaluator = Tree(Plan.of_configs(em.space.configs), _CHANNELS_LAST)
+    em._search.everything = Tree(Plan.of_configs(em.space.configs), _CHANNELS_LAST)
     x = torch.randn(5, 2, 8, 8, dtype=torch.float64)
     y = torch.randint(3, (5,))
     truth = brute_force(net, em.space.bits, x, y, "a")

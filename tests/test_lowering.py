@@ -164,7 +164,7 @@ def test_fused_layers_equal_brute_force(name, groups):
     net.double()
     x, y = torch.randn(3, 4, 9, 8, dtype=torch.float64), torch.tensor([0, 2, 1])
     em = lf.LASEM(net, lf.ConfigSpace(3, groups), backend="torch")
-    em._evaluator, calls = evaluator_of(em.space, PLAIN), PLAIN.levels[0].calls
+    em._search.everything, calls = evaluator_of(em.space, PLAIN), PLAIN.levels[0].calls
     truth = brute_force(net, em.space.bits, x, y, "a")
     assert_step_equals(net, em(x, y, "a"), truth)
     assert PLAIN.levels[0].calls > calls

@@ -51,7 +51,8 @@ def _level(
     size = tuple(pool.output(n) for n in conv_size)
     if min(*conv_size, *size) < 1:
         return None
-    if not layer.relu or skip is not None: return None
+    if not layer.relu or skip is not None:
+        return None
     skip_data = skip_rows = None
     if skip is not None:
         expected = (x.shape[1], *conv_size, layer.weights[0].shape[0])

@@ -82,9 +82,7 @@ def level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tensor:
     if layer.relu_after:
         y = y.relu()
     if layer.pool.size > 1:
-        y = F.max_pool2d(
-            y, layer.pool.size, padding=layer.pool.padding, ceil_mode=layer.pool.ceil
-        )
+        y = F.max_pool2d(y, layer.pool.size, padding=layer.pool.padding, ceil_mode=layer.pool.ceil)
     if y.dim() == 4:
         y = y.permute(0, 2, 3, 1)
     return y.unflatten(0, (len(level), samples))
