@@ -45,7 +45,7 @@ def unpacked(state: Any) -> dict[str, Any]:
 
 def lasting() -> AbstractContextManager:
     """Where tensors are made that later calls may write to, whatever mode this call is in."""
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.inference_mode(False)
     return nullcontext()
 

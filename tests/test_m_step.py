@@ -1,0 +1,196 @@
+"""M-steps that follow the posterior: what they leave out, and that the rest is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import batch, cases, small_net
+from oracle import assert_equals, assert_step_equals, brute_force
+from row_lists import PLAIN, evaluator_of
+from torch import nn
+
+import lasem_fast as lf
+from lasem_fast.m_step import drawn, pruned
+
+MASSES = st.sampled_from([1e-6, 1e-2, 0.1, 0.3, 0.9])
+
+
+def _searches(case, **options):
+    """LASEMs that run the M-step in each of the ways that there are."""
+    for backend in ("torch", "reference"):
+        yield lf.LASEM(case.net, case.space, backend=backend, **options)
+    em = lf.LASEM(case.net, case.space, backend="torch", **options)
+    em._search.everything = evaluator_of(case.space, PLAIN)
+    yield em
+    em = lf.LASEM(case.net, case.space, backend="torch", **options)
+    em._search.few.add("a")
+    yield em
+
+
+@settings(max_examples=30)
+@given(cases(max_depth=4), MASSES)
+def test_a_pruned_gradient_is_that_of_the_configurations_kept(case, mass):
+    exact = brute_force(case.net, case.space.bits, case.x, case.y, "a")
+    for em in _searches(case, prune=mass):
+        step = em(case.x, case.y, "a")
+        kept = pruned(step.posterior, mass)
+        assert float(step.dropped_mass) <= mass
+        assert_equals(step.posterior, exact.posterior, "posterior")
+        truth = brute_force(
+            case.net, case.space.bits, case.x, case.y, "a", posterior=kept.weights
+        )
+        truth = truth._replace(posterior=exact.posterior)
+        assert_step_equals(case.net, step, truth)
+
+
+def test_the_error_of_a_pruned_gradient_is_within_the_mass_dropped():
+    net = small_net()
+    x, y = batch(samples=1)  # few samples leave several configurations probable
+    space, mass = lf.ConfigSpace(3), 0.3
+    step = lf.LASEM(net, prune=mass, backend="torch")(x, y, "a")
+    step.loss.backward()
+    assert 0 < float(step.dropped_mass) <= mass
+    exact = brute_force(net, space.bits, x, y, "a")
+    alone = [
+        brute_force(net, space.bits, x, y, "a", posterior=row).grads
+        for row in torch.eye(len(space), dtype=torch.float64)
+    ]
+    for name, parameter in net.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        error = (grad - exact.grads[name]).norm()
+        largest = max(float(grads[name].norm()) for grads in alone)
+        assert error <= float(step.dropped_mass) * largest * (1 + 1e-12)
+
+
+@settings(max_examples=20)
+@given(cases(max_depth=4), st.integers(1, 5))
+def test_a_drawn_gradient_is_that_of_the_draws(case, draws):
+    exact = brute_force(case.net, case.space.bits, case.x, case.y, "a")
+    for em in _searches(case, m_step_draws=draws):
+        with torch.random.fork_rng():
+            step = em(case.x, case.y, "a")
+        weights = drawn(step.posterior, draws)  # the same draws: the state was put back
+        truth = brute_force(
+            case.net, case.space.bits, case.x, case.y, "a", posterior=weights.weights
+        )
+        assert_step_equals(case.net, step, truth._replace(posterior=exact.posterior))
+        assert_equals(step.dropped_mass.detach(), weights.dropped_mass, "dropped_mass")
+
+
+def test_draws_are_unbiased():
+    torch.manual_seed(0)
+    posterior = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0], dtype=torch.float64)
+    rounds, draws = 4000, 3
+    mean = sum(drawn(posterior, draws).weights for _ in range(rounds)) / rounds
+    deviation = (posterior * (1 - posterior) / (rounds * draws)).sqrt()
+    assert bool(((mean - posterior).abs() <= 5 * deviation).all())
+
+
+def test_pruning_drops_the_least_probable_first():
+    posterior = torch.tensor([0.1, 0.6, 0.05, 0.25])
+    assert pruned(posterior, 0.16).weighs.tolist() == [False, True, False, True]
+    assert pruned(posterior, 0.14).weighs.tolist() == [True, True, False, True]
+    assert pruned(posterior, 0.01).weighs.tolist() == [True] * 4
+    assert float(pruned(posterior, 0.16).dropped_mass) == pytest.approx(0.15)
+
+
+def test_dropout_goes_with_pruning():
+    net = small_net(extra=(lambda: nn.Dropout(0.5),))
+    x, y = batch()
+    em = lf.LASEM(net, backend="torch", prune=0.2)
+    exact = lf.LASEM(net, backend="torch")
+    torch.manual_seed(3)
+    step = em(x, y, "a")
+    assert_equals(step.posterior, exact(x, y, "a").posterior, "posterior")
+    step.loss.backward()
+
+
+def test_a_posterior_is_reused_and_counted_once():
+    net = small_net()
+    em = lf.LASEM(net, backend="torch", e_step_every=3)
+    drawn_batches = [batch(seed=seed) for seed in range(1, 8)]
+    steps = [em(x, y, "a") for x, y in drawn_batches]
+    for i, step in enumerate(steps):
+        assert torch.equal(step.posterior, steps[i - i % 3].posterior)
+        x, y = drawn_batches[i]
+        truth = brute_force(net, em.space.bits, x, y, "a", posterior=step.posterior)
+        assert_step_equals(net, step, truth)
+    assert int(em._prior.states["a"].wins.sum()) == 3
+
+
+def test_a_reused_and_pruned_posterior_evaluates_what_it_follows():
+    net = small_net()
+    x, y = batch(samples=1)
+    em = lf.LASEM(net, backend="torch", e_step_every=2, prune=0.3)
+    first = em(x, y, "a")
+    again = em(x, y, "a")
+    kept = pruned(first.posterior, 0.3).weighs
+    assert torch.equal(torch.isnan(again.nll), ~kept)
+    assert_equals(again.nll[kept], first.nll[kept], "nll")
+    assert torch.equal(again.dropped_mass, first.dropped_mass)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prune": 0.2},
+        {"m_step_draws": 2},
+        {"e_step_every": 3},
+        {"prune": 0.2, "e_step_every": 2, "max_memory": 66_000},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(options):
+    def fresh():
+        torch.manual_seed(0)
+        net = small_net()
+        em = lf.LASEM(net, backend="torch", **options)
+        return em, torch.optim.SGD(net.task_parameters("a"), lr=0.1)
+
+    def train(em, optimizer, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            em(*batch(seed=seed), "a").loss.backward()
+            optimizer.step()
+
+    whole, optimizer = fresh()
+    train(whole, optimizer, range(9))
+    half, optimizer = fresh()
+    train(half, optimizer, range(4))
+    resumed, optimizer = fresh()
+    resumed.load_state_dict(half.state_dict())
+    train(resumed, optimizer, range(4, 9))
+    saved, expected = resumed.state_dict(), whole.state_dict()
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune": 1.0}, r"prune: expected a posterior mass from 0 to below 1, got 1\.0"),
+        ({"prune": "a"}, "prune: expected a posterior mass, got str"),
+        ({"m_step_draws": 0}, "m_step_draws: expected at least 1, got 0"),
+        ({"m_step_draws": 1.5}, "m_step_draws: expected a whole number, got float"),
+        ({"m_step_draws": 1, "prune": 0.1}, "m_step_draws: expected None together with prune"),
+        ({"e_step_every": 0}, "e_step_every: expected at least 1, got 0"),
+        ({"max_memory": 0}, "max_memory: expected bytes"),
+        ({"max_memory": 1.5}, "max_memory: expected bytes"),
+        ({"max_memory": "1 GB"}, "max_memory: expected None, bytes"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        lf.LASEM(small_net(), **options)
+
+
+def test_a_budget_that_cannot_be_met_says_what_the_least_is():
+    em = lf.LASEM(small_net(), backend="torch", max_memory=1000)
+    with pytest.raises(ValueError, match=r"max_memory: expected at least \d+ bytes") as refused:
+        em(*batch(), "a")
+    least = int(str(refused.value).split("at least ")[1].split()[0])
+    em = lf.LASEM(small_net(), backend="torch", max_memory=least)
+    em(*batch(), "a").loss.backward()
