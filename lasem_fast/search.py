@@ -129,7 +129,7 @@ class Search:
                 bad.update(overflowed)
                 continue
             break
-        if reads_values and weights.weighs is not None:
+        if reads_values and weights.weighs is not None and frozen is None and rows is None:
             self._note(network.task, evaluation, weights.weighs)
         return Found(
             loss=expected_nll(_picked(weights.weights, m_rows), m_step.nll),
