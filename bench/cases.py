@@ -143,6 +143,18 @@ def steps(device: str) -> list[Case]:
     return [Case(net, batch, "fp32", device, without=without) for net, batch in rows]
 
 
+def grouped(device: str) -> list[Case]:
+    """Deep nets searched in groups, beside the naive loop as published."""
+    rows = [
+        ("residual-17", (2, 2, 2, 2)),
+        ("residual-17", (2, 2, 1, 1, 1, 1)),
+        ("stl-9", (3, 3, 3)),
+        ("cifar-8", (2, 2, 2, 2)),
+    ]
+    without = (NAIVE[1], *COMPILED, *VMAP, "plain tree, channels last")
+    return [Case(net, 10, "fp32", device, groups, without) for net, groups in rows]
+
+
 def smoke(device: str) -> list[Case]:
     """One small row with the columns that are quick: whether the suite runs at all."""
     return [Case("cifar-4", 2, "fp32", device, without=(*COMPILED, *VMAP, *NAIVE))]

@@ -15,7 +15,12 @@ from pathlib import Path
 from bench import cases, ceilings, peers, record, report
 from bench.race import race
 
-SUITES = {"gpu": cases.gpu, "steps": cases.steps, "smoke": cases.smoke}
+SUITES = {
+    "gpu": cases.gpu,
+    "steps": cases.steps,
+    "grouped": cases.grouped,
+    "smoke": cases.smoke,
+}
 FINISHED, REFUSED, LEFT_OUT = 0, 1, 3
 
 

@@ -100,11 +100,26 @@ NETS = {
         (3, 32, 32),
         10,
     ),
+    "cifar-8": Builtin(
+        lambda: conv_stages(3, (32, 32, 64, 64, 128, 128, 128, 128), (3,) * 8, (1, 2) * 4),
+        lambda classes: dense_head(512, (64,), classes),
+        (3, 32, 32),
+        10,
+    ),
     "stl-6": Builtin(
         lambda: conv_stages(3, (32, 32, 64, 64, 128, 128), (3,) * 6, (1, 3) * 3),
         lambda classes: dense_head(2048, (128, 16), classes),
         (3, 96, 96),
         10,
+    ),
+    "stl-9": Builtin(
+        lambda: conv_stages(
+            3, (32,) * 3 + (64,) * 3 + (128,) * 3, (3,) * 9, (1, 1, 3) * 3
+        ),
+        lambda classes: dense_head(2048, (128, 16), classes),
+        (3, 96, 96),
+        10,
+        groups=(3, 3, 3),
     ),
     "office-home-4": Builtin(
         lambda: conv_stages(3, (64, 256, 256, 256), (11, 5, 3, 3), (3, 3, 2, 2)),

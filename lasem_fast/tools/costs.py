@@ -113,7 +113,7 @@ def _levels(net: TransferNet, task: str, space: ConfigSpace, x: Tensor) -> list[
         tree = Tree(plan, _dispatch.operations("torch"))
 
         def forward(tree: Tree = tree, network: Network = network) -> Tensor:
-            return tree.logits_without_and_with_noise(network, x)[1]
+            return tree.evaluate(network, x, one_pass=False).m_step(None).logits
 
         flops, held, _ = _count(forward, net, (x,))
         levels.append(LevelCost(len(plan.levels[-1]), flops - flops_before, held - held_before))
