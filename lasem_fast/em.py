@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _checks, _dispatch
+from lasem_fast import _checks, _dispatch, choices
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.likelihoods import Likelihood, as_likelihood
 from lasem_fast.net import TransferNet
@@ -409,26 +409,32 @@ class LASEM(nn.Module):
             self._prior.start(task, len(self.space), device)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What is searched and which buffers exist, so that they can be made before loading."""
+        """What is searched and which buffers exist, so that they can be made before loading.
+
+        With them the choices in force (:mod:`lasem_fast.choices`).
+        """
         return {
             "space": self.space.bits.tolist(),
             "prior_tasks": list(self._prior.states),
             "rollback": self._rollback.structure(),
+            "choices": choices.in_force(),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Makes the buffers that a saved state has values for."""
+        """Makes the buffers that a saved state has values for; its choices come into force."""
         if state["space"] != self.space.bits.tolist():
             raise ValueError(
                 f"state_dict: expected one saved with the same space, {self.space}, got one with "
                 f"{len(state['space'])} configurations of other stages"
             )
+        saved = choices.checked(state.get("choices", {}), "state_dict: choices")
         for task in [t for t in self._prior.states if t not in state["prior_tasks"]]:
             self._prior.forget(task)
         for task in state["prior_tasks"]:
             if task not in self._prior.states:
                 self._log_prior(task)
         self._rollback.restore_structure(state["rollback"], self.net.shared)
+        choices.process().restore(saved)
 
 
 def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:
