@@ -375,7 +375,7 @@ def library_column(backend: str) -> Column:
 
 
 # "cpp" has nothing of its own on a GPU, and "triton" on a CPU only an interpreter.
-_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton", "cuda")}
+_BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}
 
 
 def library_columns(device: str) -> list[Column]:

@@ -41,6 +41,9 @@ COMMANDS = {
     "doctor": Command(
         "lasem_fast.tools.doctor", "versions, backends and why not, build flags, CPU features"
     ),
+    "choices": Command(
+        "lasem_fast.tools.choices", "which kernels levels take: show, clear or pin measurements"
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lasem_fast import _ops
+from lasem_fast import _ops, choices
 from lasem_fast.backends import (
     cpu_head,
     cpu_level,
@@ -25,9 +25,12 @@ from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
 from lasem_fast.tree import Tree
+from lasem_fast.ways import OneOf
 
 _AVAILABLE = "available"
 
+# One for all LASEMs of a process, so that each shape is looked up once.
+_ON_CPU = OneOf({"C++": cpu_level.CpuLevel(), "PyTorch": plain_torch.TorchLevel()}, "cpu")
 
 def backends() -> dict[str, str]:
     """What each backend says of itself: ``"available"``, or why it is not."""
@@ -38,7 +41,6 @@ def backends() -> dict[str, str]:
         "torch": _AVAILABLE,
         "cpp": f"not available: {why_not}" if why_not else _AVAILABLE,
         "triton": f"not available: {no_triton}" if no_triton else _AVAILABLE,
-        "cuda": "not available: this version of lasem_fast has no such kernels",
     }
 
 
@@ -56,17 +58,20 @@ def choose(backend: Any) -> str:
 
     Raises:
         TypeError, ValueError: not the name of a backend.
+        ValueError: ``LASEM_FAST_CHOICES`` is not as :mod:`lasem_fast.choices` describes.
         RuntimeError: the one that was asked for by name cannot run here; the message says why.
     """
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
+    choices.process()
     known = backends()
     if backend == "auto":
         # the interpreter is for tests: nobody wants it who did not ask for it
         best = ["triton"] if torch.cuda.is_available() else []
         return next(name for name in [*best, "cpp", "torch"] if known[name] == _AVAILABLE)
     if backend not in known:
-        raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}")
+        hint = "; 'triton' is the one for CUDA devices" if backend == "cuda" else ""
+        raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}{hint}")
     if known[backend] != _AVAILABLE:
         raise RuntimeError(f"backend {backend!r}: {known[backend]}")
     return backend
@@ -78,7 +83,7 @@ def operations(backend: str) -> Operations:
         return Operations()
     if backend == "cpp":
         return Operations(
-            levels=(cpu_level.CpuLevel(),),
+            levels=(_ON_CPU,),
             heads=(
                 cpu_head.linear_head,
                 plain_torch.channels_last_head,

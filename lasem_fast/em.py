@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _checks, _dispatch
+from lasem_fast import _checks, _dispatch, choices
 from lasem_fast.budget import check_max_memory
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em_step import EMStep
@@ -363,6 +363,7 @@ class LASEM(nn.Module):
             "rollback": self._rollback.structure(),
             "posteriors": self._posteriors.structure(),
             "few": sorted(self._search.few),
+            "choices": choices.in_force(),
         }
 
     def load_state_dict(
@@ -373,11 +374,14 @@ class LASEM(nn.Module):
             return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:
-        """What is searched and which buffers exist, so that they can be made before loading."""
+        """What is searched and which buffers exist, so that they can be made before loading.
+
+        With them the choices in force (:mod:`lasem_fast.choices`).
+        """
         return packed(self._structure())
 
     def set_extra_state(self, state: Any) -> None:
-        """Makes the buffers that a saved state has values for."""
+        """Makes the buffers that a saved state has values for; its choices come into force."""
         state = unpacked(state)
         if state["space"] != self.space.bits.tolist():
             raise ValueError(
@@ -390,6 +394,7 @@ class LASEM(nn.Module):
                 f"state_dict: expected the tasks {list(self.net.tasks)} that this net has, got "
                 f"{missing} as well; call add_task for them before load_state_dict"
             )
+        saved = choices.checked(state.get("choices", {}), "state_dict: choices")
         for task in [t for t in self._prior.states if t not in state["prior_tasks"]]:
             self._prior.forget(task)
         for task in state["prior_tasks"]:
@@ -397,6 +402,7 @@ class LASEM(nn.Module):
         self._rollback.restore_structure(state["rollback"], self.net.shared)
         self._posteriors.restore_structure(state.get("posteriors", {}), self._bits)
         self._search.few = set(state.get("few", ()))
+        choices.process().restore(saved)
 
 
 def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:

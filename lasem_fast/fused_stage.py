@@ -183,7 +183,7 @@ def _first(
             y = operation(layer, x, level, skip, liveness)
             if y is not None:
                 return y
-    return plain_torch.level(layer, x, level, skip)
+    return plain_torch.run_level(layer, x, level, skip)
 
 
 def _outputs(values: list[Value], program: Program, level: Level) -> Fold:

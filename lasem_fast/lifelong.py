@@ -2,7 +2,8 @@
 
 One run is one method on one sequence: the search (`lasem`), or one of the paper's two static
 comparators, transfer at all stages (`all`) and no transfer (`none`). Two runs with the same
-arguments, on the CPU with the same number of threads, are equal bit for bit. Methods that are given
+arguments, on the CPU with the same number of threads, are equal bit for bit, if none of them
+measures its ways anew (`lasem_fast.choices`; by default nothing is timed). Methods that are given
 the same seed see the same initial weights at the start, the same new heads and specific branches
 at each task, and the same mini-batches.
 """
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasem_fast import metrics
+from lasem_fast import choices, metrics
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em import LASEM
 from lasem_fast.net import TransferNet
@@ -104,6 +105,7 @@ class RunRecord:
     matrix: list[list[float | None]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
     share_frequency: list[float] = field(default_factory=list)  # [d]
+    choices: choices.Ways = field(default_factory=dict)  # in force at the end; {}: by the rule
     parameters: int = 0  # numbers that have to be kept for all tasks, heads included
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -230,6 +232,7 @@ def train_sequence(
     kept = {p for task in tasks for p in net.task_parameters(task.name)}
     record.parameters = sum(p.numel() for p in kept)
     record.seconds = seconds
+    record.choices = choices.in_force()
     return record
 
 

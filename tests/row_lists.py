@@ -19,7 +19,7 @@ class PlainLevel:
 
     def __call__(self, layer, x, level, skip, liveness):
         self.calls += 1
-        return plain_torch.level(layer, x, level, skip)
+        return plain_torch.run_level(layer, x, level, skip)
 
 
 PLAIN = Operations(levels=(PlainLevel(),))

@@ -162,7 +162,7 @@ def _without_compiler(column, problem):
 
 
 def test_every_backend_of_the_library_is_a_column(monkeypatch):
-    states = {"reference": "available", "torch": "available", "cpp": "available", "cuda": "no"}
+    states = {"reference": "available", "torch": "available", "cpp": "available", "triton": "no"}
     monkeypatch.setattr("lasem_fast.backends", lambda: states)
     found = {column.name: column.slack for column in peers.library_columns("cpu")}
     assert found == {"lasem_fast torch": 4.0, "lasem_fast cpp": 12.0}

@@ -213,7 +213,7 @@ def test_tables_are_printed(capsys):
         (["plan", "users_net:stages", "--partition", "3"], "expected at most 2 groups, got 3"),
         (["plan", "users_net:stages", "--max-memory", "0"], "expected a number above 0"),
         (["overhead", "users_net:stages", "--batch", "0"], "expected at least 1, got 0"),
-        (["overhead", "users_net:stages", "--backend", "cuda"], "backend 'cuda'"),
+        (["overhead", "users_net:stages", "--backend", "cuda"], "got 'cuda'; 'triton' is the one"),
     ],
 )
 def test_errors_name_what_was_expected(argv, message, capsys):

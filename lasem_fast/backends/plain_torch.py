@@ -12,7 +12,7 @@ from torch.func import functional_call
 from lasem_fast.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.layers import PlainStage, flatten_then_linear, plain_stage, same_form
 from lasem_fast.network import tensors_in_force
-from lasem_fast.operations import Layer, Skip
+from lasem_fast.operations import Layer, Liveness, Skip
 from lasem_fast.plan import Level
 from lasem_fast.transfer import Branch
 
@@ -44,7 +44,19 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
     return _branches_into_batch(h, len(branches))
 
 
-def level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tensor:
+class TorchLevel:
+    """Any layer in PyTorch; see :class:`~lasem_fast.operations.LevelOperation`."""
+
+    def why_not(self, layer: Layer, x: Tensor) -> str:
+        return ""
+
+    def __call__(
+        self, layer: Layer, x: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None
+    ) -> Tensor:
+        return run_level(layer, x, level, skip)
+
+
+def run_level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tensor:
     """Any layer on any list of rows, rows outermost and channels last.
 
     Args:

@@ -84,7 +84,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train on a sequence of small, diverse image tasks three times: LASEM, "
-        "transfer at all stages, no transfer. The same options and seed give the same results.",
+        "transfer at all stages, no transfer. On one machine the same options and seed give the "
+        "same results, whatever else it does, unless LASEM_FAST_CHOICES=measure asks for timing.",
     )
     add = parser.add_argument
     add("--data", choices=("digits", "fashion-mnist"), default="digits",
