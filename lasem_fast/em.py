@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,9 @@ from lasem_fast.net import TransferNet
 from lasem_fast.network import Network
 from lasem_fast.posterior import Evidence, evidence, expected_nll, posterior_of
 from lasem_fast.priors import Prior, as_prior
+from lasem_fast.ranks import Ranks
 from lasem_fast.rollback import Rollback
+from lasem_fast.saved import all_or_nothing, lasting, packed, unpacked
 
 
 class EMStep(NamedTuple):
@@ -50,7 +54,8 @@ class LASEM(nn.Module):
         likelihood: ``"joint"`` (Eq. 2), ``"mean"`` (the authors' release), or a
             :class:`~lasem_fast.likelihoods.Likelihood`, for example ``Gaussian(sigma)``.
         prior: ``"count"`` (Eq. 1), ``"mean_posterior"``, ``"uniform"``, ``"historic"``, a tensor
-            ``[C]`` of probabilities, or a :class:`~lasem_fast.priors.Prior`.
+            ``[C]`` of probabilities, or a :class:`~lasem_fast.priors.Prior`, of which the LASEM
+            takes a copy: what it counts is its own.
         backend: ``"auto"``, or one of :func:`lasem_fast.backends` by name.
         validate: on a device, also run the checks that read values (label range, finiteness) and
             leave out configurations that overflow; this waits for the device at every step. On the
@@ -58,12 +63,21 @@ class LASEM(nn.Module):
             has a NaN loss.
         redraw_unclaimed: at the end of a task, once no other task is under way, draw those shared
             stages anew that no task has kept so far, so that the next task finds them untrained
-            (the authors' release). Draws from PyTorch's random state, which has to be the same in
-            all processes of a distributed run.
+            (the authors' release).
 
     Raises:
         TypeError, ValueError: an argument is not as described.
         RuntimeError: the backend asked for cannot run here.
+
+    ``parameters()`` and ``buffers()`` are the net's and the prior's own, and do not change from one
+    step to the next: what a task's prior counts and what the roll-back keeps is saved, moved and
+    copied with the module, but not listed. So ``torch.optim.swa_utils.AveragedModel(em)`` averages
+    the weights at any time between two ``add_task`` or ``end_task`` calls; its copy of the prior
+    stands still, so ask ``em`` itself for :meth:`best_config`.
+
+    Under ``DistributedDataParallel`` the prior is that of the first process, in all of them, and so
+    is every choice at the end of a task; a task that was added after wrapping is refused. A LASEM
+    that is compiled does not see that it is wrapped, and does none of this.
 
     Source: LASEM (Lee, Behpour, Eaton, ICML 2021), Algorithm 1.
     """
@@ -88,12 +102,14 @@ class LASEM(nn.Module):
         self.validate = bool(validate)
         self.redraw_unclaimed = bool(redraw_unclaimed)
         self.net = net
-        self.register_buffer("_bits", self.space.bits, persistent=False)
+        # numbers, because AveragedModel(use_buffers=True) averages all buffers
+        self.register_buffer("_bits", self.space.bits.float(), persistent=False)
         # one constant for every step: a kernel less on a device
         self.register_buffer("_nothing_dropped", torch.zeros(()), persistent=False)
         self._prior = as_prior(prior)
         self._prior.check(len(self.space))
         self._rollback = Rollback()
+        self._ranks = Ranks()
         self._evaluator = _dispatch.evaluator(self.backend, self.space.configs)
         self._score_operations = _dispatch.operations(self.backend).scores
 
@@ -139,11 +155,21 @@ class LASEM(nn.Module):
                 are then as before.
         """
         config = self._check_call(x, y, task, posterior)
+        self._meet_ranks(task)
+        before = self._rollback.before(task, config is not None, self.net.shared)
         if config is not None:
             step = self._fixed_step(x, y, task, config)
         else:
-            step = self._search_step(x, y, task, posterior)
-        self._rollback.begin(task, config is not None, self.net.shared)
+            known = task in self._prior.states
+            try:
+                step = self._search_step(x, y, task, posterior)
+            except Exception:
+                if not known and task in self._prior.states:
+                    self._prior.forget(task)
+                raise
+            if self._ranks.several and posterior is None and task in self._prior.states:
+                self._ranks.take_from_first(self._prior.states[task].buffers())
+        self._rollback.begin(task, config is not None, before)
         return step
 
     def evaluate(self, x: Tensor, task: str) -> Tensor:
@@ -178,10 +204,15 @@ class LASEM(nn.Module):
     def end_task(self, task: str, config: Any = None) -> Configuration:
         """Ends a task: chooses its configuration, rolls back and drops what that does not use.
 
-        Shared weights of the stages that the configuration does not share get back the values from
-        before the task; where mini-batches of other tasks came in between, the changes that those
-        made stay. Specific branches and adapters that it does not use are dropped. With
-        ``redraw_unclaimed``, shared stages that no task has kept are then drawn anew.
+        The shared stages that the configuration does not share get back their weights and buffers
+        from before the task, bit for bit; where mini-batches of other tasks came in between, the
+        changes that those made stay (:mod:`lasem_fast.rollback` says how). Specific branches and
+        adapters that it does not use are dropped. Gradients are freed of all that is the task's
+        own and of what was rolled back. With ``redraw_unclaimed``, shared stages that no task has
+        kept are then drawn anew.
+
+        Under ``DistributedDataParallel`` all processes have to call this, on ``ddp.module``; the
+        first one's configuration is everybody's.
 
         Args:
             task: a task that has not ended.
@@ -193,16 +224,23 @@ class LASEM(nn.Module):
         Raises:
             TypeError, ValueError: the task is unknown or has ended, or ``config`` is not in the
                 space.
+            RuntimeError: a shared stage has lost parameters that would have to be put back.
         """
         _checks.check_open_task(task, self.net)
-        if config is None:
-            chosen = self.best_config(task)
-        else:
-            chosen = self.space[self.space.index(config)]
-        self._rollback.end(task, chosen, self.net.shared)
-        self.net.keep(task, chosen)
-        if self.redraw_unclaimed and self._rollback.is_idle:
-            self.net.redraw_unclaimed()
+        chosen = self.best_config(task) if config is None else config
+        row = self._ranks.of_first(self.space.index(chosen), self._bits.device)
+        chosen = self.space[row]
+        # drawing anew runs an initialiser, which may fail
+        with all_or_nothing(self) if self.redraw_unclaimed else nullcontext():
+            self._rollback.end(task, chosen, self.net.shared)
+            self.net.keep(task, chosen)
+            for shared, kept in zip(self.net.shared, chosen, strict=True):
+                if not kept:
+                    shared.zero_grad()
+            if self.redraw_unclaimed and self._rollback.is_idle:
+                self.net.redraw_unclaimed()
+                if self._ranks.several:
+                    self._ranks.take_from_first(p.data for p in self.net.shared.parameters())
         return chosen
 
     def _check_call(
@@ -265,13 +303,16 @@ class LASEM(nn.Module):
         else:
             posterior = self._frozen(frozen, m_step, rows)
         loss = expected_nll(posterior if rows is None else posterior[rows], m_step.nll)
-        return EMStep(
+        step = EMStep(
             loss=self._with_auxiliary(loss, posterior, task),
             posterior=posterior,
             log_likelihood=log_likelihood,
             nll=_spread(e_step.nll.detach(), rows, usable, torch.inf),
             dropped_mass=self._nothing_dropped,
         )
+        if frozen is None:  # last, when nothing can fail any more
+            self._prior.update(task, posterior, usable.any())
+        return step
 
     def _scored_step(self, output: Tensor, y: Tensor, task: str) -> EMStep | None:
         """The step through a backend's posterior head.
@@ -291,31 +332,28 @@ class LASEM(nn.Module):
             # one value that is not finite makes the sum so, and the loss alone may hide it
             if reads_values and not math.isfinite((scores.nll.sum() + scores.loss).item()):
                 break
-            if not scores.counted:
-                self._prior.update(task, scores.posterior, torch.isfinite(scores.nll).any())
-            return EMStep(
+            step = EMStep(
                 loss=self._with_auxiliary(scores.loss, scores.posterior, task),
                 posterior=scores.posterior,
                 log_likelihood=scores.log_likelihood,
                 nll=scores.nll,
                 dropped_mass=self._nothing_dropped,
             )
+            if not scores.counted:
+                self._prior.update(task, scores.posterior, torch.isfinite(scores.nll).any())
+            return step
         if not known:
             self._prior.forget(task)
         return None
 
     def _infer(self, task: str, log_likelihood: Tensor, usable: Tensor, x: Tensor) -> Tensor:
-        """The E-step's posterior; the prior takes it in."""
-        known = task in self._prior.states
+        """The E-step's posterior."""
         posterior = posterior_of(self._log_prior(task), log_likelihood)
         if self._reads_values(x) and not bool(torch.isfinite(posterior).all()):
-            if not known:
-                self._prior.forget(task)
             raise ValueError(
                 f"prior: expected probability above 0 for a configuration with a finite loss on "
                 f"this mini-batch, got 0 for all {int(usable.sum())} of them"
             )
-        self._prior.update(task, posterior, usable.any())
         return posterior
 
     def _frozen(self, posterior: Tensor, m_step: Evidence, rows: Tensor | None) -> Tensor:
@@ -406,33 +444,58 @@ class LASEM(nn.Module):
         """Makes the prior's buffers for a task that is seen for the first time."""
         if task not in self._prior.states:
             device = next(self.net.parameters()).device
-            self._prior.start(task, len(self.space), device)
+            with lasting():
+                self._prior.start(task, len(self.space), device)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What is searched and which buffers exist, so that they can be made before loading.
+    def _meet_ranks(self, task: str) -> None:
+        """Under DDP, takes over what the first process has when it calls for the first time."""
+        if torch.compiler.is_compiling():
+            return
+        if self._ranks.note_call(task, (p for _, p in self.net.named_task_parameters(task))):
+            self._ranks.check_alike(self._structure())
+            for made_later in (self._prior.states, self._rollback):
+                self._ranks.take_from_first(made_later.all_buffers())
 
-        With them the choices in force (:mod:`lasem_fast.choices`).
-        """
+    def _structure(self) -> dict[str, Any]:
         return {
             "space": self.space.bits.tolist(),
             "prior_tasks": list(self._prior.states),
             "rollback": self._rollback.structure(),
-            "choices": choices.in_force(),
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; if it is refused, all is as before."""
+        with choices.process().unless_refused(), all_or_nothing(self):
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def get_extra_state(self) -> Tensor:
+        """What is searched and which buffers exist, so that they can be made before loading.
+
+        With them the choices in force (:mod:`lasem_fast.choices`).
+        """
+        return packed({**self._structure(), "choices": choices.in_force()})
+
+    def set_extra_state(self, state: Any) -> None:
         """Makes the buffers that a saved state has values for; its choices come into force."""
+        state = unpacked(state, "space", "prior_tasks", "rollback")
         if state["space"] != self.space.bits.tolist():
             raise ValueError(
                 f"state_dict: expected one saved with the same space, {self.space}, got one with "
                 f"{len(state['space'])} configurations of other stages"
             )
+        missing = [task for task in state["prior_tasks"] if task not in self.net.tasks]
+        if missing:
+            raise ValueError(
+                f"state_dict: expected the tasks {list(self.net.tasks)} that this net has, got "
+                f"{missing} as well; call add_task for them before load_state_dict"
+            )
         saved = choices.checked(state.get("choices", {}), "state_dict: choices")
         for task in [t for t in self._prior.states if t not in state["prior_tasks"]]:
             self._prior.forget(task)
         for task in state["prior_tasks"]:
-            if task not in self._prior.states:
-                self._log_prior(task)
+            self._start_prior(task)
         self._rollback.restore_structure(state["rollback"], self.net.shared)
         choices.process().restore(saved)
 

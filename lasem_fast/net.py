@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lasem_fast import _checks
 from lasem_fast.configs import Configuration, parse_config
+from lasem_fast.saved import all_or_nothing, packed, unpacked
 from lasem_fast.task_modules import TaskModules
 from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
 
@@ -183,13 +184,19 @@ class TransferNet(nn.Module):
         return [pair[0 if bit else 1] for pair, bit in zip(branches, bits, strict=True)]
 
     def keep(self, task: str, config: Any) -> None:
-        """Ends a task with this configuration and drops the branches that it does not use."""
+        """Ends a task with this configuration and drops the branches that it does not use.
+
+        The gradients of all that is the task's own are freed, whether it is dropped or kept.
+        """
         bits = parse_config(config, self.depth)
         if self.config(task) is not None:
             raise ValueError(f"task: expected one that has not ended, got {task!r}, which has")
+        for own in (self.specific, self.adapters, self.heads):
+            own[task].zero_grad()
+        adapters = self.adapters[task]
+        without = {i for i, bit in enumerate(bits) if not bit and adapters[i] is not None}
+        self._without_adapters[task] = self._without_adapters[task] | without
         for stage, bit in enumerate(bits):
-            if not bit and self.adapters[task][stage] is not None:
-                self._without_adapters[task].add(stage)
             (self.specific if bit else self.adapters)[task][stage] = None
         self._configs[task] = bits
 
@@ -204,12 +211,21 @@ class TransferNet(nn.Module):
         frozen = nn.Sequential(*modules, _baked(Branch(self.heads[task])))
         return frozen.eval().requires_grad_(False)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The tasks in order and the configurations that ended ones were given."""
-        return {"configs": {t: None if c is None else list(c) for t, c in self._configs.items()}}
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; if it is refused, the net is as before."""
+        with all_or_nothing(self):
+            return super().load_state_dict(state_dict, strict, assign)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def get_extra_state(self) -> Tensor:
+        """The tasks in order and the configurations that ended ones were given."""
+        configs = {t: None if c is None else list(c) for t, c in self._configs.items()}
+        return packed({"configs": configs})
+
+    def set_extra_state(self, state: Any) -> None:
         """Brings the branches to where they were saved; the tasks themselves must be there."""
+        state = unpacked(state, "configs")
         missing = [task for task in state["configs"] if task not in self._configs]
         if missing:
             raise ValueError(

@@ -6,24 +6,35 @@ That count is what the end of a task chooses by, unless the prior says otherwise
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.task_modules import TaskModules
+from lasem_fast.task_modules import UnlistedTaskModules
 
 
 class Prior(nn.Module):
     """Base class: a prior that never changes, uniform unless ``log_prob`` is overridden.
 
     A subclass may keep more buffers per task (``start``), learn from posteriors (``update``) and
-    choose by something else than wins (``score``). Everything stays on the device.
+    choose by something else than wins (``score``). Everything stays on the device, and keeps its
+    dtype when the module around it is cast. The buffers of the tasks are not among ``buffers()``
+    (see :class:`~lasem_fast.task_modules.Unlisted`).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.states = TaskModules()
+        self.states = UnlistedTaskModules()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prior:
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     def check(self, n_configs: int) -> None:
         """Raises ValueError if this prior cannot serve a space of ``n_configs`` configurations."""
@@ -160,13 +171,13 @@ _BY_NAME = {
 
 
 def as_prior(prior: Any) -> Prior:
-    """A prior by name, as a tensor of probabilities ``[C]`` or as an object.
+    """A prior by name, as a tensor of probabilities ``[C]`` or as an object, which is copied.
 
     Raises:
         TypeError, ValueError: none of these.
     """
     if isinstance(prior, Prior):
-        return prior
+        return copy.deepcopy(prior)
     if isinstance(prior, Tensor):
         return Fixed(prior)
     if not isinstance(prior, str):

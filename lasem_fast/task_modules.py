@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _PREFIX = "task_"
 
@@ -33,6 +34,34 @@ class TaskModules(nn.Module):
     def values(self) -> list[nn.Module]:
         """The modules, in the order in which the tasks were added."""
         return list(self._modules.values())
+
+
+class Unlisted(nn.Module):
+    """A module that an outer ``buffers()`` does not list what is inside of.
+
+    What is made while training runs goes here. It moves, copies and saves with the outer module,
+    but what goes through a module's buffers once and for all (``DistributedDataParallel``,
+    ``AveragedModel``) must not find other ones later.
+    """
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """Itself alone."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            if remove_duplicate:
+                memo.add(self)
+            yield prefix, self
+
+    def all_buffers(self) -> list[Tensor]:
+        """Its buffers and those of all modules inside."""
+        inside = [child.buffers() for child in self.children()]
+        return [*self.buffers(), *(b for buffers in inside for b in buffers)]
+
+
+class UnlistedTaskModules(Unlisted, TaskModules):
+    """Modules by task name that an outer ``buffers()`` does not list."""
 
 
 def _encoded(task: str) -> str:
