@@ -26,7 +26,7 @@ def check_stages(stages: Any) -> None:
         raise ValueError("stages: expected at least one stage, got none")
     owner: dict[int, int] = {}
     for i, stage in enumerate(stages):
-        _check_not_lazy(stage, f"stages[{i}]")
+        _check_trainable(stage, f"stages[{i}]")
         for name, parameter in stage.named_parameters():
             other = owner.setdefault(id(parameter), i)
             if other != i:
@@ -40,7 +40,7 @@ def check_head(head: Any, net: TransferNet) -> None:
     """A head is a module that no other part of the net uses."""
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
-    _check_not_lazy(head, "head")
+    _check_trainable(head, "head")
     taken = {id(p) for p in net.parameters()}
     for name, parameter in head.named_parameters():
         if id(parameter) in taken:
@@ -50,12 +50,23 @@ def check_head(head: Any, net: TransferNet) -> None:
             )
 
 
-def _check_not_lazy(module: nn.Module, argument: str) -> None:
+def _check_trainable(module: nn.Module, argument: str) -> None:
+    """Parameters that have values and can be trained."""
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
                 f"{argument}: expected initialised parameters, got the lazy {name!r}; run the "
                 f"module once on a batch first"
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"{argument}: expected parameters with values, got {name!r} on the meta device; "
+                f"make the module on the device where it is trained"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"{argument}: expected parameters that can be trained, got {name!r}, which was "
+                f"made under torch.inference_mode()"
             )
 
 
