@@ -6,6 +6,7 @@ A configuration says, stage by stage, whether the `shared` branch (True) or the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -83,7 +84,7 @@ class ConfigSpace:
         depth = _checked_depth(depth)
         rows = [parse_config(c, depth) for c in configs]
         if len(set(rows)) != len(rows):
-            twice = next(r for r in rows if rows.count(r) > 1)
+            twice = next(row for row, number in Counter(rows).items() if number > 1)
             raise ValueError(f"configs: expected distinct configurations, got {list(twice)} twice")
         space = cls.__new__(cls)
         space._setup(torch.tensor(sorted(rows, reverse=True)), None)

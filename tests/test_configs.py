@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -122,3 +123,16 @@ def test_plan_takes_any_set_of_prefixes_and_more_than_two_branches():
     assert plan.levels[1].rows_of(1) == (2, 3) and plan.levels[1].parents_of(1) == (1, 2)
     assert plan.levels[1].merge_order() == (0, 3, 1, 2)
     assert not plan.levels[1].is_full
+
+
+def test_a_plan_of_many_configurations_takes_no_time_that_counts():
+    configs = lf.ConfigSpace(15).configs
+    del configs[12345]
+    start = time.process_time()
+    plan = Plan.of_configs(configs)
+    order = plan.levels[-1].merge_order()
+    assert time.process_time() - start < 2  # 0.3 s; 10 s where the time is quadratic
+    assert plan.leaves == tuple(range(2**15 - 1)) and len(plan.levels[13]) == 2**14
+    shared = plan.levels[-1].rows_of(0)
+    assert [order[row] for row in shared] == list(range(len(shared)))
+    assert sorted(order) == list(range(2**15 - 1))
