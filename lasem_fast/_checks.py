@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,17 @@ from torch.nn.parameter import is_lazy
 from lasem_fast.layers import layers_that_mix_samples
 from lasem_fast.network import Network
 
-if TYPE_CHECKING:
-    from lasem_fast.net import TransferNet
+
+class TaskNet(Protocol):
+    """What the checks ask of a net with tasks; :class:`~lasem_fast.net.TransferNet` has it."""
+
+    shared: nn.ModuleList
+    specific: Mapping[str, nn.Module]
+    adapters: Mapping[str, nn.Module]
+    heads: Mapping[str, nn.Module]
+
+    def config(self, task: str) -> Sequence[bool] | None:
+        """The configuration of a task that has ended, or None."""
 
 
 def check_stages(stages: Any) -> None:
@@ -36,7 +45,7 @@ def check_stages(stages: Any) -> None:
                 )
 
 
-def check_head(head: Any, net: TransferNet) -> None:
+def check_head(head: Any, net: nn.Module) -> None:
     """A head is a module that no other part of the net uses."""
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
@@ -86,7 +95,7 @@ def check_task(task: Any, tasks: Iterable[str]) -> None:
         )
 
 
-def check_open_task(task: Any, net: TransferNet) -> None:
+def check_open_task(task: Any, net: TaskNet) -> None:
     """The name of a task that has not ended."""
     config = net.config(task)
     if config is not None:
@@ -175,7 +184,7 @@ def check_posterior_values(posterior: Tensor) -> None:
         )
 
 
-def check_independent_samples(net: TransferNet, task: str) -> None:
+def check_independent_samples(net: TaskNet, task: str) -> None:
     """No layer that the task uses mixes the samples of the folded batch."""
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]
