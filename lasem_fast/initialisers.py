@@ -6,10 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+
+from lasem_fast._numbers import finite_number
 
 _SD = 0.05
 _BIAS = 0.2
@@ -29,6 +33,7 @@ def redraw_(module: nn.Module) -> list[str]:
         The names of the parameters that no rule has drawn; they keep their values. A parameter of a
         module without ``reset_parameters()`` is one of them.
     """
+    _check_module(module)
     given = {n: p for n, p in module.named_parameters() if p.is_floating_point() or p.is_complex()}
     values = {name: p.clone() for name, p in given.items()}
     undrawn = {id(p) for layer in module.modules() for p in _parametrised(layer)}
@@ -132,9 +137,21 @@ def release_(module: nn.Module) -> None:
     deviation 0.05, redrawn beyond 2 standard deviations (0.044 is left of it), and biases of 0.2.
     Other layers keep what they have.
     """
+    _check_module(module)
     for layer in module.modules():
         if isinstance(layer, _WEIGHTED):
             _draw(layer, lambda layer=layer: _release(layer))
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"module: expected initialised parameters, got the lazy {name!r}; run the module "
+                f"once on a batch first"
+            )
 
 
 def _release(layer: nn.Module) -> None:
@@ -150,5 +167,9 @@ def glorot_uniform_(tensor: Tensor, fan_in: int, fan_out: int) -> Tensor:
     The release leaves the variables of tf and dfcnn, biases included, to TensorFlow's default,
     which is this one; a vector of n values counts as fan_in = fan_out = n.
     """
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"tensor: expected a floating-point tensor, got {got}")
+    fan_in, fan_out = finite_number(fan_in, "fan_in"), finite_number(fan_out, "fan_out")
     limit = math.sqrt(6 / (fan_in + fan_out))
     return tensor.uniform_(-limit, limit)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lasem_fast import _checks
 from lasem_fast.configs import Configuration, parse_config
+from lasem_fast.network import Network
 from lasem_fast.task_modules import TaskModules
 from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
 
@@ -44,7 +45,8 @@ class TransferNet(nn.Module):
         self, stages: Iterable[nn.Module], transfer: str | TransferMechanism = "hps"
     ) -> None:
         super().__init__()
-        stages = list(stages) if isinstance(stages, Iterable) else stages
+        if isinstance(stages, Iterable) and getattr(stages, "ndim", 1) > 0:
+            stages = list(stages)
         _checks.check_stages(stages)
         self.mechanism = _mechanism(transfer)
         self.shared = nn.ModuleList(self.mechanism.shared_modules(stages))
@@ -173,10 +175,27 @@ class TransferNet(nn.Module):
 
         Raises:
             TypeError, ValueError: an unknown task, a configuration that does not fit, none for a
-                task that has not ended, or one that needs branches dropped at its end.
+                task that has not ended, or one that needs branches dropped at its end; ``x`` is
+                nothing that the network can take.
         """
-        h = x
-        for branch in self.path(task, config):
+        path = self.path(task, config)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if x.dim() < 1:
+            raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
+        if torch.compiler.is_compiling():
+            return self._output(path, x, task)
+        try:
+            return self._output(path, x, task)
+        except (RuntimeError, IndexError) as error:
+            network = Network([(branch, branch) for branch in path], self.heads[task], task)
+            reason = _checks.misfit(network, x)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
+
+    def _output(self, path: list[Branch], h: Tensor, task: str) -> Tensor:
+        for branch in path:
             h = branch(h)
         return self.heads[task](h)
 

@@ -56,6 +56,11 @@ def test_a_list_is_put_into_nested_loop_order():
     assert {1, 2} not in space
 
 
+def test_a_space_is_a_sequence_of_its_configurations():
+    space = lf.ConfigSpace(2)
+    assert list(space) == space.configs == [space[i] for i in range(len(space))]
+
+
 def test_static_configurations():
     space = lf.ConfigSpace(4)
     named = [space.all, space.top(1), space.top(3), space.bottom(2), space.bottom(0)]
@@ -82,6 +87,13 @@ def test_static_configurations():
         (lambda: lf.ConfigSpace(3).index(True), TypeError, "got bool"),
         (lambda: lf.ConfigSpace(3).index(1.0), TypeError, "got float"),
         (lambda: lf.ConfigSpace(4, groups=[2, 2]).index({1}), ValueError, "outside it"),
+        (lambda: lf.ConfigSpace(3)[8], ValueError, "row: expected a row in 0..7, got 8"),
+        (lambda: lf.ConfigSpace(3)["a"], TypeError, "row: expected a row in 0..7, got str"),
+        (lambda: lf.ConfigSpace(3).label(8), ValueError, "row: expected a row in 0..7, got 8"),
+        (lambda: lf.ConfigSpace(3).label(None), TypeError, "row: expected a row"),
+        (lambda: lf.ConfigSpace(2).index(torch.empty(2, device="meta")), TypeError, "config: exp"),
+        (lambda: lf.ConfigSpace(2).index([torch.ones(2), 1]), ValueError, "expected 2 booleans"),
+        (lambda: lf.ConfigSpace.from_configs(3), TypeError, "configs: expected a sequence"),
         (lambda: lf.ConfigSpace(3).top(4), ValueError, "k: expected"),
         (lambda: lf.ConfigSpace.from_configs([]), ValueError, "configs: expected at least one"),
         (lambda: lf.ConfigSpace.from_configs([{1}]), ValueError, "depth: expected"),

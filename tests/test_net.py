@@ -261,6 +261,17 @@ def test_modes_are_copied_layer_by_layer(transfer):
         (lambda: small_net(1).add_task(1, nn.ReLU()), TypeError, "task: expected a name"),
         (lambda: small_net(1).add_task("", nn.ReLU()), ValueError, "empty"),
         (lambda: small_net(1).add_task("b", 3), TypeError, "head: expected an nn.Module"),
+        (lambda: lf.TransferNet(torch.tensor(1)), TypeError, "stages: expected a sequence"),
+        (lambda: small_net(1).branches("b"), ValueError, r"task: expected one of \['a'\], got 'b'"),
+        (lambda: small_net(1).heads[3], TypeError, "task: expected a name"),
+        (lambda: small_net(1).auxiliary_losses("b"), ValueError, "task: expected one of"),
+        (lambda: small_net(1)(3, "a", 0), TypeError, "x: expected a tensor, got int"),
+        (lambda: small_net(1)(torch.tensor(3), "a", 0), ValueError, "x: expected a batch"),
+        (
+            lambda: small_net(1)(torch.zeros(2, 5, 6, 6).double(), "a", 0),
+            ValueError,
+            r"x: expected samples that the network can take.* stage 1 ",
+        ),
         (
             lambda: (n := small_net(1)).add_task("b", n.heads["a"]),
             ValueError,
