@@ -54,8 +54,8 @@ def forward_transfer(R: ArrayLike, untrained: ArrayLike) -> float:
     ahead = R.diagonal(offset=1)
     if not np.isfinite(ahead).all():
         raise ValueError(
-            "forward_transfer needs R[j-1, j], accuracies on tasks that have not begun; "
-            "R has none of them (a multi-head run): use gain(R, alone)"
+            "R: expected R[j-1, j], accuracies on tasks that have not begun, for every j, got none "
+            "(a multi-head run): use gain(R, alone)"
         )
     return float((ahead - untrained[1:]).mean()) if len(R) > 1 else float("nan")
 
@@ -83,8 +83,8 @@ def peak_accuracy(valid: ArrayLike, test: ArrayLike) -> float:
     ``valid``, ``test``: ``[E]``, after each epoch of the task's own training. Not the maximum of
     ``test``. The score of a run is the mean over its tasks.
     """
-    epoch = peak_epoch(valid)
-    return float(_vector(test, np.size(valid), "test")[epoch])
+    valid = _per_epoch(valid, "valid")
+    return float(_vector(test, valid.size, "test")[valid.argmax()])
 
 
 def learning_curve_area(test: ArrayLike) -> float:
@@ -101,10 +101,10 @@ def retention(final: ArrayLike, reference: ArrayLike) -> Floats:
     The paper's catastrophic forgetting ratio is the mean of this (near 1: little forgotten). It
     leaves the reference open: the accuracy at the end of the task's own training, or the peak.
     """
-    reference = np.asarray(reference, dtype=np.float64)
+    reference = _per_task(reference, "reference")
     final = _vector(final, reference.size, "final")
     if not (reference > 0).all():
-        raise ValueError(f"reference accuracies must be above 0, got {reference.tolist()}")
+        raise ValueError(f"reference: expected accuracies above 0, got {reference.tolist()}")
     return final / reference
 
 
@@ -115,30 +115,52 @@ def forgetting_ratio(final: ArrayLike, reference: ArrayLike) -> float:
 
 def share_frequency(configurations: ArrayLike) -> Floats:
     """``[d]`` fraction of the tasks that share each stage, from configurations ``[T, d]``."""
-    bits = np.asarray(configurations, dtype=np.float64)
-    if bits.ndim != 2 or bits.size == 0:
-        raise ValueError(f"configurations must have shape [tasks, stages], got {bits.shape}")
+    bits = _floats(configurations, "configurations")
+    if bits.ndim != 2 or bits.size == 0 or not np.isin(bits, (0, 1)).all():
+        raise ValueError(
+            f"configurations: expected booleans of shape [tasks, stages], got shape "
+            f"{list(bits.shape)} with the values {np.unique(bits).tolist()[:5]}"
+        )
     return bits.mean(axis=0)
 
 
+def _floats(values: ArrayLike, name: str) -> Floats:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: expected an array of numbers, got {type(values).__name__} ({error})"
+        ) from error
+
+
 def _matrix(R: ArrayLike) -> Floats:
-    R = np.asarray(R, dtype=np.float64)
+    R = _floats(R, "R")
     if R.ndim != 2 or R.shape[0] != R.shape[1] or R.size == 0:
-        raise ValueError(f"R must be a square matrix [tasks, tasks], got shape {R.shape}")
+        raise ValueError(f"R: expected a square matrix [tasks, tasks], got shape {list(R.shape)}")
     if not np.isfinite(R[np.tril_indices(len(R))]).all():
-        raise ValueError("R must be finite on and below its diagonal")
+        raise ValueError("R: expected finite values on and below its diagonal, got NaN or infinity")
     return R
 
 
 def _per_epoch(values: ArrayLike, name: str) -> Floats:
-    values = np.asarray(values, dtype=np.float64)
+    return _some(values, name, "epochs")
+
+
+def _per_task(values: ArrayLike, name: str) -> Floats:
+    return _some(values, name, "tasks")
+
+
+def _some(values: ArrayLike, name: str, of: str) -> Floats:
+    values = _floats(values, name)
     if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"{name} must be a non-empty vector [epochs], got shape {values.shape}")
+        raise ValueError(
+            f"{name}: expected a vector [{of}] of at least one, got shape {list(values.shape)}"
+        )
     return values
 
 
 def _vector(values: ArrayLike, n: int, name: str) -> Floats:
-    values = np.asarray(values, dtype=np.float64)
+    values = _floats(values, name)
     if values.shape != (n,):
-        raise ValueError(f"{name} must have shape ({n},), got {values.shape}")
+        raise ValueError(f"{name}: expected shape [{n}], got {list(values.shape)}")
     return values

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, gate, machine, peers, race, report
+from bench import cases, gate, machine, measured, peers, race, report
 from bench.cases import Case
 from bench.peers import BASE, Column, Outcome, Runner
 from lasem_fast.tools.builtin import NETS, Builtin, Skip, conv_layer, conv_stages, dense_head
@@ -256,10 +256,10 @@ def test_report_of_a_run(run_with_a_wrong_backend, tmp_path, capsys):
 
 def _results(commit, seconds):
     cells = {
-        ("row", column): report.Cell({"row": "row", "column": column, "seconds": [s] * 3})
+        ("row", column): measured.Cell({"row": "row", "column": column, "seconds": [s] * 3})
         for column, s in seconds.items()
     }
-    return report.Results({}, commit, {}, {}, cells)
+    return measured.Results({}, commit, {}, {}, cells)
 
 
 def test_comparison_of_two_commits():

@@ -192,3 +192,20 @@ def test_a_prior_moves_with_the_module():
     assert (kept.total.device.type, kept.total.dtype) == ("meta", torch.float64)
     assert em._rollback.settled[0, "0.weight"].device.type == "meta"
     assert em._rollback.settled[0, "0.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: lf.priors.Fixed(None), TypeError, "prior: expected a floating-point tensor"),
+        (lambda: lf.priors.Fixed(torch.ones(2, 2)), ValueError, r"tensor \[C\], got .* \[2, 2\]"),
+        (lambda: lf.priors.Fixed(torch.ones(2, device="meta")), ValueError, "on meta"),
+        (lambda: lf.priors.Count("1"), TypeError, "initial: expected a finite number above 0"),
+        (lambda: lf.priors.Count().log_prob("a"), ValueError, r"task: expected one of \[\]"),
+        (lambda: lf.priors.Count().forget("a"), ValueError, r"task: expected one of \[\]"),
+        (lambda: lf.likelihoods.Gaussian("1"), TypeError, "sigma: expected a finite number"),
+    ],
+)
+def test_bad_priors_and_likelihoods_are_refused_in_words(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
