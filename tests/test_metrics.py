@@ -97,7 +97,10 @@ def test_share_frequency():
             r"R: expected a square matrix .* got shape \[2\]",
         ),
         (lambda: metrics.average_accuracy(np.empty((0, 0))), "square matrix"),
-        (lambda: metrics.forgetting([[0.5, 0.0], [NAN, 0.5]]), "R: expected finite values on and below"),
+        (
+            lambda: metrics.forgetting([[0.5, 0.0], [NAN, 0.5]]),
+            "R: expected finite values on and below",
+        ),
         (lambda: metrics.gain(MULTI_HEAD, [0.5]), r"alone: expected shape \[3\], got \[1\]"),
         (lambda: metrics.peak_epoch([]), "valid: expected a non-empty vector"),
         (lambda: metrics.learning_curve_area([[0.5]]), "test: expected a non-empty vector"),
