@@ -80,8 +80,11 @@ def _write(out: Path, result: dict[str, Any], search: RunRecord) -> str:
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
     """All of it or nothing: what was there before stays until it is written."""
+    text = json.dumps(result, indent=1, allow_nan=False, default=str) + "\n"
     beside = path.with_suffix(".partial")
-    beside.write_text(
-        json.dumps(result, indent=1, allow_nan=False, default=str) + "\n", encoding="ascii"
-    )
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="ascii")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     console = Console()
     torch.set_num_threads(args.threads)
     try:
-        results = Results(args.out)
         images = _images(args)
         tasks = data.make_tasks(images, args.tasks, seed=args.seed)
         make_net, make_head = _factories(images.side)
         _check_backend(args, make_net)
+        results = Results(args.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if runs:
             print(f"{type(error).__name__} before the end; {results.kept()}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 130  # as a shell has it
         raise
     result = _result(args, runs, times)
     # first of all: what follows may fail, and the results are there then
