@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+NAMES = {"lasem": "LASEM", "all": "everything shared", "none": "nothing shared"}
 MEASURES = ("peak_accuracy", "average_accuracy", "forgetting", "parameters")
 
 
@@ -24,8 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="the demo's run.json files")
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
-    runs = [json.loads(path.read_text()) for path in args.runs]
-    settings = [{k: v for k, v in run["config"].items() if k != "seed"} for run in runs]
+    try:
+        runs = [json.loads(path.read_text()) for path in args.runs]
+        settings = [{k: v for k, v in run["config"].items() if k != "seed"} for run in runs]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"runs: expected run.json files of the demo, got {error!r}")
     if any(other != settings[0] for other in settings):
         parser.error("runs: expected the same options but for the seed, got different ones")
     found = {
@@ -49,7 +53,7 @@ def table(found: dict) -> str:
     """Mean and range over the runs, as Markdown."""
     runs = list(found["runs"].values())
     lines = [
-        "| mean (lowest to highest) | peak | after the last task | forgetting | parameters kept |",
+        "| | peak accuracy | after the last task | forgetting | parameters kept |",
         "| --- | --: | --: | --: | --: |",
     ]
     for method in runs[0]:
@@ -57,7 +61,7 @@ def table(found: dict) -> str:
             _cell([run[method][measure] for run in runs], measure == "parameters")
             for measure in MEASURES
         ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| {NAMES[method]} | {' | '.join(cells)} |")
     less = sum(run["lasem"]["forgetting"] < run["all"]["forgetting"] for run in runs)
     ahead = sum(run["lasem"]["average_accuracy"] > run["none"]["average_accuracy"] for run in runs)
     lines.append(
