@@ -296,7 +296,7 @@ def test_runs_of_the_demo_are_put_together(tmp_path, capsys):
         paths[-1].write_text(json.dumps(run))
     out = tmp_path / "out.json"
     assert demo_seeds.main([*map(str, paths), "--out", str(out)]) == 0
-    assert "everything shared in 1 of 2 runs" in capsys.readouterr().out
+    assert "sharing everything in 1 of 2 runs" in capsys.readouterr().out
     assert list(json.loads(out.read_text())["runs"]) == ["3", "4"]
 
     for wrong, message in (("{}", "expected run.json files"), ("3 4", "expected run.json files")):

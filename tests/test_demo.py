@@ -255,6 +255,10 @@ def test_quick_run_is_reproducible(tmp_path, capsys):
         (["--device", "abacus"], "abacus"),
         (["--device", "meta"], "expected a device that PyTorch can use here"),
         (["--epochs", "0"], "argument --epochs: expected at least 1, got 0"),
+        (
+            ["--threads", "1000000"],
+            "argument --threads: expected at most 1024 threads, got 1000000",
+        ),
         (["--epochs", "many"], "argument --epochs: expected a whole number, got 'many'"),
         (["--seed", "-1"], "argument --seed: expected a number in 0..2^63 - 1, got -1"),
         (["--root", "here"], "--root: expected only together with --data fashion-mnist"),

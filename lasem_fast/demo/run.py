@@ -121,7 +121,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="default demo-run/")
     add("--device", type=arguments.device, default="cpu", help="a PyTorch device (default cpu)")
     add("--backend", default="auto", help="of the EM step (default auto)")
-    add("--threads", type=arguments.positive, default=1,
+    add("--threads", type=arguments.threads, default=1,
         help="CPU threads; the net is too small to gain from more than the default 1")  # fmt: skip
     return parser
 

@@ -7,12 +7,24 @@ import math
 
 import torch
 
+_MOST_THREADS = 1024
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected at most {2**31 - 1}, got {value}")
+    return value
+
+
+def threads(text: str) -> int:
+    """A number of threads; far beyond any machine's cores the thread pool brings Python down."""
+    value = positive(text)
+    if value > _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_THREADS} threads, got {value}")
     return value
 
 

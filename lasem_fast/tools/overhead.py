@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     add("--backend", default="auto", help="of the EM step (default auto)")
     add("--rounds", type=arguments.positive, default=7,
         help="each measures everything once; medians are shown (default 7)")  # fmt: skip
-    add("--threads", type=arguments.positive, help="CPU threads (default: PyTorch's)")
+    add("--threads", type=arguments.threads, help="CPU threads (default: PyTorch's)")
     add("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
     if args.threads:
