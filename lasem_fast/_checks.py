@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,17 @@ from torch.nn.parameter import is_lazy
 from lasem_fast.layers import layers_that_mix_samples
 from lasem_fast.network import Network
 
-if TYPE_CHECKING:
-    from lasem_fast.net import TransferNet
+
+class TaskNet(Protocol):
+    """What the checks ask of a net with tasks; :class:`~lasem_fast.net.TransferNet` has it."""
+
+    shared: nn.ModuleList
+    specific: Mapping[str, nn.Module]
+    adapters: Mapping[str, nn.Module]
+    heads: Mapping[str, nn.Module]
+
+    def config(self, task: str) -> Sequence[bool] | None:
+        """The configuration of a task that has ended, or None."""
 
 
 def check_stages(stages: Any) -> None:
@@ -26,7 +35,7 @@ def check_stages(stages: Any) -> None:
         raise ValueError("stages: expected at least one stage, got none")
     owner: dict[int, int] = {}
     for i, stage in enumerate(stages):
-        _check_not_lazy(stage, f"stages[{i}]")
+        _check_trainable(stage, f"stages[{i}]")
         for name, parameter in stage.named_parameters():
             other = owner.setdefault(id(parameter), i)
             if other != i:
@@ -36,11 +45,11 @@ def check_stages(stages: Any) -> None:
                 )
 
 
-def check_head(head: Any, net: TransferNet) -> None:
+def check_head(head: Any, net: nn.Module) -> None:
     """A head is a module that no other part of the net uses."""
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
-    _check_not_lazy(head, "head")
+    _check_trainable(head, "head")
     taken = {id(p) for p in net.parameters()}
     for name, parameter in head.named_parameters():
         if id(parameter) in taken:
@@ -50,12 +59,23 @@ def check_head(head: Any, net: TransferNet) -> None:
             )
 
 
-def _check_not_lazy(module: nn.Module, argument: str) -> None:
+def _check_trainable(module: nn.Module, argument: str) -> None:
+    """Parameters that have values and can be trained."""
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
                 f"{argument}: expected initialised parameters, got the lazy {name!r}; run the "
                 f"module once on a batch first"
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"{argument}: expected parameters with values, got {name!r} on the meta device; "
+                f"make the module on the device where it is trained"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"{argument}: expected parameters that can be trained, got {name!r}, which was "
+                f"made under torch.inference_mode()"
             )
 
 
@@ -75,7 +95,7 @@ def check_task(task: Any, tasks: Iterable[str]) -> None:
         )
 
 
-def check_open_task(task: Any, net: TransferNet) -> None:
+def check_open_task(task: Any, net: TaskNet) -> None:
     """The name of a task that has not ended."""
     config = net.config(task)
     if config is not None:
@@ -173,7 +193,7 @@ def check_posterior_values(posterior: Tensor) -> None:
         )
 
 
-def check_independent_samples(net: TransferNet, task: str) -> None:
+def check_independent_samples(net: TaskNet, task: str) -> None:
     """No layer that the task uses mixes the samples of the folded batch."""
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]

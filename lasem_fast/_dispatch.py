@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,6 +33,7 @@ _AVAILABLE = "available"
 
 # One for all LASEMs of a process, so that each shape is looked up once.
 _ON_CPU = OneOf({"C++": cpu_level.CpuLevel(), "PyTorch": plain_torch.TorchLevel()}, "cpu")
+
 
 def backends() -> dict[str, str]:
     """What each backend says of itself: ``"available"``, or why it is not."""
@@ -67,14 +70,28 @@ def choose(backend: Any) -> str:
     known = backends()
     if backend == "auto":
         # the interpreter is for tests: nobody wants it who did not ask for it
-        best = ["triton"] if torch.cuda.is_available() else []
-        return next(name for name in [*best, "cpp", "torch"] if known[name] == _AVAILABLE)
+        fast = ["triton", "cpp"] if torch.cuda.is_available() else ["cpp"]
+        found = next(name for name in [*fast, "torch"] if known[name] == _AVAILABLE)
+        if found != fast[0]:
+            _warn_once(fast[0], known[fast[0]])
+        return found
     if backend not in known:
         hint = "; 'triton' is the one for CUDA devices" if backend == "cuda" else ""
         raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}{hint}")
     if known[backend] != _AVAILABLE:
         raise RuntimeError(f"backend {backend!r}: {known[backend]}")
     return backend
+
+
+@cache
+def _warn_once(wanted: str, reason: str) -> None:
+    """A silent fall-back would only be noticed by its speed."""
+    warnings.warn(
+        f"lasem_fast runs without its fast kernels, in plain PyTorch, which takes several times as "
+        f"long: backend {wanted!r} is {reason}. backend='torch' says that this is meant.",
+        RuntimeWarning,
+        stacklevel=4,  # LASEM(...) -> choose -> here
+    )
 
 
 def operations(backend: str) -> Operations:

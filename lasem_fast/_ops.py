@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-try:
-    from lasem_fast import _cpu
-except ImportError as error:
-    _cpu = None
-    _import_error = str(error)
+from lasem_fast import _extension
+
+_cpu, _why_no_extension = _extension.load()
 
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
@@ -93,13 +91,13 @@ def force_isa(name: str | None) -> None:
     ``LASEM_FAST_CPU_ISA`` names. Raises ``ValueError`` if this CPU lacks it.
     """
     if _cpu is None:
-        raise RuntimeError(f"the CPU extension is not installed: {_import_error}")
+        raise RuntimeError(_why_no_extension)
     _cpu.force_isa(name or "")
 
 
 def why_unsupported() -> str:
     """Why float32 has no kernels here, in words; empty where it has."""
-    return _cpu.isa_reason() if _cpu else f"the CPU extension is not installed: {_import_error}"
+    return _cpu.isa_reason() if _cpu else _why_no_extension
 
 
 def supported() -> bool:

@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,17 @@ class Choices:
     def restore(self, choices: Ways) -> None:
         self._restored = _merged(self._restored, choices)
         self.version += 1
+
+    @contextmanager
+    def unless_refused(self) -> Iterator[None]:
+        """Takes back what a state dict has restored if the block raises."""
+        before = self._restored
+        try:
+            yield
+        except BaseException:
+            self._restored = before
+            self.version += 1
+            raise
 
     def unpin(self) -> None:
         self._pinned, self._restored = {}, {}

@@ -71,7 +71,8 @@ class LASEM(nn.Module):
     stands still, so ask ``em`` itself for :meth:`best_config`.
 
     Under ``DistributedDataParallel`` the prior is that of the first process, in all of them, and so
-    is every choice at the end of a task; a task that was added after wrapping is refused.
+    is every choice at the end of a task; a task that was added after wrapping is refused. A LASEM
+    that is compiled does not see that it is wrapped, and does none of this.
 
     Source: LASEM (Lee, Behpour, Eaton, ICML 2021), Algorithm 1.
     """
@@ -100,7 +101,8 @@ class LASEM(nn.Module):
         self.validate = bool(validate)
         self.redraw_unclaimed = bool(redraw_unclaimed)
         self.net = net
-        self.register_buffer("_bits", self.space.bits, persistent=False)
+        # numbers, because AveragedModel(use_buffers=True) averages all buffers
+        self.register_buffer("_bits", self.space.bits.float(), persistent=False)
         # one constant for every step: a kernel less on a device
         self.register_buffer("_nothing_dropped", torch.zeros(()), persistent=False)
         self._prior = as_prior(prior)
@@ -170,7 +172,7 @@ class LASEM(nn.Module):
                 if not known and task in self._prior.states:
                     self._prior.forget(task)
                 raise
-            if self._ranks.several and posterior is None:
+            if self._ranks.several and posterior is None and task in self._prior.states:
                 self._ranks.take_from_first(self._prior.states[task].buffers())
         self._rollback.begin(task, config is not None, before)
         return step

@@ -16,13 +16,14 @@ Source: LASEM, section 5 and appendix; the authors' release (github.com/Lifelong
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
+from lasem_fast._numbers import finite_number, is_whole, whole_number
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.initialisers import release_
 from lasem_fast.net import TransferNet
@@ -91,6 +92,7 @@ class Architecture:
 
         The release flattens channels last; the order of features is the first layer's matter only.
         """
+        classes = whole_number(classes, "classes")
         widths = [self.features, *self.hidden]
         layers: list[nn.Module] = [nn.Flatten(), nn.Dropout(_DROPOUT)]
         for inputs, outputs in pairwise(widths):
@@ -105,14 +107,15 @@ class Architecture:
 
     def mechanism(self) -> TransferMechanism:
         """The transfer mechanism, with the release's initial weights for specific branches."""
-        if self.transfer == "hps":
-            return HardParameterSharing(init=release_)
-        if self.transfer == "tf":
-            return TensorFactorization(init=release_)
-        if self.transfer == "dfcnn":
-            return DeconvolutionalFactorization(self.deconvolution, init=release_)
         if isinstance(self.transfer, TransferMechanism):
             return self.transfer
+        name = self.transfer if isinstance(self.transfer, str) else ""
+        if name == "hps":
+            return HardParameterSharing(init=release_)
+        if name == "tf":
+            return TensorFactorization(init=release_)
+        if name == "dfcnn":
+            return DeconvolutionalFactorization(self.deconvolution, init=release_)
         raise ValueError(
             f"transfer: expected 'hps', 'tf', 'dfcnn' or a TransferMechanism, got {self.transfer!r}"
         )
@@ -149,6 +152,7 @@ def same_pool(side: int, window: int) -> nn.Module:
     comes first; ``nn.MaxPool2d`` pads that half on both sides and adds the odd one at the end by
     ``ceil_mode``. Equal exactly, for every side and window.
     """
+    side, window = whole_number(side, "side"), whole_number(window, "window")
     if window == 1:
         return nn.Identity()
     missing = -side % window
@@ -165,7 +169,7 @@ def cifar100(
         transfer: ``"hps"``, ``"tf"``, ``"dfcnn"`` or a mechanism.
         width: factor on the numbers of channels and hidden units (rounded, at least 1).
     """
-    _check_layers(layers, (4, 6, 8))
+    layers = _checked_layers(layers, (4, 6, 8))
     return _architecture(
         transfer,
         width,
@@ -186,7 +190,7 @@ def office_home(
     layers: int = 4, transfer: str | TransferMechanism = "hps", width: float = 1.0
 ) -> Architecture:
     """Office-Home with 4, 6 or 8 layers (images of 128 x 128 in 3 channels); see cifar100."""
-    _check_layers(layers, (4, 6, 8))
+    layers = _checked_layers(layers, (4, 6, 8))
     kernels = {4: (11, 5, 3, 3), 6: (11, 5, 3, 3, 3, 3), 8: (7, 7, 5, 5, 3, 3, 3, 3)}
     channels = {
         4: (64, 256, 256, 256),
@@ -222,7 +226,7 @@ def stl10(
 
     The 9 layers are searched in groups of three. Under tf the head has one hidden layer less.
     """
-    _check_layers(layers, (6, 9))
+    layers = _checked_layers(layers, (6, 9))
     run = layers // 3
     pools = ((1,) * (run - 1) + (3,)) * 3
     deconvolution = {
@@ -272,7 +276,7 @@ def residual17(
     searched: the skip is what entered its first layer, whichever branches led there. The release
     has no dfcnn sizes for it; they are derived.
     """
-    if groups not in _RESIDUAL_GROUPS:
+    if not is_whole(groups) or int(groups) not in _RESIDUAL_GROUPS:
         raise ValueError(f"groups: expected one of {sorted(_RESIDUAL_GROUPS)}, got {groups!r}")
     return _architecture(
         transfer,
@@ -283,7 +287,7 @@ def residual17(
         pools=tuple(2 if i in (0, 5, 9, 13) else 1 for i in range(17)),
         hidden=(1000,),
         batch_size=10,
-        groups=_RESIDUAL_GROUPS[groups],
+        groups=_RESIDUAL_GROUPS[int(groups)],
         deconvolution=None,
         skips=((1, 2), (3, 4), (7, 8), (11, 12), (15, 16)),
     )
@@ -298,8 +302,7 @@ def _architecture(
     deconvolution: tuple[DeconvSizes, ...] | None,
     **rest: object,
 ) -> Architecture:
-    if not (isinstance(width, (int, float)) and 0 < width < math.inf):
-        raise ValueError(f"width: expected a finite factor above 0, got {width!r}")
+    width = finite_number(width, "width")
 
     def scaled(n: int) -> int:
         return max(1, round(n * width))
@@ -324,6 +327,7 @@ def _sizes(
     return tuple(DeconvSizes(*k, *t) for k, t in zip(knowledge, task, strict=True))
 
 
-def _check_layers(layers: int, known: tuple[int, ...]) -> None:
-    if layers not in known:
+def _checked_layers(layers: Any, known: tuple[int, ...]) -> int:
+    if not is_whole(layers) or int(layers) not in known:
         raise ValueError(f"layers: expected one of {known}, got {layers!r}")
+    return int(layers)

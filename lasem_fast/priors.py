@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._numbers import finite_number, whole_number
 from lasem_fast.task_modules import UnlistedTaskModules
 
 
@@ -41,6 +42,7 @@ class Prior(nn.Module):
 
     def start(self, task: str, n_configs: int, device: torch.device) -> None:
         """Makes the buffers of a task that is seen for the first time."""
+        n_configs = whole_number(n_configs, "n_configs")
         state = nn.Module()
         state.register_buffer("wins", torch.zeros(n_configs, dtype=torch.int64, device=device))
         self.states[task] = state
@@ -81,11 +83,16 @@ class Fixed(Prior):
 
     def __init__(self, probabilities: Tensor) -> None:
         super().__init__()
+        if not isinstance(probabilities, Tensor):
+            raise TypeError(
+                f"prior: expected a floating-point tensor [C], got {type(probabilities).__name__} "
+                f"{probabilities!r}"
+            )
         p = probabilities.detach().clone()  # checked as given, kept in double precision
-        if p.dim() != 1 or not p.is_floating_point():
+        if p.dim() != 1 or not p.is_floating_point() or p.is_meta or p.layout != torch.strided:
             raise ValueError(
                 f"prior: expected a floating-point tensor [C], got {p.dtype} of shape "
-                f"{list(p.shape)}"
+                f"{list(p.shape)} ({p.layout}, on {p.device})"
             )
         if not bool(torch.isfinite(p).all()) or bool((p < 0).any()) or not bool(p.sum() > 0):
             raise ValueError(
@@ -114,9 +121,7 @@ class Count(Prior):
 
     def __init__(self, initial: float = 1.0) -> None:
         super().__init__()
-        if not (isinstance(initial, (int, float)) and 0 < initial < float("inf")):
-            raise ValueError(f"initial: expected a finite number above 0, got {initial!r}")
-        self.initial = float(initial)
+        self.initial = finite_number(initial, "initial")
 
     def log_prob(self, task: str) -> Tensor:
         counts = self.states[task].wins.double() + self.initial

@@ -35,6 +35,9 @@ _FLOATING = (
 )  # fmt: skip
 _INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+# turns of a last writer's value; those of tasks count from 1
+_FROM_THE_START, _NOT_WRITTEN = 0, -1
+
 Name = tuple[int, str]  # the stage, and the tensor's name in it
 
 
@@ -79,6 +82,17 @@ class _Values(nn.Module):
     def turn(self, name: Name) -> Tensor | None:
         """When the value was written; None for a sum, and for what has been there from the start"""
         return self._buffers.get(f"t{name[0]}_{self.names[name]}") if name in self.names else None
+
+    def last(self, name: Name) -> int:
+        """The turn as a number."""
+        turn = self.turn(name)
+        if turn is None:
+            return _FROM_THE_START if name in self.names else _NOT_WRITTEN
+        return int(turn)
+
+    def has_left(self, name: Name) -> bool:
+        """Whether there is a value that was there from the start or was written."""
+        return self.last(name) != _NOT_WRITTEN
 
     def write(self, name: Name, tensor: Tensor | None, turn: Tensor) -> None:
         """Keeps a last writer's value."""
@@ -192,6 +206,8 @@ class Rollback(Unlisted):
 
     def _has_sums(self, name: Name, then: Tensor | None, now: Tensor | None, weight: bool) -> bool:
         """Which of the two rules a tensor follows."""
+        if now is None:
+            return False
         values = [self.settled, *self.changes.values()]
         kept = [v[name] if name in v else None for v in values[:1]]
         kept += [v[name] for v in values[1:] if name in v]
@@ -208,13 +224,15 @@ class Rollback(Unlisted):
             return
         if now is None:
             return
-        last = target[name] if name in target else None
-        turn = target.turn(name)
+        known, turn = name in target, target.turn(name)
+        last = target[name] if known else now
         written = (_bits(now) != _bits(then)).any()
-        if turn is None:
-            turn = torch.full_like(self.turn, -1)
         if not _same_form(now, last):
-            last = now
+            if bool(written):
+                target.write(name, now.clone(), self.turn.clone())
+            return
+        if turn is None:
+            turn = torch.full_like(self.turn, _FROM_THE_START if known else _NOT_WRITTEN)
         value = torch.where(written, _bits(now), _bits(last)).view(now.dtype).reshape(now.shape)
         target.write(name, value, torch.where(written, self.turn, turn))
 
@@ -241,8 +259,8 @@ class Rollback(Unlisted):
         others = [self.changes[other] for other in self.changes if other != task]
         names = [n for n in {**now.tensors, **self.settled.names} if not config[n[0]]]
         if not others:
-            back = {n: self.settled[n] for n in names if n in self.settled}
-            gone = [n for n in names if n not in self.settled and n not in now.weights]
+            back = {n: self.settled[n] for n in names if self.settled.has_left(n)}
+            gone = [n for n in names if n not in back and n not in now.weights]
         else:
             own = self.changes[task]
             back, gone = {}, []
@@ -267,27 +285,32 @@ class Rollback(Unlisted):
         back: dict[Name, Tensor | None], gone: list[Name],
     ) -> None:  # fmt: skip
         """Finds one tensor's value without what the task did, if it did anything."""
-        if own.is_sum(name) and _same_form(now, own[name]):
+        if self._is_summed(name, now, own):
             change, settled = own[name], self.settled[name]
             exact = _untouched(name, others, now) | ~torch.isfinite(change)
             without = torch.where(exact, settled, now - change)
             back[name] = torch.where(change == 0, now, without)
             return
-        if name in own and own.turn(name) is not None and int(own.turn(name)) < 0:
+        if name in own and not own.has_left(name):
             return
-        left = [v for v in others if name in v and not v.is_sum(name)]
-        left += [self.settled] if name in self.settled else []
+        left = [v for v in others if v.has_left(name) and not v.is_sum(name)]
+        left += [self.settled] if self.settled.has_left(name) else []
         if left:
-            back[name] = max(left, key=lambda v: _turn(v, name))[name]
+            back[name] = max(left, key=lambda values: values.last(name))[name]
         else:
             gone.append(name)
 
     def _keep(self, name: Name, now: Tensor | None, own: _Values, others: list[_Values]) -> None:
         """Settles one tensor of a stage that the task shares."""
-        if own.is_sum(name):
+        if self._is_summed(name, now, own):
             self._settle(name, now, own[name], others)
-        elif _turn(own, name) > (_turn(self.settled, name) if name in self.settled else -1):
+        elif not own.is_sum(name) and own.last(name) > self.settled.last(name):
             self.settled.write(name, own[name], own.turn(name))
+
+    def _is_summed(self, name: Name, now: Tensor | None, own: _Values) -> bool:
+        """Whether a sum is kept that fits: since then another task may have changed the shape."""
+        settled = self.settled[name] if name in self.settled else None
+        return own.is_sum(name) and _same_form(now, own[name]) and _same_form(settled, own[name])
 
     def _forget(self) -> None:
         self.active = self.settled = self.anchor = None
@@ -338,14 +361,9 @@ def _untouched(name: Name, others: Iterable[_Values], like: Tensor) -> Tensor:
     """Which elements no other open task has changed."""
     untouched = torch.ones_like(like, dtype=torch.bool)
     for other in others:
-        if other.is_sum(name):
+        if other.is_sum(name) and _same_form(other[name], like):
             untouched = untouched & (other[name] == 0)
     return untouched
-
-
-def _turn(values: _Values, name: Name) -> int:
-    turn = values.turn(name)
-    return -1 if turn is None else int(turn)
 
 
 def _same_form(a: Tensor | None, b: Tensor | None) -> bool:

@@ -19,21 +19,34 @@ def packed(state: dict[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def unpacked(state: Any) -> dict[str, Any]:
+def unpacked(state: Any, *keys: str) -> dict[str, Any]:
     """The dict that was :func:`packed`; a dict, as former versions saved it, is taken as it is.
+
+    Args:
+        state: a tensor or a dict.
+        keys: what has to be in it.
 
     Raises:
         TypeError, ValueError: neither of them.
     """
-    if isinstance(state, dict):
-        return state
+    found = state if isinstance(state, dict) else _decoded(state)
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise ValueError(
+            f"state_dict: expected an extra state with {list(keys)}, got none of {missing}; it is "
+            f"not one of this kind of module"
+        )
+    return found
+
+
+def _decoded(state: Any) -> dict[str, Any]:
     if not isinstance(state, Tensor):
         raise TypeError(
             f"state_dict: expected the extra state as a uint8 tensor, got {type(state).__name__}"
         )
     try:
         found = json.loads(bytes(state.cpu().tolist()))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"state_dict: expected the extra state as UTF-8 JSON in a uint8 tensor, got "
             f"{state.dtype} of shape {list(state.shape)} that is none ({error})"

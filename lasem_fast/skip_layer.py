@@ -24,6 +24,10 @@ class SkipLayer(nn.Module):
         self, conv: nn.Conv2d, pool: nn.Module, *, begins: bool = False, ends: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        if not isinstance(pool, nn.Module):
+            raise TypeError(f"pool: expected an nn.Module, got {type(pool).__name__}")
         self.conv = conv
         self.pool = pool
         self.begins = begins

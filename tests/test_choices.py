@@ -12,6 +12,7 @@ from torch import nn
 import lasem_fast as lf
 from lasem_fast import _measurements, choices, lifelong
 from lasem_fast.__main__ import main
+from lasem_fast.saved import unpacked
 
 _PINNED = {"cpu": {"some level": "PyTorch"}}
 
@@ -105,7 +106,7 @@ def test_a_state_dict_brings_its_choices_into_force(unset):
 
 def test_a_state_dict_from_before_choices_were_saved_loads(unset):
     em = _em()
-    state = em.get_extra_state()
+    state = unpacked(em.get_extra_state())
     del state["choices"]
     em.set_extra_state(state)
     assert choices.in_force() == {}

@@ -390,3 +390,65 @@ def test_backends_say_what_is_there():
         if says != "available":
             with pytest.raises(RuntimeError, match=f"backend '{name}': {says[:20]}"):
                 lf.LASEM(small_net(1), backend=name)
+
+
+@pytest.mark.parametrize("prior", ["count", "mean_posterior"])
+def test_a_first_call_in_inference_mode_does_not_spoil_the_next(prior):
+    em = lf.LASEM(small_net(2), prior=prior)
+    state = lf.LASEM(small_net(2), prior=prior)
+    _train(state, "a", 1)
+    with torch.inference_mode():
+        em(*batch(), "a")
+        em.prior("a")
+    _train(em, "a", 2)
+    with torch.inference_mode():
+        em.load_state_dict(state.state_dict())
+    _train(em, "a", 2)
+    em.end_task("a", set())
+
+
+def test_a_first_call_that_fails_leaves_no_prior_behind_and_a_later_one_no_count():
+    class Fails(lf.transfer.HardParameterSharing):
+        fails = True
+
+        def auxiliary_loss(self, shared, adapters):
+            if self.fails:
+                raise ArithmeticError("no such loss")
+
+    net = lf.TransferNet(list(small_net(2).shared), Fails())
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).double())
+    for backend in ("auto", "torch", "reference"):
+        em = lf.LASEM(net, backend=backend)
+        for _ in range(2):
+            before = _state(em)
+            with pytest.raises(ArithmeticError):
+                em(*batch(), "a")
+            assert _same_state(before, em.state_dict())
+            net.mechanism.fails = False
+            _train(em, "a", 1)
+            net.mechanism.fails = True
+
+
+def test_what_is_made_later_is_not_listed_but_moves_and_saves():
+    em = lf.LASEM(small_net(2, tasks=("a", "b")), prior="mean_posterior")
+    before = [name for name, _ in em.named_buffers()]
+    for i, task in enumerate("abab"):
+        _train(em, task, 1, seed=i)
+    assert [name for name, _ in em.named_buffers()] == before
+    saved = "".join(em.state_dict())
+    assert "_prior.states.task_b.total" in saved and "_rollback.changes.task_a" in saved
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_made_before_the_first_step(use_buffers):
+    em = lf.LASEM(small_net(2, tasks=("a", "b")))
+    averaged = torch.optim.swa_utils.AveragedModel(em, use_buffers=use_buffers)
+    seen = []
+    for i, task in enumerate("aabab"):
+        _train(em, task, 1, seed=i)
+        averaged.update_parameters(em)
+        seen.append([p.detach().clone() for p in em.net.parameters()])
+    for got, *values in zip(averaged.module.net.parameters(), *seen, strict=True):
+        assert_equals(got.detach(), torch.stack(values).mean(0), "mean weight")
+    x, _ = batch()
+    assert averaged.module.net(x, "a", config=em.best_config("a")).shape == (4, 3)

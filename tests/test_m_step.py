@@ -38,9 +38,7 @@ def test_a_pruned_gradient_is_that_of_the_configurations_kept(case, mass):
         kept = pruned(step.posterior, mass)
         assert float(step.dropped_mass) <= mass
         assert_equals(step.posterior, exact.posterior, "posterior")
-        truth = brute_force(
-            case.net, case.space.bits, case.x, case.y, "a", posterior=kept.weights
-        )
+        truth = brute_force(case.net, case.space.bits, case.x, case.y, "a", posterior=kept.weights)
         truth = truth._replace(posterior=exact.posterior)
         assert_step_equals(case.net, step, truth)
 

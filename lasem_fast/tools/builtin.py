@@ -113,9 +113,7 @@ NETS = {
         10,
     ),
     "stl-9": Builtin(
-        lambda: conv_stages(
-            3, (32,) * 3 + (64,) * 3 + (128,) * 3, (3,) * 9, (1, 1, 3) * 3
-        ),
+        lambda: conv_stages(3, (32,) * 3 + (64,) * 3 + (128,) * 3, (3,) * 9, (1, 1, 3) * 3),
         lambda classes: dense_head(2048, (128, 16), classes),
         (3, 96, 96),
         10,
