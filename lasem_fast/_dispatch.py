@@ -32,6 +32,9 @@ from lasem_fast.ways import OneOf
 _AVAILABLE = "available"
 
 # One for all LASEMs of a process, so that each shape is looked up once.
+_TRITON = triton_level.TritonLevel()
+# Compilers of kernels have bugs: before it is timed, Triton has to agree with PyTorch in float64.
+_ON_GPU = OneOf({"Triton": _TRITON, "PyTorch": plain_torch.TorchLevel()}, "cuda", trusted="PyTorch")
 _ON_CPU = OneOf({"C++": cpu_level.CpuLevel(), "PyTorch": plain_torch.TorchLevel()}, "cpu")
 
 
@@ -111,7 +114,7 @@ def operations(backend: str) -> Operations:
         # a net may stay on the CPU or move later, so the CPU's operations stand behind
         return operations("cpp" if _ops.supported() else "torch").after(
             Operations(
-                levels=(),
+                levels=(_ON_GPU if torch.cuda.is_available() else _TRITON,),
                 heads=(triton_level.triton_head,),
                 scores=(triton_scores.scores,),
             )

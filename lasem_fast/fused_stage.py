@@ -47,12 +47,13 @@ def run(
     if values is None:
         return None
     going_on = level.going_on() if len(layers) > 1 else level
-    for fused, layer in zip(program.layers, layers, strict=True):
-        from_parents = fused.source < program.inputs
-        x, _ = values[fused.source]
-        rows = level if from_parents else going_on
+    for i, (fused, layer) in enumerate(zip(program.layers, layers, strict=True)):
+        x, x_rows = values[fused.source]
+        rows = level if fused.source < program.inputs else going_on
         skip = None if fused.skip is None else _skip(values, fused.skip, program.inputs, level)
-        y = _first(operations, layer, x, rows, skip, liveness)
+        carry = _is_read_later(program, fused.source, i)
+        y, x = _first(operations, layer, x, rows, skip, liveness, carry)
+        values[fused.source] = (x, x_rows)
         values.append((y, None))
     return _outputs(values, program, level)
 
@@ -169,6 +170,13 @@ def _skip(values: list[Value], number: int, inputs: int, level: Level) -> Skip:
     return Skip(data, rows)
 
 
+def _is_read_later(program: Program, value: int, layer: int) -> bool:
+    """Whether a value that this layer reads is a skip of a later one, or leaves the stage."""
+    return value in program.outputs or any(
+        value in (later.source, later.skip) for later in program.layers[layer + 1 :]
+    )
+
+
 def _first(
     operations: Sequence[LevelOperation],
     layer: Layer,
@@ -176,14 +184,15 @@ def _first(
     level: Level,
     skip: Skip | None,
     liveness: Liveness | None,
-) -> Tensor:
-    """The output of the first operation that takes the layer, or PyTorch's."""
+    carry: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output of the first operation that takes the layer, or PyTorch's; and ``x`` to go on."""
     for operation in operations:
         if not operation.why_not(layer, x):
-            y = operation(layer, x, level, skip, liveness)
-            if y is not None:
-                return y
-    return plain_torch.run_level(layer, x, level, skip)
+            out = operation(layer, x, level, skip, liveness, carry and operation.carries)
+            if out is not None:
+                return out if isinstance(out, tuple) else (out, x)
+    return plain_torch.run_level(layer, x, level, skip), x
 
 
 def _outputs(values: list[Value], program: Program, level: Level) -> Fold:

@@ -83,7 +83,14 @@ class Liveness:
 
 
 class LevelOperation(Protocol):
-    """A backend's way to run one layer on all rows of a level, forward and backward."""
+    """A backend's way to run one layer on all rows of a level, forward and backward.
+
+    Attributes:
+        carries: whether it can pass on ``x`` for a skip further on, whose gradient it then adds
+            where it makes its own of ``x``.
+    """
+
+    carries: bool
 
     def why_not(self, layer: Layer, x: Tensor) -> str:
         """Why it cannot take the layer on inputs like ``x`` (dtype, device), in words; or ""."""
@@ -95,7 +102,8 @@ class LevelOperation(Protocol):
         level: Level,
         skip: Skip | None,
         liveness: Liveness | None,
-    ) -> Tensor | None:
+        carry: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
         """The output ``[R, N, H, W, C]`` or ``[R, N, F]`` of the level's R rows.
 
         Args:
@@ -104,9 +112,10 @@ class LevelOperation(Protocol):
             level: the rows.
             skip: what the layer adds, of the size of its output before the pool.
             liveness: which rows the backward has to look at; the others' gradients are 0.
+            carry: ``x`` is a skip further on; asked only of an operation that ``carries``.
 
         Returns:
-            None where sizes forbid what :meth:`why_not` could not know.
+            With ``carry`` the output and ``x``, or the output alone where it cannot; None where sizes forbid what :meth:`why_not` could not know.
         """
 
 

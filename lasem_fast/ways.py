@@ -38,6 +38,7 @@ class OneOf:
         self.device = device
         self.trusted = trusted
         self._rule = next(iter(ways.values()))
+        self.carries = self._rule.carries
         self._version = -1
         self._known: dict[tuple[Shape, bool], str | None] = {}
 
@@ -48,16 +49,23 @@ class OneOf:
         return self._rule.why_not(layer, x)
 
     def __call__(
-        self, layer: Layer, x: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None
-    ) -> Tensor | None:
+        self,
+        layer: Layer,
+        x: Tensor,
+        level: Level,
+        skip: Skip | None,
+        liveness: Liveness | None,
+        carry: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
         way = None
         if not torch.compiler.is_compiling() and not choices.process().leaves_all_to_the_rule:
             way = self._chosen(LevelCall(layer, x, level, skip))
         if way is not None:
-            out = self.ways[way](layer, x, level, skip, liveness)
+            chosen = self.ways[way]
+            out = chosen(layer, x, level, skip, liveness, carry and chosen.carries)
             if out is not None:
                 return out
-        return self._rule(layer, x, level, skip, liveness)
+        return self._rule(layer, x, level, skip, liveness, carry)
 
     def _chosen(self, call: LevelCall) -> str | None:
         """The way that was pinned or is the fastest; None leaves it to the rule."""

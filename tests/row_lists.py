@@ -11,6 +11,8 @@ from lasem_fast.tree import Tree
 class PlainLevel:
     """Takes every fused layer, in plain PyTorch."""
 
+    carries = False
+
     def __init__(self) -> None:
         self.calls = 0
 

@@ -14,11 +14,19 @@ from lasem_fast.plan import Level
 class CpuLevel:
     """The C++ level; see :class:`~lasem_fast.operations.LevelOperation`."""
 
+    carries = False
+
     def why_not(self, layer: Layer, x: Tensor) -> str:
         return _why_not(layer, x)
 
     def __call__(
-        self, layer: Layer, x: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None
+        self,
+        layer: Layer,
+        x: Tensor,
+        level: Level,
+        skip: Skip | None,
+        liveness: Liveness | None,
+        carry: bool = False,
     ) -> Tensor | None:
         return _level(layer, x, level, skip, liveness)
 

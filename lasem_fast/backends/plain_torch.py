@@ -47,11 +47,19 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
 class TorchLevel:
     """Any layer in PyTorch; see :class:`~lasem_fast.operations.LevelOperation`."""
 
+    carries = False
+
     def why_not(self, layer: Layer, x: Tensor) -> str:
         return ""
 
     def __call__(
-        self, layer: Layer, x: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None
+        self,
+        layer: Layer,
+        x: Tensor,
+        level: Level,
+        skip: Skip | None,
+        liveness: Liveness | None,
+        carry: bool = False,
     ) -> Tensor:
         return run_level(layer, x, level, skip)
 

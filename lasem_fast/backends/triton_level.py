@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lasem_fast._triton_level import DTYPES, level
+from lasem_fast._triton_level import DTYPES
+from lasem_fast._triton_level import level as run_level
 from lasem_fast.fold import Fold, RowsFirst, folded
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
-from lasem_fast.layers import has_hooks, plain_stage, same_form
-from lasem_fast.network import tensors_in_force
+from lasem_fast.layers import has_hooks
+from lasem_fast.operations import Layer, Liveness, Skip
+from lasem_fast.plan import Level
 from lasem_fast.relu_and_pool import ReluAndPool, relu_and_pool
-from lasem_fast.transfer import Branch
 
 # Triton itself reads this once, when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,35 +27,61 @@ _LARGEST_KERNEL = 11
 _LARGEST_GAPPED_WEIGHT = 2**16
 
 
-def triton_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
-    """A level whose stage is a convolution or a linear layer, with ReLU and a max-pool or without.
+class TritonLevel:
+    """A convolution or linear layer with its epilogue; a launch forward, at most three backward.
 
-    A convolution's weights are best in ``torch.channels_last``: then the level is one launch.
-
-    Args:
-        branches: the B branches of a stage.
-        h: the level's input, P ``rows`` of images or vectors.
-        rows: number of rows P.
-
-    Returns:
-        The output with ``P * B`` rows, branch innermost; None for any other stage or input.
+    A convolution's weights are best in ``torch.channels_last``: then nothing is copied. See
+    :class:`~lasem_fast.operations.LevelOperation`.
     """
-    stages = [plain_stage(branch.module) for branch in branches]
-    first = stages[0]
-    if len(branches) > _MOST_BRANCHES or first is None:
-        return None
-    if any(not same_form(first, stage) for stage in stages[1:]):
-        return None
-    behind = relu_and_pool(first.after)
-    weights = tensors_in_force(branches, stages, "weight")
-    biases = tensors_in_force(branches, stages, "bias")
-    if behind is None or weights is None or biases is None:
-        return None
-    flat = all(_flattens(layer) for layer in first.before)
-    if first.before and not (flat and type(first.core) is nn.Linear):
-        return None
-    biases = [] if biases[0] is None else biases
-    return _layer(first.core, weights, biases, behind, h, rows, flat=bool(first.before))
+
+    carries = True
+
+    def why_not(self, layer: Layer, x: Tensor) -> str:
+        if len(layer.weights) > _MOST_BRANCHES:
+            return f"{len(layer.weights)} branches: the Triton kernels have {_MOST_BRANCHES}"
+        if not (x.is_cuda or (_INTERPRETED and x.device.type == "cpu")):
+            return f"on {x.device}: the Triton kernels run on CUDA devices"
+        if _dtype(x, [*layer.weights, *layer.biases]) is None:
+            return f"{x.dtype} inputs and {layer.weights[0].dtype} weights"
+        conv = layer.core
+        if type(conv) is nn.Conv2d:
+            if max(conv.kernel_size) > _LARGEST_KERNEL:
+                return f"kernel_size {conv.kernel_size}: the Triton kernels go to {_LARGEST_KERNEL}"
+            if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+                return f"dilation {conv.dilation}, padding of {conv.padding_mode}"
+        return ""
+
+    def __call__(
+        self,
+        layer: Layer,
+        x: Tensor,
+        level: Level,
+        skip: Skip | None,
+        liveness: Liveness | None,
+        carry: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        form = _form(layer.core, x, layer.weights, layer.flatten, layer)
+        if form is None:
+            return None
+        images, weights, geometry = form
+        skips, width, data = (), 0, None
+        if skip is not None:
+            data = skip.data
+            expected = (x.shape[1], geometry.conv_h, geometry.conv_w, weights[0].shape[0])
+            if data.shape[1:] != expected or data.dtype not in DTYPES:
+                return None
+            width = data.shape[0]
+            skips = tuple(range(width)) if skip.rows is None else skip.rows
+        rows = Rows(level.parents, level.positions, level.width, skips, width)
+        carry = carry and images is x
+        out = run_level(
+            images, weights, [bias.contiguous() for bias in layer.biases], geometry, rows,
+            dtype=_dtype(x, [*layer.weights, *layer.biases]), skip=data, liveness=liveness,
+            carry=carry,
+        )  # fmt: skip
+        y, carried = out if carry else (out, x)
+        y = y.flatten(2) if type(layer.core) is nn.Linear else y
+        return (y, carried) if carry else y
 
 
 def triton_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
@@ -112,46 +139,46 @@ def _layer(
     *,
     flat: bool,
 ) -> RowsFirst | None:
-    """One weighted layer of one or two branches; ``flat``: images are flattened before it."""
-    dtype = _dtype(h, [*weights, *biases])
-    if dtype is None:
+    """One weighted layer of a head on all leaves; ``flat``: images are flattened before it."""
+    if not isinstance(h, RowsFirst):
+        h = folded(h)
+        if h.dim() not in (2, 4):
+            return None
+        h = RowsFirst.of(h, rows)
+    layer = Layer(core, list(weights), list(biases), flat, behind.relu, False, behind.pool)
+    operation = TritonLevel()
+    if operation.why_not(layer, h.data):
         return None
-    x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data
-    if type(core) is nn.Linear:
-        form = _linear_form(x, weights, behind, flat)
-    elif type(core) is nn.Conv2d:
-        form = _convolution_form(core, x, weights, behind)
-    else:
-        return None
-    if form is None:
-        return None
-    x, weights, geometry = form
-    every = Rows.full(rows, len(weights))
-    y = level(x, weights, [bias.contiguous() for bias in biases], geometry, every, dtype=dtype)
-    return RowsFirst(y.flatten(2) if type(core) is nn.Linear else y)
+    every = Level(tuple(range(rows)), (0,) * rows, rows)
+    y = operation(layer, h.data, every, None, None)
+    return None if y is None else RowsFirst(y)
 
 
-def _dtype(h: Fold, parameters: Sequence[Tensor]) -> torch.dtype | None:
+def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:
     """The dtype that PyTorch would compute the layer in; None where the kernels cannot."""
-    data = h.data if isinstance(h, RowsFirst) else (h if isinstance(h, Tensor) else h.parts[0])
-    if not (data.is_cuda or (_INTERPRETED and data.device.type == "cpu")):
+    if any(tensor.device != x.device for tensor in parameters):
         return None
-    if data.dim() not in ((3, 5) if isinstance(h, RowsFirst) else (2, 4)):
-        return None
-    if any(tensor.device != data.device for tensor in parameters):
-        return None
-    dtypes = {data.dtype, *(tensor.dtype for tensor in parameters)}
+    dtypes = {x.dtype, *(tensor.dtype for tensor in parameters)}
     if not dtypes <= set(DTYPES):
         return None
-    device = data.device.type
+    device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return dtype if dtype in DTYPES else None
-    return data.dtype if len(dtypes) == 1 else None
+    return x.dtype if len(dtypes) == 1 else None
+
+
+def _form(
+    core: nn.Module, x: Tensor, weights: Sequence[Tensor], flat: bool, layer: Layer
+) -> tuple[Tensor, list[Tensor], Geometry] | None:
+    """A layer as the kernels take it; None where sizes do not fit."""
+    if type(core) is nn.Linear:
+        return _linear_form(x, weights, layer, flat)
+    return _convolution_form(core, x, weights, layer)
 
 
 def _linear_form(
-    x: Tensor, weights: Sequence[Tensor], behind: ReluAndPool, flat: bool
+    x: Tensor, weights: Sequence[Tensor], layer: Layer, flat: bool
 ) -> tuple[Tensor, list[Tensor], Geometry] | None:
     """A linear layer as a convolution whose kernel is as large as its image."""
     if x.dim() == 3:
@@ -162,16 +189,15 @@ def _linear_form(
     if weights[0].shape[1] != height * width * channels or 0 in x.shape:
         return None
     weights = [weight.unflatten(1, (channels, height, width)) for weight in weights]
-    return x, weights, Geometry(1, 1, 0, 0, 1, 1, 1, 0, 1, 1, int(behind.relu))
+    relus = int(layer.relu), int(layer.relu_after)
+    return x, weights, Geometry(1, 1, 0, 0, 1, 1, 1, 0, 1, 1, *relus)
 
 
 def _convolution_form(
-    conv: nn.Conv2d, x: Tensor, weights: Sequence[Tensor], behind: ReluAndPool
+    conv: nn.Conv2d, x: Tensor, weights: Sequence[Tensor], layer: Layer
 ) -> tuple[Tensor, list[Tensor], Geometry] | None:
     """A convolution's sizes, and its weights in a layout that can be read quickly."""
-    kernel = conv.kernel_size
-    if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or max(kernel) > _LARGEST_KERNEL:
-        return None
+    kernel, pool = conv.kernel_size, layer.pool
     if x.dim() != 5 or x.shape[-1] != weights[0].shape[1] or 0 in x.shape:
         return None
     before, after = _padding(conv)
@@ -179,12 +205,12 @@ def _convolution_form(
         (n + a + b - k) // s + 1
         for n, a, b, k, s in zip(x.shape[2:4], before, after, kernel, conv.stride, strict=True)
     ]
-    pooled = [behind.pool.output(size) for size in sizes]
+    pooled = [pool.output(size) for size in sizes]
     if min(*sizes, *pooled) < 1:
         return None
     geometry = Geometry(
-        *conv.stride, *before, *sizes, behind.pool.size, behind.pool.padding, *pooled,
-        int(behind.relu),
+        *conv.stride, *before, *sizes, pool.size, pool.padding, *pooled,
+        int(layer.relu), int(layer.relu_after),
     )  # fmt: skip
     return x, [_readable(weight) for weight in weights], geometry
 
