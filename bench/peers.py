@@ -343,7 +343,7 @@ def ours_captured(problem: Problem, backend: str) -> Runner:
 
     for _ in range(2):  # an eager step, and the one that records
         step()
-    for buffer in em._prior.buffers():
+    for buffer in em._prior.states.all_buffers():
         buffer.zero_()  # as before these two
     return Runner(net, step)
 
