@@ -115,7 +115,8 @@ class LevelOperation(Protocol):
             carry: ``x`` is a skip further on; asked only of an operation that ``carries``.
 
         Returns:
-            With ``carry`` the output and ``x``, or the output alone where it cannot; None where sizes forbid what :meth:`why_not` could not know.
+            With ``carry`` the output and ``x``, or the output alone where it cannot; None where
+            sizes forbid what :meth:`why_not` could not know.
         """
 
 
