@@ -20,12 +20,17 @@ _cpu, _why_no_extension = _extension.load()
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
     "winograd_level(Tensor x, Tensor weight, Tensor bias, Tensor parents, Tensor branches, "
-    "int padding, int pool, int pool_pad, int out_h, int out_w, int tile) -> (Tensor, Tensor)"
+    "Tensor? skip, Tensor? skip_rows, int padding, int pool, int pool_pad, int out_h, int out_w, "
+    "int tile, bool relu, bool relu_after) -> (Tensor, Tensor)"
 )
 _library.define(
     "winograd_level_backward(Tensor dy, Tensor x, Tensor code, Tensor weight, Tensor parents, "
     "Tensor branches, Tensor? live, int padding, int pool, int pool_pad, int tile, bool need_dx) "
     "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "winograd_level_skip_backward(Tensor dy, Tensor code, Tensor? skip_rows, Tensor? live, "
+    "int skips, int conv_h, int conv_w, int pool, int pool_pad) -> Tensor"
 )
 _library.define("channels_last_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")
 _library.define(
@@ -39,13 +44,17 @@ _library.define(
 
 _level = torch.ops.lasem_fast.winograd_level.default
 _level_backward = torch.ops.lasem_fast.winograd_level_backward.default
+_skip_backward = torch.ops.lasem_fast.winograd_level_skip_backward.default
 _linear = torch.ops.lasem_fast.channels_last_linear.default
 _linear_backward = torch.ops.lasem_fast.channels_last_linear_backward.default
 _posterior_head = torch.ops.lasem_fast.posterior_head.default
 
 
 @torch.library.register_fake("lasem_fast::winograd_level", lib=_library)
-def _(x, weight, bias, parents, branches, padding, pool, pool_pad, out_h, out_w, tile):
+def _(
+    x, weight, bias, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h, out_w,
+    tile, relu, relu_after,
+):  # fmt: skip
     size = (parents.shape[0], x.shape[1], out_h, out_w, weight.shape[1])
     return x.new_empty(size), x.new_empty(size, dtype=torch.uint8)
 
@@ -54,6 +63,11 @@ def _(x, weight, bias, parents, branches, padding, pool, pool_pad, out_h, out_w,
 def _(dy, x, code, weight, parents, branches, live, padding, pool, pool_pad, tile, need_dx):
     dx = torch.empty_like(x) if need_dx else x.new_empty((0,))
     return dx, torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+
+
+@torch.library.register_fake("lasem_fast::winograd_level_skip_backward", lib=_library)
+def _(dy, code, skip_rows, live, skips, conv_h, conv_w, pool, pool_pad):
+    return dy.new_empty((skips, dy.shape[1], conv_h, conv_w, dy.shape[4]))
 
 
 @torch.library.register_fake("lasem_fast::channels_last_linear", lib=_library)
@@ -126,14 +140,19 @@ class WinogradLevel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, parents, branches, liveness, padding, pool, pool_pad, out_h, out_w,
-        tile,
+        ctx, x, weight, bias, skip, parents, branches, skip_rows, liveness, padding, pool, pool_pad,
+        out_h, out_w, tile, relu, relu_after,
     ):  # fmt: skip
-        rows = parents, branches
-        y, code = _level(x, weight, bias, *rows, padding, pool, pool_pad, out_h, out_w, tile)
-        ctx.save_for_backward(x, weight, code, *rows)
+        y, code = _level(
+            x, weight, bias, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h,
+            out_w, tile, relu, relu_after,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, code, parents, branches, skip_rows)
         ctx.liveness = liveness
         ctx.sizes = padding, pool, pool_pad, tile
+        ctx.skip_size = None if skip is None else skip.shape
+        # without a pool and a ReLU behind the sum, every output passes its gradient on to its skip
+        ctx.skip_passes = pool == 1 and not relu_after and skip_rows is None
         ctx.mark_non_differentiable(code)
         ctx.set_materialize_grads(False)
         return y, code
@@ -142,14 +161,19 @@ class WinogradLevel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
-            return (None,) * 12
-        x, weight, code, *rows = ctx.saved_tensors
-        need_dx = ctx.needs_input_grad[0]
+            return (None,) * 16
+        x, weight, code, *rows, skip_rows = ctx.saved_tensors
+        need_dx, need_dskip = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         live = None if ctx.liveness is None else ctx.liveness.live
-        dx, dweight, dbias = _level_backward(
-            dy.contiguous(), x, code, weight, *rows, live, *ctx.sizes, need_dx
-        )
-        return (dx if need_dx else None, dweight, dbias) + (None,) * 9
+        dy = dy.contiguous()
+        dx, dweight, dbias = _level_backward(dy, x, code, weight, *rows, live, *ctx.sizes, need_dx)
+        dskip = None
+        if need_dskip and ctx.skip_passes and live is None and dy.shape == ctx.skip_size:
+            dskip = dy
+        elif need_dskip:
+            skips, _, height, width, _ = ctx.skip_size
+            dskip = _skip_backward(dy, code, skip_rows, live, skips, height, width, *ctx.sizes[1:3])
+        return (dx if need_dx else None, dweight, dbias, dskip) + (None,) * 12
 
 
 class ChannelsLastLinear(torch.autograd.Function):
@@ -210,9 +234,16 @@ def winograd_level(
     pool_pad: int = 0,
     out_size: tuple[int, int] | None = None,
     tile: int | None = None,
+    relu: bool = True,
+    skip: Tensor | None = None,
+    skip_rows: Tensor | None = None,
+    relu_after: bool = False,
     liveness: Liveness | None = None,
 ) -> Tensor:
     """One level: ``max_pool2d(relu(conv2d(x, weight, bias)))`` of a list of rows.
+
+    With a skip, ``max_pool2d(relu_after(relu(conv2d(x, weight, bias)) + skip[skip_rows]))``; either
+    ReLU may be there or not.
 
     Row r is parent ``parents[r]`` through branch ``branches[r]``. Any pairs in any order will do:
     a parent is read once however many rows come from it, and not at all if none does, so that it
@@ -232,6 +263,11 @@ def winograd_level(
         tile: ``m`` of Winograd F(m x m, R x R), larger being faster and rounding more. For R = 3:
             2, 3 or 4; 1 is the direct algorithm, which up to 4 input channels is always used.
             For R = 5: 2. ``None`` is the largest.
+        relu: whether a ReLU follows the convolution.
+        skip: ``[S, N, conv_h, conv_w, Co]``, added to the convolution's outputs, behind its ReLU.
+        skip_rows: int64 ``[R]`` on the CPU, the row of ``skip`` of each row; rows may share one.
+            ``None``: every row has its own, in order.
+        relu_after: whether a ReLU follows the sum.
         liveness: its ``live``, as it is when the backward runs, names the rows that count there:
             neither the gradient of another row nor a parent that only such rows use is read.
             ``None``: all rows.
@@ -243,6 +279,8 @@ def winograd_level(
         RuntimeError: a shape, dtype or size that does not fit, naming the argument.
     """
     x, weight, bias = _full_precision(x, weight, bias)
+    if skip is not None:
+        (skip,) = _full_precision(skip)
     filter_size = weight.shape[-1]
     if out_size is None:
         out_size = tuple(
@@ -251,8 +289,12 @@ def winograd_level(
         )
     if tile is None:
         tile = 2 if filter_size == 5 else 4
-    rows = parents.contiguous(), branches.contiguous(), liveness
-    return WinogradLevel.apply(x, weight, bias, *rows, padding, pool, pool_pad, *out_size, tile)[0]
+    if skip_rows is not None:
+        skip_rows = skip_rows.contiguous()
+    return WinogradLevel.apply(
+        x, weight, bias, skip, parents.contiguous(), branches.contiguous(), skip_rows, liveness,
+        padding, pool, pool_pad, *out_size, tile, relu, relu_after,
+    )[0]  # fmt: skip
 
 
 def channels_last_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def every_row(x, weight):
 
 def level(x, weight, bias, *sizes):
     """The full level [P, G, N, h, w, Co] and its code; see test_level_rows.py for other lists."""
-    outputs = level_op(x, weight, bias, *every_row(x, weight), *sizes)
+    outputs = level_op(x, weight, bias, *every_row(x, weight), None, None, *sizes, True, False)
     return tuple(t.unflatten(0, (x.shape[0], weight.shape[0])) for t in outputs)
 
 
@@ -270,13 +270,21 @@ def test_opcheck_of_levels(dtype, filter_size, tile):
     bias = torch.randn(2, 3, dtype=dtype)
     padding = filter_size // 2
     rows = torch.tensor([1, 0, 0]), torch.tensor([1, 0, 1])
-    torch.library.opcheck(level_op, (x, weight, bias, *rows, padding, 2, 0, 3, 4, tile))
-    y, code = level_op(x, weight, bias, *rows, padding, 2, 0, 3, 4, tile)
+    height, width = (n + 2 * padding - filter_size + 1 for n in x.shape[2:4])
+    skip = torch.randn(2, 2, height, width, 3, dtype=dtype), torch.tensor([1, 0, 1])
+    for tail in ((*skip, padding, 2, 0, 3, 3, tile, True, True),
+                 (None, None, padding, 2, 0, 3, 3, tile, True, False)):  # fmt: skip
+        torch.library.opcheck(level_op, (x, weight, bias, *rows, *tail))
+        y, code = level_op(x, weight, bias, *rows, *tail)
     dy = torch.randn_like(y)
     for need_dx, live in ((True, None), (False, torch.tensor([True, False, True]))):
         torch.library.opcheck(
             level_backward_op,
             (dy, x, code, weight, *rows, live, padding, 2, 0, tile, need_dx),
+        )
+        torch.library.opcheck(
+            torch.ops.lasem_fast.winograd_level_skip_backward.default,
+            (dy, code, skip[1], live, 2, height, width, 2, 0),
         )
 
 
@@ -449,12 +457,16 @@ GOOD = {
     "bias": torch.zeros(2, 4),
     "parents": torch.zeros(2, dtype=torch.int64),
     "branches": torch.arange(2),
+    "skip": None,
+    "skip_rows": None,
     "padding": 1,
     "pool": 2,
     "pool_pad": 0,
     "out_h": 3,
     "out_w": 3,
     "tile": 4,
+    "relu": True,
+    "relu_after": False,
 }
 
 
@@ -476,6 +488,10 @@ GOOD = {
         ("branches", torch.tensor([0, -1]), "branches must be from 0 to 1, got -1 for row 1"),
         ("branches", torch.zeros(3).long(), "branches must have shape"),
         ("branches", torch.ones(2).long(), "each pair once, got parent 0 through branch 1 as rows"),
+        ("skip", torch.zeros(2, 2, 6, 6, 5), "skip must have shape"),
+        ("skip", torch.zeros(2, 6, 6, 4), r"skip must have shape \(S, N, conv_h, conv_w, Co\)"),
+        ("skip", torch.zeros(3, 2, 6, 6, 4), "skip must have shape"),
+        ("skip_rows", torch.zeros(2).long(), "skip_rows must come with skip"),
         ("padding", 3, "padding must be from 0 to 2, got 3"),
         ("padding", -1, "padding must be from 0 to 2, got -1"),
         ("pool", 4, "pool must be 1, 2 or 3, got 4"),
@@ -500,6 +516,9 @@ def test_backward_errors():
     with pytest.raises(RuntimeError, match="code must have dtype"):
         level_backward_op(y, x, y, weight, *rows, None, 1, 2, 0, 4, True)
     live = torch.ones(3, dtype=torch.bool)
+    skip = torch.zeros(3, 2, 6, 6, 4)
+    with pytest.raises(RuntimeError, match="skip_rows must be from 0 to 2, got 3 for row 1"):
+        level_op(*{**GOOD, "skip": skip, "skip_rows": torch.tensor([0, 3])}.values())
     with pytest.raises(RuntimeError, match="live must have shape"):
         level_backward_op(y, x, code, weight, *rows, live, 1, 2, 0, 4, True)
 

@@ -38,11 +38,20 @@ def draw(seed, dtype):
     return (x, weight, bias), {"parents": rows[:, 0], "branches": rows[:, 1]}, sizes
 
 
-def reference(x, weight, bias, parents, branches, padding, pool, out_size, tile=None):
+def reference(
+    x, weight, bias, skip=None, *, parents, branches, padding, pool, out_size, tile=None,
+    skip_rows=None, relu=True, relu_after=False,
+):  # fmt: skip
     """The level row by row, in plain PyTorch."""
     out = []
-    for p, b in zip(parents.tolist(), branches.tolist(), strict=True):
-        y = F.conv2d(x[p].permute(0, 3, 1, 2), weight[b], bias[b], padding=padding).relu()
+    for r, (p, b) in enumerate(zip(parents.tolist(), branches.tolist(), strict=True)):
+        y = F.conv2d(x[p].permute(0, 3, 1, 2), weight[b], bias[b], padding=padding)
+        if relu:
+            y = y.relu()
+        if skip is not None:
+            y = y + skip[r if skip_rows is None else skip_rows[r]].permute(0, 3, 1, 2)
+        if relu_after:
+            y = y.relu()
         if pool > 1:
             y = F.max_pool2d(y, pool, ceil_mode=True)
         out.append(y.permute(0, 2, 3, 1))
@@ -166,3 +175,106 @@ def test_more_branches_than_an_integer_has_bits():
     y = ops.winograd_level(x, weight, bias, **rows, padding=1)
     want = reference(x, weight, bias, **rows, padding=1, pool=1, out_size=(3, 3))
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+
+
+def draw_tail(seed, tensors, rows, sizes, like=torch.randn):
+    """A drawn skip (or None) and the keywords of what stands behind the convolution."""
+    pick = random.Random(seed + 1000)
+    tail = {"relu": pick.random() < 0.5, "relu_after": pick.random() < 0.5}
+    if pick.random() < 0.2:
+        return None, tail
+    count = len(rows["parents"])
+    if pick.random() < 0.6:
+        skips = pick.randint(1, count + 1)
+        tail["skip_rows"] = torch.randint(skips, (count,))
+        count = skips
+    height, width = (
+        n + 2 * sizes["padding"] - tensors[1].shape[3] + 1 for n in tensors[0].shape[2:4]
+    )
+    size = count, tensors[0].shape[1], height, width, tensors[1].shape[1]
+    return like(size).to(tensors[0].dtype), tail
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_skips_in_float64_equal_pytorch(seed):
+    tensors, rows, sizes = draw(seed, torch.float64)
+    skip, tail = draw_tail(seed, tensors, rows, sizes)
+    leaves = [t.clone().requires_grad_() for t in (*tensors, *([] if skip is None else [skip]))]
+    want = reference(*leaves, **rows, **sizes, **tail)
+    ops._cpu.poison_outputs(True)
+    try:
+        named = {} if skip is None else {"skip": leaves[3]}
+        y = ops.winograd_level(*leaves[:3], **named, **rows, **sizes, **tail)
+        dy = torch.randn_like(y)
+        got = torch.autograd.grad(y, leaves, dy)
+    finally:
+        ops._cpu.poison_outputs(False)
+    torch.testing.assert_close(y, want, rtol=1e-11, atol=1e-12)
+    for gradient, exact in zip(got, torch.autograd.grad(want, leaves, dy), strict=True):
+        assert relative(gradient, exact) < 1e-12
+
+
+def small_integers(size):
+    return torch.randint(-1, 2, size).float()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_ties_are_broken_as_in_pytorch(isa, seed):
+    """Small integers: every sum is exact, and windows are full of ties, at zero too."""
+    tensors, rows, sizes = draw(seed, torch.float32)
+    sizes["tile"] = 1 if tensors[1].shape[3] == 3 else 2
+    channels = min(4, tensors[0].shape[4])  # the direct algorithm: no transform rounds
+    x = small_integers(tensors[0].shape)[..., :channels].contiguous()
+    weight = small_integers(tensors[1].shape)[:, :, :channels].contiguous()
+    if weight.shape[3] == 5:
+        weight, sizes["tile"] = weight[..., 1:4, 1:4].contiguous(), 1
+        sizes["padding"] = min(2, sizes["padding"])
+        sizes["out_size"] = tuple(
+            -(-(n + 2 * sizes["padding"] - 2) // sizes["pool"]) for n in x.shape[2:4]
+        )
+        if min(x.shape[2:4]) + 2 * sizes["padding"] < 3:
+            return
+    tensors = x, weight, small_integers(tensors[2].shape)
+    skip, tail = draw_tail(seed, tensors, rows, sizes, like=small_integers)
+    leaves = [t.clone().requires_grad_() for t in (*tensors, *([] if skip is None else [skip]))]
+    named = {} if skip is None else {"skip": leaves[3]}
+    y = ops.winograd_level(*leaves[:3], **named, **rows, **sizes, **tail)
+    want = reference(*leaves, **rows, **sizes, **tail)
+    assert torch.equal(y, want)
+    dy = torch.randint(-3, 4, y.shape).float()
+    got, exact = (torch.autograd.grad(out, leaves, dy) for out in (y, want))
+    assert all(torch.equal(a, b) for a, b in zip(got, exact, strict=True))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("relu_after", [False, True])
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize("bad", ["x", "skip"])
+def test_nan_passes_every_tail(isa, relu, relu_after, pool, bad):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 1, 7, 7, 5), torch.randn(1, 17, 5, 3, 3), torch.randn(1, 17)
+    skip = torch.randn(1, 1, 7, 7, 17)
+    {"x": x, "skip": skip}[bad][0, 0, 4, 4, 2] = torch.nan
+    rows = {"parents": torch.tensor([0]), "branches": torch.tensor([0])}
+    n = -(-7 // pool)
+    sizes = {"padding": 1, "pool": pool, "out_size": (n, n), "relu": relu, "relu_after": relu_after}
+    for added in (skip, None) if bad == "x" else (skip,):
+        want = reference(x, weight, bias, added, **rows, **sizes).isnan()
+        y = ops.winograd_level(x, weight, bias, skip=added, **rows, **sizes)
+        assert want.any() and y[want].isnan().all()
+
+
+def test_rows_that_are_not_live_give_their_skip_nothing(isa):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 1, 4, 4, 5), torch.randn(2, 9, 5, 3, 3), torch.randn(2, 9)
+    rows = {"parents": torch.tensor([0, 1, 1]), "branches": torch.tensor([0, 0, 1])}
+    skip = torch.randn(3, 1, 4, 4, 9, requires_grad=True)
+    liveness = ops.Liveness()
+    y = ops.winograd_level(x, weight, bias, **rows, padding=1, skip=skip, liveness=liveness)
+    dy = torch.randn_like(y)
+    (all_of_it,) = torch.autograd.grad(y, skip, dy, retain_graph=True)
+    assert torch.equal(all_of_it, dy)
+    liveness.live = torch.tensor([True, False, True])
+    dy[1] = torch.nan
+    (live,) = torch.autograd.grad(y, skip, dy)
+    assert torch.equal(live[::2], dy[::2]) and not live[1].any()

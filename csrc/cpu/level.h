@@ -64,11 +64,29 @@ struct LevelPlan {
   int64_t window_patches, window_lists, window_scratch;
 };
 
+// What stands behind the convolution, before the pool: ReLU (relu), a sum with a row of `skip`,
+// ReLU (relu_after). Without a skip the two ReLUs are one, which `relu` stands for.
 struct LevelForward {
-  const void *x, *weight, *bias;
+  const void *x, *weight, *bias, *skip;  // skip [S, N, conv_h, conv_w, Co], or null
+  const int64_t* skip_rows;              // of every row; null: its own number
+  bool relu, relu_after;
   void *y, *packed;
-  uint8_t* code;
-  bool streams;  // y goes past the caches; its vectors are aligned
+  uint8_t* code;  // see simd.h
+  bool streams;   // y goes past the caches; its vectors are aligned
+
+  bool is_plain() const { return relu && !skip; }
+};
+
+// dskip [S, N, conv_h, conv_w, Co] from dy, code [R, N, out_h, out_w, Co].
+struct SkipShape {
+  int64_t rows, samples, channels, conv_height, conv_width, out_height, out_width, pool, pool_pad;
+};
+
+struct SkipBackward {
+  const void* dy;
+  const uint8_t* code;
+  void* dskip;
+  const int64_t *users, *users_at;  // row i of the skip was added to rows users[users_at[i]], ..
 };
 
 struct LevelBackward {
@@ -94,6 +112,8 @@ struct LevelKernels {
   void (*backward)(const LevelPlan& plan, const LevelBackward& args, void* scratch, int64_t task,
                    int64_t begin, int64_t end);
   void (*finish)(const LevelPlan& plan, const LevelBackward& args, int64_t begin, int64_t end);
+  void (*skip_gradient)(const SkipShape& shape, const SkipBackward& args, int64_t begin,
+                        int64_t end);
 };
 
 extern const LevelKernels kLevelAvx512;

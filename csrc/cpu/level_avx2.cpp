@@ -13,11 +13,13 @@
 #include "level_forward.h"
 #include "window_weight_grad.h"
 #include "level_backward.h"
+#include "skip_gradient.h"
 #include "level_kernels.h"
 
 namespace lasem_fast {
 const LevelKernels kLevelAvx2 = {avx2::make_plan,     avx2::run_pack,     avx2::run_forward,
-                                 avx2::run_pack_back, avx2::run_backward, avx2::run_finish};
+                                 avx2::run_pack_back, avx2::run_backward, avx2::run_finish,
+                                 avx2::skip_gradient};
 }  // namespace lasem_fast
 
 #include "isa_end.h"

@@ -13,11 +13,13 @@
 #include "level_forward.h"
 #include "window_weight_grad.h"
 #include "level_backward.h"
+#include "skip_gradient.h"
 #include "level_kernels.h"
 
 namespace lasem_fast {
 const LevelKernels kLevelAvx512 = {avx512::make_plan,     avx512::run_pack,     avx512::run_forward,
-                                   avx512::run_pack_back, avx512::run_backward, avx512::run_finish};
+                                   avx512::run_pack_back, avx512::run_backward, avx512::run_finish,
+                                   avx512::skip_gradient};
 }  // namespace lasem_fast
 
 #include "isa_end.h"

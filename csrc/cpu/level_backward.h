@@ -62,7 +62,7 @@ LASEM_INLINE Vec unpool_unit(const LevelPlan& p, const Unit& u, const Source& fr
   for (int wy = 0; wy < windows; ++wy)
     for (int wx = 0; wx < windows; ++wx) {
       Vec g = zero();
-      Code code = code_splat(255);
+      Code code = code_splat(kNothing);
       if (u.wy + wy < s.out_height && u.wx + wx < s.out_width) {
         const int64_t at = wy * from.row + wx * from.column;
         g = load_some(from.dy + at, from.lanes);

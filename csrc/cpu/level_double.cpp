@@ -13,12 +13,13 @@
 #include "level_forward.h"
 #include "window_weight_grad.h"
 #include "level_backward.h"
+#include "skip_gradient.h"
 #include "level_kernels.h"
 
 namespace lasem_fast {
-const LevelKernels kLevelDouble = {portable::make_plan,    portable::run_pack,
-                                   portable::run_forward,  portable::run_pack_back,
-                                   portable::run_backward, portable::run_finish};
+const LevelKernels kLevelDouble = {
+    portable::make_plan,    portable::run_pack,   portable::run_forward,  portable::run_pack_back,
+    portable::run_backward, portable::run_finish, portable::skip_gradient};
 }  // namespace lasem_fast
 
 #include "isa_end.h"

@@ -140,11 +140,12 @@ struct Sink {
   bool streams;
 };
 
-// ReLU and pool of one window. The running maximum starts at 0 with code 255: both are one compare.
+// ReLU and pool of one window. The running maximum starts at 0, where nothing passes: both are one
+// compare.
 template <int kPool, int R>
 LASEM_INLINE void pool_window(const Vec (&o)[R][R], int wy, int wx, Vec& best, Code& code) {
   best = zero();
-  code = code_splat(255);
+  code = code_splat(kNothing);
 #pragma GCC unroll 9
   for (int t = 0; t < kPool * kPool; ++t) {
     const Vec v = o[wy * kPool + t / kPool][wx * kPool + t % kPool];
@@ -186,6 +187,61 @@ LASEM_INLINE void pool_unit(const LevelPlan& p, const Unit& u, Vec (&o)[R][R], c
       store_some(sink.y + at, best, sink.lanes);
       code_store_some(sink.code + at, code, sink.lanes);
     }
+}
+
+// One vector of channels of the image that is added, null where none is, and the ReLUs around it.
+struct Tail {
+  const Scalar* skip;
+  bool relu, relu_after;
+};
+
+// As pool_unit, for any tail. The first maximum of a window wins, and NaN, as in PyTorch.
+template <int kPool, int R>
+static void pool_unit_with_tail(const LevelPlan& p, const Unit& u, const Vec (&o)[R][R],
+                                const Sink& sink, const Tail& tail) {
+  const LevelShape& s = p.shape;
+  constexpr int windows = R / kPool;
+  for (int wy = 0; wy < windows && u.wy + wy < s.out_height; ++wy)
+    for (int wx = 0; wx < windows && u.wx + wx < s.out_width; ++wx) {
+      Vec best = zero();
+      Code code = code_splat(kNothing);
+      bool starts = !tail.relu_after;  // else with what the ReLU gives where nothing passes
+      for (int t = 0; t < kPool * kPool; ++t) {
+        const int i = wy * kPool + t / kPool, j = wx * kPool + t % kPool;
+        const int64_t y = u.y + i, x = u.x + j;
+        if (y < 0 || y >= s.conv_height || x < 0 || x >= s.conv_width) continue;
+        Vec v = o[i][j];
+        Code c = code_splat(t);
+        if (tail.relu) {
+          const Mask open = wins(v, zero());
+          v = keep(open, v);
+          c = code_select(open, c, code_splat(t + kClosed));
+        }
+        if (tail.skip)
+          v = add(v, load_some(tail.skip + (y * s.conv_width + x) * s.out_channels, sink.lanes));
+        if (starts) {
+          best = v;
+          code = c;
+          starts = false;
+          continue;
+        }
+        const Mask m = wins(v, best);
+        best = select(m, v, best);
+        code = code_select(m, c, code);
+      }
+      const int64_t at = wy * sink.row + wx * sink.column;
+      sink.streams ? stream(sink.y + at, best) : store_some(sink.y + at, best, sink.lanes);
+      code_store_some(sink.code + at, code, sink.lanes);
+    }
+}
+
+// The image that is added to one of a row, null where none is.
+LASEM_INLINE const Scalar* skip_image_of(const LevelShape& s, const LevelForward& args, int64_t row,
+                                         int64_t sample) {
+  if (!args.skip) return nullptr;
+  const int64_t image = (args.skip_rows ? args.skip_rows[row] : row) * s.samples + sample;
+  return static_cast<const Scalar*>(args.skip) +
+         image * s.conv_height * s.conv_width * s.out_channels;
 }
 
 template <class F, int kPool>
@@ -257,7 +313,16 @@ static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar*
                     part[e / F::kTile][e % F::kTile];
             }
           }
-          pool_unit<kPool, R>(p, u, o, sink);
+          if (args.is_plain()) {
+            pool_unit<kPool, R>(p, u, o, sink);
+          } else {
+            // The copy is what goes through memory: o itself stays in registers above.
+            Vec spilled[R][R];
+            for (int e = 0; e < R * R; ++e) spilled[e / R][e % R] = o[e / R][e % R];
+            const Scalar* skip = skip_image_of(s, args, u.rows[slot], u.sample);
+            const Tail tail = {skip ? skip + co : nullptr, args.relu, args.relu_after};
+            pool_unit_with_tail<kPool, R>(p, u, spilled, sink, tail);
+          }
         }
       }
     }

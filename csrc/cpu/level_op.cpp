@@ -85,6 +85,19 @@ void plan_level(const LevelKernels& kernels, const LevelShape& s, RowLists& rows
                threads, backward, plan);
 }
 
+// Raises where what is added does not fit the level's rows.
+void check_skip(const LevelShape& s, const Tensor& x, const std::optional<Tensor>& skip,
+                const std::optional<Tensor>& skip_rows, int64_t rows) {
+  STD_TORCH_CHECK(skip || !skip_rows, "skip_rows must come with skip, got skip_rows alone");
+  if (!skip) return;
+  STD_TORCH_CHECK(skip->dim() == 5, "skip must have shape (S, N, conv_h, conv_w, Co), got ",
+                  skip->dim(), " dimensions");
+  const int64_t count = skip_rows ? skip->size(0) : rows;
+  check_tensor(*skip, "skip", x.scalar_type(),
+               {count, s.samples, s.conv_height, s.conv_width, s.out_channels});
+  if (skip_rows) list_values(*skip_rows, "skip_rows", rows, count);
+}
+
 // Zeroes row i of a contiguous tensor for each i.
 void zero_rows(const Tensor& t, const int64_t* begin, const int64_t* end) {
   if (t.numel() == 0) return;
@@ -97,11 +110,14 @@ void zero_rows(const Tensor& t, const int64_t* begin, const int64_t* end) {
 
 std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                           const Tensor& parents, const Tensor& branches,
-                                          int64_t padding, int64_t pool, int64_t pool_pad,
-                                          int64_t out_h, int64_t out_w, int64_t tile) {
+                                          const std::optional<Tensor>& skip,
+                                          const std::optional<Tensor>& skip_rows, int64_t padding,
+                                          int64_t pool, int64_t pool_pad, int64_t out_h,
+                                          int64_t out_w, int64_t tile, bool relu, bool relu_after) {
   LevelShape s = shape_of(x, weight, padding, pool, pool_pad, out_h, out_w, tile);
   check_tensor(bias, "bias", x.scalar_type(), {s.slots, s.out_channels});
   RowLists rows(parents, branches, nullptr, s.parents, s.slots);
+  check_skip(s, x, skip, skip_rows, rows.rows());
   const LevelKernels& kernels = kernels_for(x.scalar_type()).level;
   const auto size = {rows.rows(), s.samples, out_h, out_w, s.out_channels};
   Tensor y = new_output(size, x.scalar_type(), x.element_size());
@@ -128,6 +144,9 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
   args.y = y.mutable_data_ptr(), args.packed = base + packed_at;
   args.code = static_cast<uint8_t*>(code.mutable_data_ptr());
   args.streams = streams(y);
+  args.skip = skip ? skip->const_data_ptr() : nullptr;
+  args.skip_rows = skip_rows ? static_cast<const int64_t*>(skip_rows->const_data_ptr()) : nullptr;
+  args.relu = relu || (!skip && relu_after), args.relu_after = skip && relu_after;
 
   for_filters(s, threads, plan.pack_items, [&](int64_t begin, int64_t end) {
     kernels.pack(plan, args.weight, args.packed, begin, end);
@@ -207,6 +226,53 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
   for_filters(s, threads, plan.finish_items,
               [&](int64_t begin, int64_t end) { kernels.finish(plan, args, begin, end); });
   return {dx, dweight, dbias};
+}
+
+Tensor winograd_level_skip_backward(const Tensor& dy, const Tensor& code,
+                                    const std::optional<Tensor>& skip_rows,
+                                    const std::optional<Tensor>& live, int64_t skips,
+                                    int64_t conv_h, int64_t conv_w, int64_t pool,
+                                    int64_t pool_pad) {
+  check_float(dy, "dy");
+  STD_TORCH_CHECK(dy.dim() == 5, "dy must have shape (R, N, out_h, out_w, Co), got ", dy.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(pool >= 1 && pool <= 3, "pool must be 1, 2 or 3, got ", pool);
+  STD_TORCH_CHECK(pool_pad >= 0 && pool_pad <= pool / 2,
+                  "pool_pad must be from 0 to pool / 2 = ", pool / 2, ", got ", pool_pad);
+  STD_TORCH_CHECK(skips >= 0 && conv_h > 0 && conv_w > 0,
+                  "skips, conv_h and conv_w must be sizes, got ", skips, ", ", conv_h, ", ",
+                  conv_w);
+  const SkipShape s = {dy.size(0), dy.size(1), dy.size(4), conv_h,  conv_w,
+                       dy.size(2), dy.size(3), pool,       pool_pad};
+  const auto size = {s.rows, s.samples, s.out_height, s.out_width, s.channels};
+  check_tensor(dy, "dy", dy.scalar_type(), size);
+  check_tensor(code, "code", ScalarType::Byte, size);
+  const std::vector<bool> alive = live_rows(live ? &*live : nullptr, s.rows);
+  const int64_t* skip_of =
+      skip_rows ? list_values(*skip_rows, "skip_rows", s.rows, skips) : nullptr;
+  STD_TORCH_CHECK(skip_of || skips == s.rows, "skips must be the number of rows, ", s.rows,
+                  ", without skip_rows, got ", skips);
+
+  std::vector<int64_t> users_at(skips + 1), users;
+  for (int64_t row = 0; row < s.rows; ++row)
+    if (alive[row]) ++users_at[(skip_of ? skip_of[row] : row) + 1];
+  for (int64_t i = 0; i < skips; ++i) users_at[i + 1] += users_at[i];
+  users.resize(users_at[skips]);
+  std::vector<int64_t> next = users_at;
+  for (int64_t row = 0; row < s.rows; ++row)
+    if (alive[row]) users[next[skip_of ? skip_of[row] : row]++] = row;
+
+  Tensor dskip = new_output({skips, s.samples, conv_h, conv_w, s.channels}, dy.scalar_type(),
+                            dy.element_size());
+  SkipBackward args{};
+  args.dy = dy.const_data_ptr(), args.code = static_cast<const uint8_t*>(code.const_data_ptr());
+  args.dskip = dskip.mutable_data_ptr();
+  args.users = users.data(), args.users_at = users_at.data();
+  const LevelKernels& kernels = kernels_for(dy.scalar_type()).level;
+  const int64_t images = skips * s.samples;
+  for_ranges(std::min<int64_t>(torch::stable::get_num_threads(), images), images,
+             [&](int64_t begin, int64_t end) { kernels.skip_gradient(s, args, begin, end); });
+  return dskip;
 }
 
 }  // namespace lasem_fast

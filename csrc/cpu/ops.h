@@ -13,13 +13,20 @@ using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                           const Tensor& parents, const Tensor& branches,
-                                          int64_t padding, int64_t pool, int64_t pool_pad,
-                                          int64_t out_h, int64_t out_w, int64_t tile);
+                                          const std::optional<Tensor>& skip,
+                                          const std::optional<Tensor>& skip_rows, int64_t padding,
+                                          int64_t pool, int64_t pool_pad, int64_t out_h,
+                                          int64_t out_w, int64_t tile, bool relu, bool relu_after);
 
 std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
     const Tensor& dy, const Tensor& x, const Tensor& code, const Tensor& weight,
     const Tensor& parents, const Tensor& branches, const std::optional<Tensor>& live,
     int64_t padding, int64_t pool, int64_t pool_pad, int64_t tile, bool need_dx);
+
+Tensor winograd_level_skip_backward(const Tensor& dy, const Tensor& code,
+                                    const std::optional<Tensor>& skip_rows,
+                                    const std::optional<Tensor>& live, int64_t skips,
+                                    int64_t conv_h, int64_t conv_w, int64_t pool, int64_t pool_pad);
 
 Tensor channels_last_linear(const Tensor& x, const Tensor& weight, const Tensor& bias);
 

@@ -6,12 +6,10 @@
 #include "checks.h"
 
 namespace lasem_fast {
-namespace {
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const int64_t* list(const Tensor& t, const char* name, int64_t length, int64_t limit) {
+const int64_t* list_values(const Tensor& t, const char* name, int64_t length, int64_t limit) {
   check_tensor(t, name, ScalarType::Long, {length});
   const int64_t* values = static_cast<const int64_t*>(t.const_data_ptr());
   for (int64_t row = 0; row < length; ++row)
@@ -20,17 +18,21 @@ const int64_t* list(const Tensor& t, const char* name, int64_t length, int64_t l
   return values;
 }
 
-}  // namespace
+std::vector<bool> live_rows(const Tensor* live, int64_t rows) {
+  if (!live) return std::vector<bool>(rows, true);
+  check_tensor(*live, "live", ScalarType::Bool, {rows});
+  const bool* values = static_cast<const bool*>(live->const_data_ptr());
+  return std::vector<bool>(values, values + rows);
+}
 
 RowLists::RowLists(const Tensor& parents, const Tensor& branches, const Tensor* live,
                    int64_t parent_count, int64_t branch_count) {
   STD_TORCH_CHECK(parents.dim() == 1, "parents must have shape (R,), got ", parents.dim(),
                   " dimensions");
   rows_ = parents.size(0);
-  const int64_t* parent = list(parents, "parents", rows_, parent_count);
-  const int64_t* branch = list(branches, "branches", rows_, branch_count);
-  if (live) check_tensor(*live, "live", ScalarType::Bool, {rows_});
-  const bool* alive = live ? static_cast<const bool*>(live->const_data_ptr()) : nullptr;
+  const int64_t* parent = list_values(parents, "parents", rows_, parent_count);
+  const int64_t* branch = list_values(branches, "branches", rows_, branch_count);
+  const std::vector<bool> alive = live_rows(live, rows_);
 
   std::vector<int64_t> row_of(parent_count * branch_count, -1);
   std::vector<bool> parent_used(parent_count), branch_used(branch_count);
@@ -41,7 +43,7 @@ RowLists::RowLists(const Tensor& parents, const Tensor& branches, const Tensor* 
     place = row;
   }
   for (int64_t row = 0; row < rows_; ++row) {
-    if (alive && !alive[row]) {
+    if (!alive[row]) {
       row_of[parent[row] * branch_count + branch[row]] = -1;
     } else {
       parent_used[parent[row]] = true;

@@ -9,8 +9,14 @@
 
 namespace lasem_fast {
 
-// What the lists `parents` and `branches` of a level say. Rows that are not `live` (an undefined
-// tensor: all are) are left out, with the parents and branches that only they use.
+// The values of an int64 list of so many entries, each from 0 to `limit` - 1.
+const int64_t* list_values(const torch::stable::Tensor& list, const char* name, int64_t length,
+                           int64_t limit);
+// Which rows a mask [rows] names; all where there is none.
+std::vector<bool> live_rows(const torch::stable::Tensor* live, int64_t rows);
+
+// What the lists `parents` and `branches` of a level say. Rows that are not `live` (null: all are)
+// are left out, with the parents and branches that only they use.
 class RowLists {
  public:
   // Raises where a list does not fit a level of so many parents and branches.

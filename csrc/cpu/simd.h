@@ -1,12 +1,19 @@
 // One vector type per instruction set. Included only between isa_begin.h and isa_end.h.
 // Vec: kLanes scalars. Code: one small integer per lane (stored as uint8). Mask: one truth per
-// lane. stream: a store past the caches to an aligned address, ended by stream_end. interleave: the
+// lane. code_open: the convolution gets the gradient. code_position: of the window, or none.
+// stream: a store past the caches to an aligned address, ended by stream_end. interleave: the
 // lanes of a and b in turn, the first half of them and the second.
+
+// The code of an output is the position in its window that gets the gradient, kClosed on top where
+// the convolution's own ReLU was closed there, so that only what was added behind it does; kNothing
+// where nothing passes.
 
 #define LASEM_INLINE static inline __attribute__((always_inline))
 
 namespace lasem_fast {
 namespace LASEM_ISA {
+
+constexpr int kClosed = 16, kNothing = 255;
 
 #if defined(LASEM_ISA_AVX512)
 
@@ -50,7 +57,13 @@ LASEM_INLINE Code code_select(Mask m, Code yes, Code no) {
 LASEM_INLINE Mask code_is(Code c, int value) {
   return _mm512_cmpeq_epi32_mask(c, _mm512_set1_epi32(value));
 }
-LASEM_INLINE Mask code_open(Code c) { return _mm512_cmpneq_epi32_mask(c, _mm512_set1_epi32(255)); }
+LASEM_INLINE Mask code_open(Code c) {
+  return _mm512_cmplt_epi32_mask(c, _mm512_set1_epi32(kClosed));
+}
+LASEM_INLINE Code code_position(Code c) {
+  return _mm512_mask_and_epi32(c, _mm512_cmpneq_epi32_mask(c, _mm512_set1_epi32(kNothing)), c,
+                               _mm512_set1_epi32(kClosed - 1));
+}
 LASEM_INLINE Code code_load(const uint8_t* p) {
   return _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -110,7 +123,11 @@ LASEM_INLINE Mask code_is(Code c, int value) {
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(c, _mm256_set1_epi32(value)));
 }
 LASEM_INLINE Mask code_open(Code c) {
-  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(255), c));
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(kClosed), c));
+}
+LASEM_INLINE Code code_position(Code c) {
+  const __m256i nothing = _mm256_cmpeq_epi32(c, _mm256_set1_epi32(kNothing));
+  return _mm256_or_si256(nothing, _mm256_and_si256(c, _mm256_set1_epi32(kClosed - 1)));
 }
 LASEM_INLINE Code code_load(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -168,7 +185,10 @@ LASEM_INLINE Vec select(Mask m, Vec yes, Vec no) {
 }
 LASEM_INLINE Code code_splat(int c) { return Code{c, c}; }
 LASEM_INLINE Mask code_is(Code c, int value) { return c == code_splat(value); }
-LASEM_INLINE Mask code_open(Code c) { return c != code_splat(255); }
+LASEM_INLINE Mask code_open(Code c) { return c < code_splat(kClosed); }
+LASEM_INLINE Code code_position(Code c) {
+  return (c == code_splat(kNothing)) | (c & code_splat(kClosed - 1));
+}
 LASEM_INLINE Code code_load(const uint8_t* p) { return Code{p[0], p[1]}; }
 LASEM_INLINE Code code_load_n(const uint8_t* p, int64_t n) {
   return Code{p[0], n > 1 ? p[1] : 255};

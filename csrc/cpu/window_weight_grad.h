@@ -61,7 +61,7 @@ struct WindowWeightGrad {
           const uint8_t open = code[window[w]];
           g[n] = value;
           c[n] = place[w] + shift[open & 15];
-          n += (value != 0) & (open != 255);
+          n += (value != 0) & (open < kClosed);
         }
       length[list] = n;
     }
