@@ -59,8 +59,6 @@ def _level(
     size = tuple(pool.output(n) for n in conv_size)
     if min(*conv_size, *size) < 1:
         return None
-    if not layer.relu or skip is not None:
-        return None
     skip_data = skip_rows = None
     if skip is not None:
         expected = (x.shape[1], *conv_size, layer.weights[0].shape[0])
@@ -78,6 +76,7 @@ def _level(
         parents=index_tensor(level.parents, x.device),
         branches=index_tensor(level.positions, x.device),
         padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
+        relu=layer.relu, skip=skip_data, skip_rows=skip_rows, relu_after=layer.relu_after,
         liveness=liveness, tile=3 if pool.size == 3 and filter_size == 3 else None,
     )  # fmt: skip
 
