@@ -8,10 +8,10 @@ it; then :func:`supported` is false, :func:`why_unsupported` says why, and the o
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lasem_fast import _extension
+from lasem_fast import _extension, _second_order
 
 _cpu, _why_no_extension = _extension.load()
 
@@ -110,26 +110,42 @@ def clear_scratch() -> int:
 
 
 class WinogradLevel(torch.autograd.Function):
-    """One tree level with its backward: one operator call in each direction."""
+    """One tree level with its backward: one operator call in each direction.
+
+    A backward for gradients of gradients holds the choices of ReLU and pool fixed.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile):
         y, code = _level(x, weight, bias, padding, pool, pool_pad, out_h, out_w, tile)
-        ctx.save_for_backward(x, weight, code)
+        ctx.save_for_backward(x, weight, bias, code)
         ctx.sizes = padding, pool, pool_pad, tile
         ctx.mark_non_differentiable(code)
         ctx.set_materialize_grads(False)
         return y, code
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 9
-        x, weight, code = ctx.saved_tensors
+        x, weight, bias, code = ctx.saved_tensors
+        if _second_order.wanted():
+            return *WinogradLevel._plain_backward(ctx, dy, x, weight, bias, code), *(None,) * 6
         need_dx = ctx.needs_input_grad[0]
         dx, dweight, dbias = _level_backward(dy.contiguous(), x, code, weight, *ctx.sizes, need_dx)
         return (dx if need_dx else None, dweight, dbias) + (None,) * 6
+
+    @staticmethod
+    def _plain_backward(ctx, dy, x, weight, bias, code):
+        padding, pool, pool_pad, _ = ctx.sizes
+
+        def level(x, weight, bias):
+            images = x.flatten(0, 1).permute(0, 3, 1, 2)
+            z = F.conv2d(images, weight.flatten(0, 1), bias.flatten(), padding=padding)
+            z = _second_order.rows_in_branches(z, x.shape[0], weight.shape[0])
+            return _second_order.won(z, code, pool, pool_pad)
+
+        return _second_order.gradients(level, (x, weight, bias), ctx.needs_input_grad[:3], dy)
 
 
 class ChannelsLastLinear(torch.autograd.Function):
@@ -137,14 +153,19 @@ class ChannelsLastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        if _second_order.wanted():
+            plain = lambda x, *layer: F.linear(x.transpose(1, 2).flatten(1), *layer)  # noqa: E731
+            return tuple(
+                _second_order.gradients(plain, (x, weight, bias), ctx.needs_input_grad, dy)
+            )
         need_dx = ctx.needs_input_grad[0]
-        dx, dweight, dbias = _linear_backward(dy.contiguous(), *ctx.saved_tensors, need_dx)
+        dx, dweight, dbias = _linear_backward(dy.contiguous(), x, weight, need_dx)
         return dx if need_dx else None, dweight, dbias
 
 
@@ -154,19 +175,20 @@ class PosteriorHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, log_prior, likelihood):
         log_likelihood, posterior, nll, loss, dlogits = _posterior_head(
-            logits.contiguous(), labels, log_prior, likelihood
+            logits.contiguous(), labels.contiguous(), log_prior.contiguous(), likelihood
         )
-        ctx.save_for_backward(dlogits)
+        ctx.save_for_backward(dlogits, logits, labels, posterior)
         ctx.mark_non_differentiable(log_likelihood, posterior, nll)
         ctx.set_materialize_grads(False)
         return log_likelihood, posterior, nll, loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _likelihood, _posterior, _nll, dloss):
         if dloss is None:
             return (None,) * 4
-        (dlogits,) = ctx.saved_tensors
+        dlogits, *others = ctx.saved_tensors
+        if _second_order.wanted():
+            return _second_order.head_gradient(*others, dloss), None, None, None
         return dlogits * dloss, None, None, None
 
 
@@ -256,7 +278,8 @@ def posterior_head(
     Returns:
         ``log_likelihood``, ``posterior``, ``nll`` (``[configurations]`` each) and ``loss``, the sum
         of ``posterior * nll``. A configuration whose ``nll`` is not finite has log-likelihood
-        ``-inf``, nll ``inf``, posterior 0 and no gradient; if none is left, ``loss`` is NaN.
+        ``-inf``, nll ``inf``, posterior 0 and no gradient; then, and with a log-prior that is NaN
+        or +inf, ``loss`` is NaN.
 
     Raises:
         RuntimeError: a shape or dtype that does not fit, or a label out of range.

@@ -156,3 +156,22 @@ def test_the_rule_leaves_what_is_no_convolution():
     assert winograd.thrifty_level([Branch(nn.Linear(4, 4))] * 2, torch.randn(4, 4), 1) is None
     conv = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU())
     assert winograd.thrifty_level([Branch(conv)] * 2, _images(2), 1) is None
+
+
+@pytest.mark.parametrize("net_layout", [torch.contiguous_format, torch.channels_last])
+def test_layouts_of_weights_labels_and_bias_are_taken_as_they_come(net_layout):
+    conv = lambda i: nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.ReLU())  # noqa: E731
+    net = lf.TransferNet([conv(3), conv(8)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 4)))
+    net.heads["a"][1].bias = nn.Parameter(torch.zeros(8)[::2])
+    net = net.to(memory_format=net_layout)
+    x = torch.randn(5, 3, 6, 6).contiguous(memory_format=net_layout)
+    y = torch.randint(4, (10,))[::2]
+    steps = []
+    for backend in ("cpp", "torch"):
+        net.zero_grad()
+        step = lf.LASEM(net, backend=backend)(x, y, "a")
+        step.loss.backward()
+        steps.append([step.loss.detach(), *(p.grad for p in net.parameters())])
+    for got, want in zip(*steps, strict=True):
+        torch.testing.assert_close(got, want)

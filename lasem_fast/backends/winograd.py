@@ -42,7 +42,8 @@ def winograd_level(
     biases = tensors_in_force(branches, stages, "bias")
     if weights is None or biases is None or any(w.dtype != torch.float32 for w in weights):
         return None
-    weight = torch.stack(weights)
+    # channels-last weights are stacked as channels last
+    weight = torch.stack(weights).contiguous()
     bias = weight.new_zeros(weight.shape[:2]) if biases[0] is None else torch.stack(biases)
     x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data.contiguous()
     padding = _padding(first.core)
