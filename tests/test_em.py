@@ -575,7 +575,9 @@ def _old_spectral_norm(layer):
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, _old_spectral_norm])
 @pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
 def test_spectral_norm_in_training_mode_is_refused_by_name(norm, backend):
-    net = lf.TransferNet([nn.Conv2d(2, 3, 3, padding=1), norm(nn.Conv2d(3, 3, 1))])
+    stages = [nn.Conv2d(2, 3, 3, padding=1), norm(nn.Conv2d(3, 3, 1))]
+    as_it_is = lf.transfer.HardParameterSharing(init=lambda stage: None)
+    net = lf.TransferNet(stages, transfer=as_it_is)
     net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
     em = lf.LASEM(net.double(), backend=backend)
     with pytest.raises(ValueError, match=r"net: expected layers .*shared.1.*spectral norm"):
