@@ -1,0 +1,382 @@
+"""Runs a case on a backend and on the reference side by side; every difference is an error.
+
+In float64 all numbers have to agree to 1e-10 of the largest. After each step both sides get the
+weights and the prior of the reference, so that no difference grows and no tie falls two ways.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lasem_fast as lf
+
+from .cases import Case
+
+BOUND = 1e-10
+REFUSALS = (TypeError, ValueError, RuntimeError)
+# How a message names what it refuses.
+NAMES = re.compile(r"\b(stages?|shared|specific|adapters|heads?|net|x|y)\b[\w\[\]'.() ]*.*expected")
+
+
+class Disagreement(AssertionError):
+    """A backend's answer is not that of the reference."""
+
+
+class Refused(Exception):
+    """Both sides refused, or the backend did by name: there is nothing more to compare."""
+
+
+def _attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+def _agree(got: Any, expected: Any, case: Case, what: str) -> None:
+    """Raises where one side refused: Refused if that is in order, else Disagreement."""
+    if not isinstance(got, Exception) and not isinstance(expected, Exception):
+        return
+    if isinstance(got, Exception):
+        shown = f"{type(got).__name__}: {str(got)[:300]}"
+        if not isinstance(got, REFUSALS) or isinstance(got, RecursionError):
+            raise Disagreement(f"{what}: raw {shown}") from got
+        if isinstance(expected, Exception) and ": expected" in str(got):
+            raise Refused(f"both: {shown}")
+        if NAMES.search(str(got)):
+            raise Refused(f"by name: {shown}")
+        if "modified by an inplace operation" in str(got) + str(expected):
+            raise Refused("PyTorch itself: a layer writes to what another one's gradient needs")
+        raise Disagreement(f"{what}: refused without a name: {shown}") from got
+    if "modified by an inplace operation" in str(expected):
+        raise Refused("PyTorch itself: a layer writes to what another one's gradient needs")
+    raise Disagreement(f"{what}: the reference refused: {expected!r:.300}") from expected
+
+
+def equal(got: Tensor | None, expected: Tensor | None, what: str, bound: float = BOUND) -> None:
+    """Equal to ``bound``, relative to the largest expected value where that is above 1."""
+    if got is None or expected is None:
+        other = expected if got is None else got
+        if other is not None and bool((other != 0).any()):
+            raise Disagreement(f"{what}: {got} is not {expected}")
+        return
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        raise Disagreement(f"{what}: {got.shape} {got.dtype} is not {expected.shape} {expected.dtype}")
+    if not (expected.is_floating_point() or expected.is_complex()):
+        if not torch.equal(got, expected):
+            raise Disagreement(f"{what}: {got} is not {expected}")
+        return
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(got), finite) or not _same_infinities(got, expected, finite):
+        raise Disagreement(f"{what}: {got.flatten()[:8]} is not {expected.flatten()[:8]}")
+    if not bool(finite.any()):
+        return
+    scale = max(1.0, float(expected[finite].abs().max()))
+    error = float((got[finite] - expected[finite]).abs().max()) / scale
+    if not error <= bound:
+        raise Disagreement(f"{what}: off by {error:.3g} of {scale:.3g}")
+
+
+def _same_infinities(got: Tensor, expected: Tensor, finite: Tensor) -> bool:
+    got, expected = got[~finite], expected[~finite]
+    return torch.equal(torch.nan_to_num(got), torch.nan_to_num(expected))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return dense.flatten().view(torch.uint8)
+
+
+def tensors_of(em: lf.LASEM) -> dict[str, Tensor]:
+    """Copies of all tensors of a LASEM."""
+    named = [*em.named_parameters(), *em.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def _prior(case: Case, rows: int) -> Any:
+    if case.prior != "tensor":
+        return case.prior
+    generator = torch.Generator().manual_seed(rows)
+    return torch.rand(rows, generator=generator, dtype=torch.float64) + 0.01
+
+
+class History:
+    """One side of the comparison: a LASEM and what it did to the shared stages."""
+
+    def __init__(self, case: Case, backend: str) -> None:
+        self.em = lf.LASEM(
+            case.make(), case.space, case.likelihood_object(), _prior(case, len(case.space)), backend
+        )
+        self.net = self.em.net
+        # what each open task did to each tensor of the shared stages
+        self.changes: dict[str, list[list[Tensor]]] = {}
+
+    def shared(self) -> list[list[Tensor]]:
+        return [[t.detach() for t in (*s.parameters(), *s.buffers())] for s in self.net.shared]
+
+
+class Comparison:
+    """A case on one backend against the reference."""
+
+    def __init__(self, case: Case, backend: str) -> None:
+        self.case = case
+        self.subject, self.spec = History(case, backend), History(case, "reference")
+        self.last_posterior: dict[str, Tensor] = {}
+        self.compared = 0
+
+    def run(self) -> int:
+        """The number of events that agreed.
+
+        Raises:
+            Disagreement: one did not.
+        """
+        try:
+            for number, (kind, task) in enumerate(self.case.events):
+                x, y = self.case.batches[number % len(self.case.batches)]
+                what = f"{kind} {task} (event {number + 1})"
+                getattr(self, "_" + kind.replace(" ", "_"))(task, x, y, what)
+                self.compared += 1
+        except Refused as refused:
+            self.case.notes["refused"] = str(refused)
+        return self.compared
+
+    def _both(self, call: Callable[[History], Any], what: str) -> tuple[Any, Any]:
+        got, expected = (_attempt(lambda side=side: call(side)) for side in self._sides())
+        _agree(got, expected, self.case, what)
+        return got, expected
+
+    def _sides(self) -> tuple[History, History]:
+        return self.subject, self.spec
+
+    def _step(
+        self, task: str, x: Tensor, y: Tensor, what: str, frozen: Tensor | None = None
+    ) -> None:
+        before = x.clone(), y.clone()
+        leaves = {}
+        if x.is_floating_point():
+            leaves = {id(side): x.detach().requires_grad_() for side in self._sides()}
+
+        def call(side: History) -> Any:
+            side.net.zero_grad()
+            step = side.em(leaves.get(id(side), x), y, task, posterior=frozen)
+            step.loss.backward()
+            return step
+
+        for leaf in leaves.values():
+            assert leaf.data_ptr() == x.data_ptr()
+        if self._writes_first():
+            leaves.clear()
+        got, expected = self._both(call, what)
+        if not (same_bits(x, before[0]) and same_bits(y, before[1])):
+            raise Disagreement(f"{what}: x or y was written to")
+        for name in ("loss", "posterior", "log_likelihood", "nll", "dropped_mass"):
+            equal(getattr(got, name).detach(), getattr(expected, name).detach(), f"{what}: {name}")
+        named = dict(self.spec.net.named_parameters())
+        for name, parameter in self.subject.net.named_parameters():
+            equal(parameter.grad, named[name].grad, f"{what}: gradient of {name}")
+        if leaves:
+            ours, theirs = (leaves[id(side)].grad for side in self._sides())
+            equal(ours, theirs, f"{what}: gradient of x")
+        self._same_buffers(what)
+        self.last_posterior[task] = expected.posterior
+        if self.subject.net.config(task) is None and frozen is None:
+            self._same_prior(task, expected.posterior, what)
+        self._learn(task)
+
+    def _writes_first(self) -> bool:
+        """Whether the first stage starts in place, which autograd refuses for a leaf."""
+        first = next(self.spec.net.shared[0].modules())
+        return any(getattr(m, "inplace", False) for m in first.modules()) or bool(self.case.odd)
+
+    def _frozen(self, task: str, x: Tensor, y: Tensor, what: str) -> None:
+        posterior = self.last_posterior.get(task)
+        if posterior is None or self.subject.net.config(task) is not None:
+            posterior = None
+        self._step(task, x, y, what, posterior)
+
+    def _evaluate(self, task: str, x: Tensor, y: Tensor, what: str) -> None:
+        got, expected = self._both(lambda side: side.em.evaluate(x, task), what)
+        equal(got.detach(), expected.detach(), what)
+
+    def _validate(self, task: str, x: Tensor, y: Tensor, what: str) -> None:
+        """A call in evaluation mode without gradients changes nothing."""
+        before = tensors_of(self.subject.em)
+
+        def call(side: History) -> Any:
+            side.em.eval()
+            with torch.no_grad():
+                return side.em(x, y, task)
+
+        all_modes = [{m: m.training for m in side.em.modules()} for side in self._sides()]
+        try:
+            got, expected = self._both(call, what)
+        finally:
+            for saved in all_modes:
+                for module, mode in saved.items():
+                    module.training = mode
+        equal(got.loss, expected.loss, f"{what}: loss")
+        equal(got.posterior, expected.posterior, f"{what}: posterior")
+        after = tensors_of(self.subject.em)
+        changed = [n for n in {*before, *after} if n not in before or n not in after
+                   or not same_bits(before[n], after[n])]  # fmt: skip
+        if changed:
+            raise Disagreement(f"{what}: a call in evaluation mode changed {sorted(changed)[:4]}")
+
+    def _second_order(self, task: str, x: Tensor, y: Tensor, what: str) -> None:
+        """A gradient of a gradient's norm; a backend may say that it has none."""
+        if not x.is_floating_point() or self._writes_first():
+            return
+
+        def call(side: History) -> list[Tensor | None]:
+            side.net.zero_grad()
+            leaf = x.detach().requires_grad_()
+            loss = side.em(leaf, y, task).loss
+            (first,) = torch.autograd.grad(loss, leaf, create_graph=True, allow_unused=True)
+            if first is None or not first.requires_grad:
+                return [first]
+            first.square().sum().backward()
+            return [first.detach(), *(p.grad for p in side.net.parameters())]
+
+        got, expected = (_attempt(lambda side=side: call(side)) for side in self._sides())
+        for side in self._sides():
+            side.net.zero_grad()
+        if isinstance(got, RuntimeError) and re.search("second|double|twice|create_graph", str(got)):
+            got = None
+        else:
+            _agree(got, expected, self.case, what)
+            for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+                # two derivatives of activations of size 10 and more leave fewer digits
+                equal(ours, theirs, f"{what}: gradient {i}", 1e-8)
+        self._synchronise()
+
+    def _plain(self, task: str, x: Tensor, y: Tensor, what: str) -> None:
+        """A plain forward is the row of ``evaluate``."""
+        config = None if self.subject.net.config(task) is not None else self.case.space[0]
+        got, expected = self._both(lambda side: side.net(x.clone(), task, config), what)
+        equal(got.detach(), expected.detach(), what)
+
+    def _end_with(self, task: str, x: Tensor, y: Tensor, what: str) -> None:
+        self._end(task, x, y, what, len(self.case.space) // 2)
+
+    def _end(self, task: str, x: Tensor, y: Tensor, what: str, config: Any = None) -> None:
+        before = [[t.clone() for t in stage] for stage in self.subject.shared()]
+        stepped = task in self.subject.changes
+        alone = stepped and len(self.subject.changes) == 1
+        got, expected = self._both(lambda side: side.em.end_task(task, config), what)
+        if got != expected:
+            raise Disagreement(f"{what}: kept {got}, the reference {expected}")
+        own = self.subject.changes.pop(task, None)
+        self.spec.changes.pop(task, None)
+        for i, (stage, then) in enumerate(zip(self.subject.shared(), before, strict=True)):
+            for j, (now, value) in enumerate(zip(stage, then, strict=True)):
+                where = f"{what}: shared stage {i + 1}, tensor {j}"
+                if got[i] or not stepped:
+                    if not same_bits(now, value):
+                        raise Disagreement(f"{where}: changed though the task shares it")
+                    continue
+                _taken_back(now, value, own[i][j], where, alone)
+        self._same_buffers(what)
+        self._synchronise()
+        if (got_state := self.subject.em.state_dict().keys()) != self.spec.em.state_dict().keys():
+            raise Disagreement(f"{what}: the state dict has the keys {list(got_state)[:5]}...")
+
+    def _same_buffers(self, what: str) -> None:
+        theirs = dict(self.spec.net.named_buffers())
+        for name, buffer in self.subject.net.named_buffers():
+            equal(buffer, theirs[name], f"{what}: buffer {name}")
+
+    def _same_prior(self, task: str, posterior: Tensor, what: str) -> None:
+        """The prior of both sides, where no tie may have been counted either way."""
+        top = posterior.topk(min(2, len(posterior))).values
+        if len(top) == 1 or float(top[0] - top[1]) > 1e-8:
+            ours, theirs = (side.em.prior(task) for side in self._sides())
+            equal(ours, theirs, f"{what}: prior")
+
+    def _learn(self, task: str) -> None:
+        """One step of gradient descent by the reference's gradients on both sides."""
+        for side in self._sides():
+            side.before = [[t.clone() for t in stage] for stage in side.shared()]
+        theirs = dict(self.spec.net.named_parameters())
+        trained = {id(p) for p in self.spec.net.task_parameters(task)}
+        with torch.no_grad():
+            for name, parameter in self.subject.net.named_parameters():
+                other = theirs[name]
+                if other.grad is None or id(other) not in trained:
+                    continue
+                if bool(torch.isfinite(other.grad).all()):
+                    other -= 0.05 * other.grad.clamp(-1, 1)
+                    parameter.copy_(other)
+            for side in self._sides():
+                for name, buffer in side.net.named_buffers():
+                    if name.startswith("shared.") and name.endswith("ticks"):
+                        buffer += 1
+        for side in self._sides():
+            if self.subject.net.config(task) is None:
+                _take_in(side, task)
+        self._synchronise()
+
+    def _synchronise(self) -> None:
+        """The reference's prior and weights for both sides."""
+        theirs = dict(self.spec.em.named_buffers())
+        with torch.no_grad():
+            for name, buffer in self.subject.em.named_buffers():
+                if name.startswith("_prior.") and name in theirs:
+                    buffer.copy_(theirs[name])
+            ours = dict(self.subject.net.named_parameters())
+            for name, parameter in self.spec.net.named_parameters():
+                if not same_bits(ours[name], parameter):
+                    parameter.copy_(ours[name])
+
+
+def _take_in(side: History, task: str) -> None:
+    change = [
+        [_difference(now, then) for now, then in zip(stage, before, strict=True)]
+        for stage, before in zip(side.shared(), side.before, strict=True)
+    ]
+    if task in side.changes:
+        for kept, new in zip(side.changes[task], change, strict=True):
+            for i, value in enumerate(new):
+                kept[i] = kept[i] + value
+    else:
+        side.changes[task] = change
+
+
+def _difference(now: Tensor, then: Tensor) -> Tensor:
+    """What a task did to a tensor; 0 where the bits are equal, whatever they mean."""
+    if not now.is_floating_point() and now.dtype is not torch.int64:
+        return torch.zeros(())
+    same = (now == then) | (now.isnan() & then.isnan())
+    return torch.where(same, torch.zeros_like(now), now - then)
+
+
+def _taken_back(now: Tensor, value: Tensor, own: Tensor, where: str, alone: bool) -> None:
+    """``now`` is ``value`` without the task's own change, bit for bit where that is 0."""
+    if not value.is_floating_point() and value.dtype is not torch.int64:
+        if not same_bits(now, value):
+            raise Disagreement(f"{where}: {value.dtype} changed")
+        return
+    untouched = own == 0
+    # what another task did and takes back may round; what nobody touched may not
+    if not alone:
+        equal(now, torch.where(untouched, value, value - own), where)
+        if bool(untouched.all()) and not same_bits(now, value):
+            equal(now, value, where)
+    else:
+        equal(now, torch.where(untouched, value, value - own), where)
+
+
+def check(case: Case, backend: str) -> int:
+    """Compares a whole history; the number of events that agreed."""
+    return Comparison(case, backend).run()
