@@ -264,11 +264,6 @@ def _strided(parameter: nn.Parameter) -> None:
     parameter.data = torch.stack([parameter.detach(), wrong], dim=-1)[..., 0]
 
 
-def _transfer(pick: Random, aux: bool = True) -> object:
-    kind = pick.choice(["hps"] * 4 + ["tf", "dfcnn"])
-    return TensorFactorization(aux_weight=0.0) if kind == "tf" and not aux else kind
-
-
 def draw(
     pick: Random,
     *,
@@ -277,12 +272,15 @@ def draw(
     max_depth: int = 4,
     dropout: bool = False,
     odd: bool = True,
+    mechanisms: tuple[str, ...] = ("hps", "hps", "hps", "hps", "tf", "dfcnn"),
 ) -> Case:
     """A case. With ``dropout`` one random layer is put somewhere; ``odd`` allows odd stages."""
     seed, depth = pick.randrange(2**20), pick.randint(1, max_depth)
     kind = pick.choice(["values"] * 6 + ["tokens"])
     odd_at = pick.randrange(depth) if odd and pick.random() < 0.12 else -1
-    transfer = _transfer(pick, aux=len(tasks) > 1)
+    transfer: object = pick.choice(mechanisms)
+    if transfer == "tf" and len(tasks) == 1:  # the gate's brute force knows no auxiliary loss
+        transfer = TensorFactorization(aux_weight=0.0)
     plain = transfer != "hps" or pick.random() < 0.35
     plan = pick.randrange(2**30)
     likelihood = pick.choice(["joint", "joint", "mean", "gaussian"]) if len(tasks) > 1 else "joint"
@@ -355,3 +353,18 @@ def draw(
 
 def _bound(make: Callable[[object], lf.TransferNet], mechanism: object) -> Callable:
     return lambda: make(mechanism)
+
+
+def draw_plain(pick: Random) -> Case:
+    """A case that brute force can check: no odd stages."""
+    return draw(pick, odd=False, mechanisms=("hps",))
+
+
+def draw_with_dropout(pick: Random) -> Case:
+    """A case with a random layer in some stage."""
+    return draw(pick, odd=False, dropout=True)
+
+
+def draw_shallow(pick: Random) -> Case:
+    """A case of at most two stages, quick to compile."""
+    return draw(pick, max_depth=2)

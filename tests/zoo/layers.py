@@ -212,7 +212,7 @@ def _pool(dims: int) -> Maker:
         elif kind == "avg":
             options = (window, stride, padding, ceil, pick.random() < 0.5)
         elif kind == "lp":
-            options = (3.0, window, stride, ceil)
+            options = (2.0, window, stride, ceil)
         else:
             name = "AdaptiveMaxPool" if kind == "adaptive max" else "AdaptiveAvgPool"
             options = (_tuple(pick, dims, [1, 2, 3]),)
