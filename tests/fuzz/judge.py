@@ -92,7 +92,9 @@ def _judged(
     seed: int, entry: Call, there: world.World, arguments: dict[str, Any], broken: dict[str, str]
 ) -> Verdict:
     def verdict(outcome: str, detail: str = "") -> Verdict:
-        return Verdict(seed, entry.name, broken, outcome, " ".join(detail.split())[:300])
+        return Verdict(
+            seed, entry.name, broken, outcome, " ".join(detail.split())[:300].replace("\0", "\\0")
+        )
 
     if entry.setup is not None:
         try:

@@ -86,7 +86,7 @@ def make(pick: Random) -> World:
 class Worlds:
     """Worlds by number, made when first asked for and kept as long as nothing changes in them."""
 
-    def __init__(self, count: int = 60) -> None:
+    def __init__(self, count: int = 30) -> None:
         self._count = count
         self._made: dict[int, tuple[World, dict[str, Any]]] = {}
 
@@ -107,6 +107,7 @@ class Worlds:
 
 def sequence() -> list[Task]:
     """Two tiny tasks for ``train_sequence``."""
+
     def split() -> tuple[Tensor, Tensor]:
         return batch(samples=6)
 

@@ -220,9 +220,7 @@ def _head(pick: Random, shape: Shape, outputs: int) -> nn.Module:
     if kind == "plain" and len(shape) == 1:
         return nn.Linear(features, outputs)
     if kind == "hidden":
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(features, 4), nn.ReLU(), nn.Linear(4, outputs)
-        )
+        return nn.Sequential(nn.Flatten(), nn.Linear(features, 4), nn.ReLU(), nn.Linear(4, outputs))
     if kind == "inplace":
         return nn.Sequential(nn.LeakyReLU(inplace=True), nn.Flatten(), nn.Linear(features, outputs))
     return nn.Sequential(nn.Flatten(), nn.Linear(features, outputs))
@@ -347,7 +345,13 @@ def draw(
         pick.choice(["count", "mean_posterior", "uniform", "historic", "tensor"]),
         _events(pick),
         odd_kind,
-        {"overflow": overflow, "seed": seed, "transfer": str(transfer), "strided": strides, "last": last},
+        {
+            "overflow": overflow,
+            "seed": seed,
+            "transfer": str(transfer),
+            "strided": strides,
+            "last": last,
+        },
     )
 
 

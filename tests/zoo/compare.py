@@ -72,7 +72,9 @@ def equal(got: Tensor | None, expected: Tensor | None, what: str, bound: float =
             raise Disagreement(f"{what}: {got} is not {expected}")
         return
     if got.shape != expected.shape or got.dtype != expected.dtype:
-        raise Disagreement(f"{what}: {got.shape} {got.dtype} is not {expected.shape} {expected.dtype}")
+        raise Disagreement(
+            f"{what}: {got.shape} {got.dtype} is not {expected.shape} {expected.dtype}"
+        )
     if not (expected.is_floating_point() or expected.is_complex()):
         if not torch.equal(got, expected):
             raise Disagreement(f"{what}: {got} is not {expected}")
@@ -123,7 +125,11 @@ class History:
 
     def __init__(self, case: Case, backend: str) -> None:
         self.em = lf.LASEM(
-            case.make(), case.space, case.likelihood_object(), _prior(case, len(case.space)), backend
+            case.make(),
+            case.space,
+            case.likelihood_object(),
+            _prior(case, len(case.space)),
+            backend,
         )
         self.net = self.em.net
         _same_modes(self.net)
@@ -272,7 +278,9 @@ class Comparison:
         got, expected = (_attempt(lambda side=side: call(side)) for side in self._sides())
         for side in self._sides():
             side.net.zero_grad()
-        if isinstance(got, RuntimeError) and re.search("second|double|twice|create_graph|derivative", str(got)):
+        if isinstance(got, RuntimeError) and re.search(
+            "second|double|twice|create_graph|derivative", str(got)
+        ):
             got = None
         else:
             _agree(got, expected, self.case, what)
