@@ -9,10 +9,10 @@ import time
 
 os.environ.setdefault("LASEM_FAST_CHOICES", "first")
 
-import torch  # noqa: E402
+import torch
 
-from . import judge  # noqa: E402
-from .calls import CALLS  # noqa: E402
+from . import judge
+from .calls import CALLS
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def _is(value: Any) -> Callable[[World], Any]:
     return lambda w: copy.deepcopy(value)
 
 
-# -- the step ------------------------------------------------------------------------------------
+# -- the step --
 
 
 @call("em", x=_x, y=_y, task=_is("a"), posterior=_is(None))
@@ -132,7 +132,7 @@ def _(w: World, x: Any, y: Any) -> Any:
     return w.em(x, y, "a")
 
 
-# -- what a user's modules and objects return -----------------------------------------------------
+# -- what a user's modules and objects return --
 
 
 class Returns(nn.Module):
@@ -276,7 +276,7 @@ def _(w: World, x: Any) -> Any:
     return w.em(x, w.y, "a")
 
 
-# -- the net ---------------------------------------------------------------------------------------
+# -- the net --
 
 
 @call("TransferNet", stages=lambda w: [nn.Linear(4, 4), nn.ReLU()], transfer=_is("hps"))
@@ -469,7 +469,7 @@ def _(w: World, state: Any, strict: Any) -> Any:
     return w.em.load_state_dict(state, strict)
 
 
-# -- what is searched ------------------------------------------------------------------------------
+# -- what is searched --
 
 
 @call("ConfigSpace", depth=_is(3), groups=_is([2, 1]))
@@ -499,7 +499,7 @@ for _method in ("label", "index", "top", "bottom", "__getitem__"):
         return getattr(lf.ConfigSpace(2), method)(value)
 
 
-# -- likelihoods, priors, optimiser, initial weights, mechanisms -------------------------------------
+# -- likelihoods, priors, optimiser, initial weights, mechanisms --
 
 
 @call("Gaussian", sigma=_is(1.0))
@@ -578,7 +578,7 @@ def _(w: World, sizes: Any, stage: Any) -> Any:
     return lf.TransferNet([stage], DeconvolutionalFactorization([sizes]))
 
 
-# -- capture ---------------------------------------------------------------------------------------
+# -- capture --
 
 
 @call("capture", em=lambda w: w.em, optimizer=lambda w: w.optimizer, x=_x, y=_y, task=_is("a"),
@@ -601,7 +601,7 @@ def _(w: World, x: Any, y: Any) -> Any:
     return w.step.eager(x, y)
 
 
-# -- the paper's networks ---------------------------------------------------------------------------
+# -- the paper's networks --
 
 
 for _name, _first in (("cifar100", 4), ("office_home", 4), ("stl10", 6), ("residual17", 4)):
@@ -645,7 +645,7 @@ def _(w: World, conv: Any, pool: Any, begins: Any, ends: Any) -> Any:
     return lf.nets.SkipLayer(conv, pool, begins=begins, ends=ends)
 
 
-# -- runs and measures -------------------------------------------------------------------------------
+# -- runs and measures --
 
 
 def _stages() -> lf.TransferNet:

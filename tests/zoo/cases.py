@@ -299,7 +299,7 @@ def draw(
             for task in tasks:
                 net.add_task(task, _head(inner, shape, outputs))
             net = net.to(dtype)
-            if last and len(shape) == 3 or last and plain:
+            if last and (plain or len(shape) == 3):
                 for parameter in net.parameters():
                     if parameter.dim() == 4:
                         parameter.data = parameter.data.contiguous(
