@@ -1,4 +1,4 @@
-"""Small nets with open and ended tasks, on which the calls are made, and a picture of their state."""
+"""Small nets with open and ended tasks on which calls are made, and a picture of their state."""
 
 from __future__ import annotations
 
