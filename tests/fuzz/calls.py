@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -361,11 +361,6 @@ for _part in ("heads", "specific", "adapters"):
         return getattr(w.net, part)[task]
 
 
-@call("a call of a specific branch", x=_x)
-def _(w: World, x: Any) -> Any:
-    return w.net.path("a", {1})[0](x)
-
-
 # -- LASEM -----------------------------------------------------------------------------------------
 
 
@@ -443,7 +438,9 @@ def _(w: World, value: Any) -> Any:
 
 @call("em.load_state_dict, one key too many", key=_is("net.nothing"))
 def _(w: World, key: Any) -> Any:
-    return w.em.load_state_dict({**w.em.state_dict(), key: torch.ones(1)})
+    state = w.em.state_dict()
+    state[key if isinstance(key, Hashable) else "nothing"] = torch.ones(1)
+    return w.em.load_state_dict(state)
 
 
 def _less(w: World) -> dict[str, Any]:
@@ -540,11 +537,6 @@ def _rmsprop(w: World, **_: Any) -> None:
 @call("TFRMSprop.step", setup=_rmsprop, closure=_is(None))
 def _(w: World, closure: Any) -> Any:
     return w.optimizer.step(closure)
-
-
-@call("TFRMSprop.load_state_dict", setup=_rmsprop, state=_is({}))
-def _(w: World, state: Any) -> Any:
-    return w.optimizer.load_state_dict(state)
 
 
 @call("release_", module=lambda w: nn.Linear(2, 2))

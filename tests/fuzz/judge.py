@@ -24,7 +24,10 @@ REVIEWED = [
     for pattern in (
         r"\w+\(\) (missing|takes|got an unexpected)",  # Python's, about the signature
         r"^[\w, ]+ must (be|have) ",
-        r"^Error\(s\) in loading state_dict for \w+:",
+        r"^Error\(s\) in loading state_dict for \w+:",  # PyTorch's, with the keys
+        r"^Expected state_dict to be dict-like, got",
+        r"^optimizer can only optimize Tensors, but one of the params is",
+        r"^capture: the step of task .* cannot be captured: ",
     )
 ]
 SOURCE_FILE = re.compile(r"\.(cpp|cc|h|cu|py)\b(:\d+|\")")
@@ -119,7 +122,9 @@ def _judged(
 def _of_message(error: Exception) -> tuple[str, str]:
     message = str(error)
     shown = f"{type(error).__name__}: {message}"
-    if not isinstance(error, KINDS) or isinstance(error, RecursionError):
+    # IndexError is what Python asks of a sequence
+    known = isinstance(error, (*KINDS, IndexError)) and not isinstance(error, RecursionError)
+    if not known or (isinstance(error, IndexError) and not message.startswith("row: expected")):
         return "raw", shown
     if SOURCE_FILE.search(message):
         return "raw", f"names a source file: {shown}"

@@ -35,20 +35,18 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("*load_state_dict*", "strict", {"*"}),
     # mini-batches
     ("em*", "x", _SAMPLES),
-    ("em, tokens", "x", {"strided", "expanded", "one dimension more", "int32"}),
+    ("em, tokens", "x", {"strided", "expanded", "one dimension more", "int32", "int64"}),
     ("em*", "y", _FORMS),
-    ("em, ended task", "y", {"flat"}),
-    ("em*", "y", {"flat"}),
+    ("em*", "y", {"flat", "int64"}),
     ("em, regression", "y", _SAMPLES),
     ("em*", "posterior", _FORMS | {"None", "float64", "float16", "bfloat16", "flat"}),
     ("backward twice", "x", _SAMPLES),
     ("a captured step*", "x", _SAMPLES),
-    ("a captured step*", "y", _FORMS | {"flat"}),
+    ("a captured step*", "y", _FORMS | {"flat", "int64"}),
     ("capture", "x", _SAMPLES),
     ("capture", "y", _FORMS | {"flat"}),
     # a plain forward takes what PyTorch takes
     ("net*", "x", _PLAIN),
-    ("a call of a specific branch", "x", _PLAIN | {"one dimension more in front"}),
     # what users' objects return
     ("* stage that returns", "out", _SAMPLES | {"in inference mode", "twice"}),
     ("evaluate a stage that returns", "out", {"first inf", "first NaN"}),
@@ -83,6 +81,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("Fixed", "probabilities", _SAMPLES | {"flat", "float64", "float16", "bfloat16", "twice",
                                            "one sample less", "a feature too few"}),
     ("em.load_state_dict, one value", "value", _FORMS),
+    ("em.load_state_dict, *extra state", "value", {"strided", "int64", "in inference mode"}),
     ("*load_state_dict*", "state", {"{}"}),
     # what is searched
     ("ConfigSpace*", "depth", {"None", "1", "7", "numpy int", "0-d int tensor"}),
@@ -110,7 +109,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
                                             "empty tensor", "on meta", "meta tensor"}),
     ("glorot_uniform_", "fan_*", _NUMBERS | {"0", "huge int", "huge float", "numpy int"}),
     # the paper's networks
-    ("nets.*", "width", _NUMBERS),
+    ("nets.*", "width", _NUMBERS | {"huge float", "huge int"}),
     ("nets.*", "layers", {"7"}),
     ("Architecture", "batch_size", {"1", "7", "numpy int"}),
     ("Architecture", "groups", {"None"}),

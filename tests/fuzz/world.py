@@ -128,8 +128,9 @@ def picture(world: World) -> dict[str, Any]:
         "training mode": [m.training for m in em.modules()],
         "tasks": em.net.tasks,
     }
-    for name, buffer in em.named_buffers():
-        seen[name] = _digest(buffer)
+    # not em.named_buffers(): some buffers are in the state alone
+    for name, tensor in em.state_dict(keep_vars=True).items():
+        seen[name] = _digest(tensor)
     for name, parameter in em.named_parameters():
         # an optimiser holds on to the very parameters
         seen[name] = (id(parameter), parameter.requires_grad, _digest(parameter))

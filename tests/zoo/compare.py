@@ -109,8 +109,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def tensors_of(em: lf.LASEM) -> dict[str, Tensor]:
     """Copies of all tensors of a LASEM."""
-    named = [*em.named_parameters(), *em.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in named}
+    return {name: tensor.clone() for name, tensor in _state(em).items()}
+
+
+def _state(em: lf.LASEM) -> dict[str, Tensor]:
+    """All tensors by name; ``named_buffers`` does not list those that training makes."""
+    return {n: t for n, t in em.state_dict().items() if isinstance(t, Tensor)}
 
 
 def _prior(case: Case, rows: int) -> Any:
@@ -357,10 +361,10 @@ class Comparison:
 
     def _synchronise(self) -> None:
         """The reference's prior and weights for both sides."""
-        theirs = dict(self.spec.em.named_buffers())
+        theirs = _state(self.spec.em)
         with torch.no_grad():
-            for name, buffer in self.subject.em.named_buffers():
-                if name.startswith("_prior.") and name in theirs:
+            for name, buffer in _state(self.subject.em).items():
+                if name.startswith("_prior.") and name in theirs and "_extra" not in name:
                     buffer.copy_(theirs[name])
             ours = dict(self.subject.net.named_parameters())
             for name, parameter in self.spec.net.named_parameters():
