@@ -223,31 +223,3 @@ def test_reference_backend_agrees_on_a_generated_residual_net():
         for backend in ("torch", "reference")
     ]
     assert_equals(*outputs, "logits")
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({"kernels": (2, 3, 3, 3)}, "kernels"),
-        ({"channels": (3,)}, "channels"),
-        ({"pools": (0, 1, 1, 1)}, "pools"),
-        ({"batch_size": None}, "batch_size"),
-        ({"transfer": "lora"}, "transfer"),
-        ({"input_shape": (3, 32, 31)}, "input_shape"),
-        ({"skips": ((1, 2), (2, 3))}, "skips"),
-    ],
-)
-def test_architectures_that_do_not_fit_are_named(change, name):
-    with pytest.raises(ValueError, match=f"{name}: expected"):
-        replace(lf.nets.cifar100(4), **change)
-
-
-def test_layers_of_a_skip_and_pools_are_checked():
-    with pytest.raises(TypeError, match=r"conv: expected an nn\.Conv2d, got str"):
-        lf.nets.SkipLayer("conv", nn.Identity())
-    with pytest.raises(TypeError, match=r"pool: expected an nn\.Module, got NoneType"):
-        lf.nets.SkipLayer(nn.Conv2d(1, 1, 1), None)
-    with pytest.raises(ValueError, match="side: expected a whole number of at least 1, got -1"):
-        lf.nets.same_pool(-1, 2)
-    with pytest.raises(ValueError, match="classes: expected a whole number"):
-        lf.nets.cifar100(4).head(0)

@@ -120,6 +120,9 @@ class AddsInPlace(nn.Module):
         super().__init__()
         self.b = nn.Parameter(torch.randn(shape))
 
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.b)
+
     def forward(self, h: Tensor) -> Tensor:
         return h.add_(self.b)
 
