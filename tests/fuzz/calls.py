@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,10 +140,10 @@ class Returns(nn.Module):
 
     def __init__(self, value: Any) -> None:
         super().__init__()
-        self.value = value
+        self.value = lambda: value  # a copy of the module keeps it as it is
 
     def forward(self, h: Tensor) -> Any:
-        value = self.value
+        value = self.value()
         if isinstance(value, Tensor) and value.dim() and len(value) == 4 and len(h) % 4 == 0:
             try:
                 return value.repeat_interleave(len(h) // 4, 0)
@@ -208,13 +208,13 @@ def _(w: World, log_prob: Any, reduced: Any) -> Any:
 class _Prior(lf.priors.Prior):
     def __init__(self, value: Any, score: Any) -> None:
         super().__init__()
-        self.value, self.scores = value, score
+        self.value, self.scores = lambda: value, lambda: score  # copied as they are
 
     def log_prob(self, task: str) -> Any:
-        return self.value
+        return self.value()
 
     def score(self, task: str) -> Any:
-        return self.scores
+        return self.scores()
 
 
 def _with_prior(w: World, log_prob: Any = None, score: Any = None) -> None:
@@ -439,7 +439,7 @@ def _(w: World, value: Any) -> Any:
 @call("em.load_state_dict, one key too many", key=_is("net.nothing"))
 def _(w: World, key: Any) -> Any:
     state = w.em.state_dict()
-    state[key if isinstance(key, Hashable) else "nothing"] = torch.ones(1)
+    state[key if isinstance(key, str) else "nothing"] = torch.ones(1)
     return w.em.load_state_dict(state)
 
 
@@ -449,9 +449,9 @@ def _less(w: World) -> dict[str, Any]:
     return state
 
 
-@call("em.load_state_dict, one key less", state=_less, strict=_is(True))
-def _(w: World, state: Any, strict: Any) -> Any:
-    return w.em.load_state_dict(state, strict)
+@call("em.load_state_dict, one key less", state=_less)
+def _(w: World, state: Any) -> Any:
+    return w.em.load_state_dict(state)
 
 
 def _another(w: World) -> dict[str, Any]:
@@ -461,9 +461,9 @@ def _another(w: World) -> dict[str, Any]:
     return lf.LASEM(other).state_dict()
 
 
-@call("em.load_state_dict of another net", state=_another, strict=_is(True))
-def _(w: World, state: Any, strict: Any) -> Any:
-    return w.em.load_state_dict(state, strict)
+@call("em.load_state_dict of another net", state=_another)
+def _(w: World, state: Any) -> Any:
+    return w.em.load_state_dict(state)
 
 
 # -- what is searched --

@@ -25,6 +25,7 @@ REVIEWED = [
         r"\w+\(\) (missing|takes|got an unexpected)",  # Python's, about the signature
         r"^[\w, ]+ must (be|have) ",
         r"^Error\(s\) in loading state_dict for \w+:",  # PyTorch's, with the keys
+        r"^Inference tensors cannot be saved for backward",
         r"^Expected state_dict to be dict-like, got",
         r"^optimizer can only optimize Tensors, but one of the params is",
         r"^capture: the step of task .* cannot be captured: ",
