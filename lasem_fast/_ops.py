@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lasem_fast import _extension
+from lasem_fast import _extension, _second_order
 
 _cpu, _why_no_extension = _extension.load()
 
@@ -136,7 +136,10 @@ class Liveness:
 
 
 class WinogradLevel(torch.autograd.Function):
-    """One tree level with its backward: one operator call in each direction."""
+    """One tree level with its backward: one operator call in each direction.
+
+    A backward for gradients of gradients holds the choices of ReLU and pool fixed.
+    """
 
     @staticmethod
     def forward(
@@ -147,7 +150,7 @@ class WinogradLevel(torch.autograd.Function):
             x, weight, bias, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h,
             out_w, tile, relu, relu_after,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, code, parents, branches, skip_rows)
+        ctx.save_for_backward(x, weight, bias, skip, code, parents, branches, skip_rows)
         ctx.liveness = liveness
         ctx.sizes = padding, pool, pool_pad, tile
         ctx.skip_size = None if skip is None else skip.shape
@@ -158,13 +161,16 @@ class WinogradLevel(torch.autograd.Function):
         return y, code
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 16
-        x, weight, code, *rows, skip_rows = ctx.saved_tensors
-        need_dx, need_dskip = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        x, weight, bias, skip, code, *rows, skip_rows = ctx.saved_tensors
         live = None if ctx.liveness is None else ctx.liveness.live
+        if _second_order.wanted():
+            inputs = x, weight, bias, skip
+            grads = WinogradLevel._plain_backward(ctx, dy, inputs, code, rows, skip_rows, live)
+            return *grads, *(None,) * 12
+        need_dx, need_dskip = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         dy = dy.contiguous()
         dx, dweight, dbias = _level_backward(dy, x, code, weight, *rows, live, *ctx.sizes, need_dx)
         dskip = None
@@ -175,20 +181,36 @@ class WinogradLevel(torch.autograd.Function):
             dskip = _skip_backward(dy, code, skip_rows, live, skips, height, width, *ctx.sizes[1:3])
         return (dx if need_dx else None, dweight, dbias, dskip) + (None,) * 12
 
+    @staticmethod
+    def _plain_backward(ctx, dy, inputs, code, rows, skip_rows, live):
+        padding, pool, pool_pad, _ = ctx.sizes
+
+        def convolve(x, weight, bias):
+            images = x.flatten(0, 1).permute(0, 3, 1, 2)
+            return F.conv2d(images, weight.flatten(0, 1), bias.flatten(), padding=padding)
+
+        level = _second_order.Level(*rows, skip_rows, live, code, pool, pool_pad)
+        return level.gradients(convolve, inputs[:3], inputs[3], ctx.needs_input_grad[:4], dy)
+
 
 class ChannelsLastLinear(torch.autograd.Function):
     """A linear layer on channels-last images, with its backward."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        if _second_order.wanted():
+            plain = lambda x, *layer: F.linear(x.transpose(1, 2).flatten(1), *layer)  # noqa: E731
+            return tuple(
+                _second_order.gradients(plain, (x, weight, bias), ctx.needs_input_grad, dy)
+            )
         need_dx = ctx.needs_input_grad[0]
-        dx, dweight, dbias = _linear_backward(dy.contiguous(), *ctx.saved_tensors, need_dx)
+        dx, dweight, dbias = _linear_backward(dy.contiguous(), x, weight, need_dx)
         return dx if need_dx else None, dweight, dbias
 
 
@@ -198,19 +220,20 @@ class PosteriorHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, log_prior, likelihood):
         log_likelihood, posterior, nll, loss, dlogits = _posterior_head(
-            logits.contiguous(), labels, log_prior, likelihood
+            logits.contiguous(), labels.contiguous(), log_prior.contiguous(), likelihood
         )
-        ctx.save_for_backward(dlogits)
+        ctx.save_for_backward(dlogits, logits, labels, posterior)
         ctx.mark_non_differentiable(log_likelihood, posterior, nll)
         ctx.set_materialize_grads(False)
         return log_likelihood, posterior, nll, loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _likelihood, _posterior, _nll, dloss):
         if dloss is None:
             return (None,) * 4
-        (dlogits,) = ctx.saved_tensors
+        dlogits, *others = ctx.saved_tensors
+        if _second_order.wanted():
+            return _second_order.head_gradient(*others, dloss), None, None, None
         return dlogits * dloss, None, None, None
 
 
@@ -331,7 +354,8 @@ def posterior_head(
     Returns:
         ``log_likelihood``, ``posterior``, ``nll`` (``[configurations]`` each) and ``loss``, the sum
         of ``posterior * nll``. A configuration whose ``nll`` is not finite has log-likelihood
-        ``-inf``, nll ``inf``, posterior 0 and no gradient; if none is left, ``loss`` is NaN.
+        ``-inf``, nll ``inf``, posterior 0 and no gradient; then, and with a log-prior that is NaN
+        or +inf, ``loss`` is NaN.
 
     Raises:
         RuntimeError: a shape or dtype that does not fit, or a label out of range.

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lasem_fast import _second_order
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,
@@ -216,22 +217,23 @@ class _Level(torch.autograd.Function):
         y, code = _forward(
             x, weights, biases, skip, tables, counts, call.geometry, call.dtype, call.tiles.forward
         )
-        ctx.save_for_backward(x, code, *parameters)
+        ctx.save_for_backward(x, skip, code, *parameters)
         ctx.call, ctx.tables, ctx.counts = call, tables, counts
         ctx.skip_dtype = None if skip is None else skip.dtype
         ctx.set_materialize_grads(False)
         return (y, x) if call.carry else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, carried=None):
         call, tables, counts = ctx.call, ctx.tables, ctx.counts
-        x, code, *parameters = ctx.saved_tensors
+        x, skip, code, *parameters = ctx.saved_tensors
         weights, biases = parameters[: call.branches], parameters[call.branches :]
         grads = [None] * len(parameters)
         if dy is None:
             return None, carried, None, *grads
         live = None if call.liveness is None else call.liveness.live
+        if _second_order.wanted():
+            return _plain_backward(ctx, dy, carried, x, skip, code, parameters, live)
         dx, dskip, skip_dtype = None, None, None
         if ctx.needs_input_grad[2]:
             # the gradient itself where every row has a skip row of its own and all of it passes
@@ -252,6 +254,36 @@ class _Level(torch.autograd.Function):
             )
             grads = [*dweights, *dbiases]
         return None, dx, dskip, *grads
+
+
+def _plain_backward(ctx, dy, carried, x, skip, code, parameters, live):
+    """The backward for gradients of gradients, the choices of ReLU and pool held fixed."""
+    call, sizes = ctx.call, ctx.call.geometry
+
+    def convolve(x, *parameters):
+        parameters = [parameter.to(dy.dtype) for parameter in parameters]
+        weight, biases = torch.cat(parameters[: call.branches]), parameters[call.branches :]
+        images = x.to(dy.dtype).flatten(0, 1).permute(0, 3, 1, 2)
+        behind = [
+            (out - 1) * stride + kernel - n - pad
+            for out, stride, kernel, n, pad in zip(
+                (sizes.conv_h, sizes.conv_w), sizes[:2], weight.shape[2:], images.shape[2:],
+                (sizes.pad_h, sizes.pad_w), strict=True,
+            )
+        ]  # fmt: skip
+        images = F.pad(images, (sizes.pad_w, behind[1], sizes.pad_h, behind[0]))
+        return F.conv2d(images, weight, torch.cat(biases) if biases else None, sizes[:2])
+
+    rows = [torch.tensor(r, device=x.device) for r in (call.rows.parents, call.rows.branches)]
+    skips = torch.tensor(call.rows.skips, device=x.device) if call.rows.skips else None
+    level = _second_order.Level(
+        *rows, skips, live, code if sizes.has_code else None, sizes.pool, sizes.pool_pad
+    )
+    needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:], ctx.needs_input_grad[2]]
+    dx, *grads, dskip = level.gradients(convolve, (x, *parameters), skip, needed, dy)
+    if carried is not None and dx is not None:
+        dx = dx + carried
+    return None, dx, dskip, *grads
 
 
 def level(

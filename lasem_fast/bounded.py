@@ -167,7 +167,7 @@ class _Chunked:
 
     def _run(self, i: int, h: Fold) -> Tensor:
         part = self.parts[i]
-        tree = Tree(part.plan, self.tree.operations)
+        tree = Tree(part.plan, self.tree.operations, first=self.cut.stage)
         network = self.network._replace(stages=self.network.stages[self.cut.stage :])
         h = tree.advance(network, h, 0, len(network.stages), self._liveness[i])
         return tree.finish(network, h, self.samples)

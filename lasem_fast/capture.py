@@ -178,7 +178,9 @@ class CapturedStep:
         self._graph, self._result = graph, result
 
     def _begin(self) -> None:
-        """Tells the roll-back whose step comes."""
+        """Tells the roll-back whose step comes, if it is one of training."""
+        if not self.em._keeps_state():
+            return
         rollback = self.em._rollback
         rollback.begin(self.task, False, rollback.before(self.task, False, self.em.net.shared))
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _checks, _dispatch, choices
+from lasem_fast import _checks, _dispatch, _first_look, choices
+from lasem_fast._untrained import Untrained
 from lasem_fast.budget import check_max_memory
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em_step import EMStep
@@ -40,12 +41,11 @@ class LASEM(nn.Module):
         backend: ``"auto"``, or one of :func:`lasem_fast.backends` by name.
         validate: on a device, also run the checks that read values (label range, finiteness) and
             leave out configurations that overflow; this waits for the device at every step. On the
-            CPU they always run, except inside ``torch.compile``. Where they do not run, a bad step
-            has a NaN loss.
+            CPU they always run, except inside ``torch.compile`` and ``torch.func`` transforms.
+            Where they do not run, a bad step has a NaN loss.
         redraw_unclaimed: at the end of a task, once no other task is under way, draw those shared
             stages anew that no task has kept so far, so that the next task finds them untrained
             (the authors' release).
-
         max_memory: what a step may hold beside weights, their gradients and the mini-batch: bytes
             (int) or a fraction of the device's memory (float, at most 1.0). The upper levels of the
             tree then run whole and its sub-trees one after another, those that carry weight twice;
@@ -117,6 +117,9 @@ class LASEM(nn.Module):
         self._search = Search(
             self.space, self.likelihood, self._prior, self.backend, m_step, max_memory
         )
+        # by task and mode: the stages that were seen to write to their input
+        self._seen: dict[tuple[str, bool, bool], frozenset[int]] = {}
+        self._untrained = Untrained()
 
     @classmethod
     def reference(
@@ -145,6 +148,17 @@ class LASEM(nn.Module):
         For a task that has ended there is nothing left to infer: the loss is the one of its
         configuration, whose posterior is 1, and the prior stays as it is.
 
+        A call counts as a step of training if the LASEM is in training mode and gradients are
+        enabled: then the prior takes the posterior in, and the roll-back remembers the shared
+        weights before the task. Any other call (after ``em.eval()``, under ``torch.no_grad()`` or
+        ``torch.inference_mode()``, inside ``torch.func`` transforms) returns the same and changes
+        no state, a validation loss for example. The mode is that of the LASEM itself, whatever
+        that of layers inside the net.
+
+        The first mini-batch of a task is also looked at: a stage of your own whose output for one
+        sample depends on the others is refused by name, and one that writes to its input is given
+        copies from then on.
+
         Args:
             x: the mini-batch ``[N, ...]``.
             y: the targets: int64 class labels ``[N]``, or what the likelihood asks for.
@@ -156,26 +170,58 @@ class LASEM(nn.Module):
             An :class:`EMStep`; call ``backward()`` on its ``loss``.
 
         Raises:
-            TypeError, ValueError: an argument is not as described. Weights, prior and snapshots
-                are then as before.
+            TypeError, ValueError: an argument is not as described, or the net cannot be evaluated
+                as one tree. Weights, prior, snapshots and random state are then as before.
+            RuntimeError: a stage begins to write to its input after the first mini-batch.
+
+        Warns:
+            UserWarning: once per task, if its own parameters stay as they are while others train.
         """
         config = self._check_call(x, y, task, posterior)
-        self._meet_ranks(task)
-        before = self._rollback.before(task, config is not None, self.net.shared)
-        if config is not None:
-            step = self._fixed_step(x, y, task, config)
+        keeps_state = self._keeps_state()
+        if keeps_state:
+            self._meet_ranks(task)
+            before = self._rollback.before(task, config is not None, self.net.shared)
+        if torch.compiler.is_compiling():
+            step = self._step(x, y, task, posterior, config)
         else:
-            known = task in self._prior.states
-            try:
-                step = self._search_step(x, y, task, posterior)
-            except Exception:
-                if not known and task in self._prior.states:
-                    self._prior.forget(task)
-                raise
-            if self._ranks.several and posterior is None and task in self._prior.states:
+            if keeps_state:
+                self._untrained.look(self.net, task)
+            step = self._step_or_as_before(x, y, task, posterior, config)
+        if keeps_state:
+            if self._ranks.several and posterior is None and config is None:
                 self._ranks.take_from_first(self._prior.states[task].buffers())
-        self._rollback.begin(task, config is not None, before)
+            self._rollback.begin(task, config is not None, before)
         return step
+
+    def _keeps_state(self) -> bool:
+        """Whether this call is a step of training (see :meth:`forward`)."""
+        return self.training and torch.is_grad_enabled() and not _checks.is_transformed()
+
+    def _step(
+        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
+    ) -> EMStep:
+        if config is not None:
+            return self._fixed_step(x, y, task, config)
+        known = task in self._prior.states
+        step = self._search_step(x, y, task, posterior)
+        if not (known or self._keeps_state()):
+            self._forget_prior(task)
+        return step
+
+    def _step_or_as_before(
+        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
+    ) -> EMStep:
+        """A step; one that fails leaves the random state and the prior as they were."""
+        known = task in self._prior.states
+        random_state = _RandomState(x.device)
+        try:
+            return self._step(x, y, task, posterior, config)
+        except BaseException:
+            random_state.restore()
+            if not known:
+                self._forget_prior(task)
+            raise
 
     def evaluate(self, x: Tensor, task: str) -> Tensor:
         """The logits ``[C, N, K]`` of all configurations, differentiable; changes no state.
@@ -184,18 +230,17 @@ class LASEM(nn.Module):
             TypeError, ValueError: ``x`` does not fit, or the task is unknown or has ended.
         """
         _checks.check_batch(x)
+        _checks.check_has_values(x, x, self.net)
         _checks.check_open_task(task, self.net)
         _checks.check_independent_samples(self.net, task)
-        network = self._network(task)
-        evaluator = self._search.everything
+        network, evaluator = self._network(task, x), self._search.present_evaluator()
         return _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
 
     def prior(self, task: str) -> Tensor:
         """The present prior P(c) of a task, ``[C]``."""
         self.net.config(task)
         known = task in self._prior.states
-        self._start_prior(task)
-        log_prior = self._prior.log_prob(task)
+        log_prior = self._log_prior(task)
         if not known:
             self._prior.forget(task)
         return log_prior.softmax(dim=0)
@@ -257,6 +302,7 @@ class LASEM(nn.Module):
     ) -> Configuration | None:
         _checks.check_batch(x)
         _checks.check_target(y, x)
+        _checks.check_has_values(x, y, self.net)
         config = self.net.config(task)
         _checks.check_independent_samples(self.net, task)
         if posterior is not None:
@@ -275,19 +321,29 @@ class LASEM(nn.Module):
 
     def _reads_values(self, x: Tensor) -> bool:
         on_host = x.device.type == "cpu" or self.validate
-        return on_host and not torch.compiler.is_compiling()
+        return on_host and not torch.compiler.is_compiling() and not _checks.is_transformed()
 
-    def _network(self, task: str) -> Network:
-        return Network(self.net.branches(task), self.net.heads[task], task)
+    def _network(self, task: str, x: Tensor) -> Network:
+        network = Network(self.net.branches(task), self.net.heads[task], task)
+        if not self._reads_values(x) or self.backend == "reference":
+            return network
+        key = (task, self.training, len(x) > 1)
+        if key not in self._seen:
+            look = _first_look.look
+            self._seen[key] = _checks.or_misfit(lambda: look(network, x), network, x)
+        return network.protected(self._seen[key])
 
     def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
+        keeps_state = self._keeps_state()
         reused = None
-        if frozen is None and self.e_step_every > 1:
+        if frozen is None and self.e_step_every > 1 and keeps_state:
             reused = self._posteriors.again(task)
         follow = frozen if reused is None else reused
         if follow is None:
-            self._start_prior(task)
-        found = self._search.step(self._network(task), x, y, follow, self._reads_values(x))
+            self._log_prior(task)
+        found = self._search.step(
+            self._network(task, x), x, y, follow, self._reads_values(x), keeps_state
+        )
         step = EMStep(
             loss=self._with_auxiliary(found.loss, found.weights, task),
             posterior=found.posterior,
@@ -295,6 +351,8 @@ class LASEM(nn.Module):
             nll=found.nll,
             dropped_mass=self._dropped(found),
         )
+        if not keeps_state:
+            return step
         # last, when nothing can fail any more
         if reused is not None:
             self._posteriors.used(task)
@@ -311,7 +369,7 @@ class LASEM(nn.Module):
     def _fixed_step(self, x: Tensor, y: Tensor, task: str, config: Configuration) -> EMStep:
         """A plain training step of the configuration that an ended task kept."""
         row = self.space.index(config)
-        evaluator, network = _dispatch.evaluator(self.backend, [config]), self._network(task)
+        evaluator, network = self._search.evaluator_of([config]), self._network(task, x)
         output = _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
         self.likelihood.check_target(y, output, values=self._reads_values(x))
         m_step = evidence(output, y, self.likelihood)
@@ -342,6 +400,16 @@ class LASEM(nn.Module):
                 loss = loss + weight * term
         return loss
 
+    def _log_prior(self, task: str) -> Tensor:
+        self._start_prior(task)
+        log_prior = self._prior.log_prob(task)
+        _checks.check_log_prior(log_prior, len(self.space))
+        return log_prior
+
+    def _forget_prior(self, task: str) -> None:
+        if task in self._prior.states:
+            self._prior.forget(task)
+
     def _start_prior(self, task: str) -> None:
         """Makes the prior's buffers for a task that is seen for the first time."""
         if task not in self._prior.states:
@@ -365,14 +433,13 @@ class LASEM(nn.Module):
             "rollback": self._rollback.structure(),
             "posteriors": self._posteriors.structure(),
             "few": sorted(self._search.few),
-            "choices": choices.in_force(),
         }
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As :meth:`torch.nn.Module.load_state_dict`; if it is refused, all is as before."""
-        with all_or_nothing(self):
+        with choices.process().unless_refused(), all_or_nothing(self):
             return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor:
@@ -380,11 +447,11 @@ class LASEM(nn.Module):
 
         With them the choices in force (:mod:`lasem_fast.choices`).
         """
-        return packed(self._structure())
+        return packed({**self._structure(), "choices": choices.in_force()})
 
     def set_extra_state(self, state: Any) -> None:
         """Makes the buffers that a saved state has values for; its choices come into force."""
-        state = unpacked(state)
+        state = unpacked(state, "space", "prior_tasks", "rollback")
         if state["space"] != self.space.bits.tolist():
             raise ValueError(
                 f"state_dict: expected one saved with the same space, {self.space}, got one with "
@@ -405,6 +472,22 @@ class LASEM(nn.Module):
         self._posteriors.restore_structure(state.get("posteriors", {}), self._bits)
         self._search.few = set(state.get("few", ()))
         choices.process().restore(saved)
+
+
+class _RandomState:
+    """PyTorch's random state on the host and on a device, to go back to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = torch.get_rng_state()
+        self.device = device if device.type == "cuda" else None
+        if self.device is not None and torch.cuda.is_current_stream_capturing():
+            self.device = None  # a graph keeps its own
+        self.on_device = None if self.device is None else torch.cuda.get_rng_state(self.device)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.host)
+        if self.on_device is not None:
+            torch.cuda.set_rng_state(self.on_device, self.device)
 
 
 def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:

@@ -57,6 +57,9 @@ class Architecture:
             :class:`~lasem_fast.transfer.DeconvolutionalFactorization`.
         skips: pairs of 0-based layers (first, last): what enters ``first`` is added behind the
             ReLU of ``last``. They do not overlap.
+
+    Raises:
+        TypeError, ValueError: an attribute is not as described.
     """
 
     transfer: str | TransferMechanism
@@ -69,6 +72,31 @@ class Architecture:
     groups: tuple[int, ...] | None = None
     deconvolution: tuple[DeconvSizes, ...] | None = None
     skips: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.mechanism()  # refuses what is none
+        for name in ("input_shape", "kernels", "channels", "pools", "hidden"):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, Sequence) or isinstance(sizes, (str, bytes)):
+                raise TypeError(f"{name}: expected a sequence of sizes, got {sizes!r}")
+            for size in sizes:
+                whole_number(size, name)
+        whole_number(self.batch_size, "batch_size")
+        if len(self.input_shape) != 3 or self.input_shape[1] != self.input_shape[2]:
+            raise ValueError(
+                f"input_shape: expected channels, height and the same width, got "
+                f"{self.input_shape!r}"
+            )
+        if not self.kernels or not all(kernel % 2 for kernel in self.kernels):
+            raise ValueError(f"kernels: expected odd sides, at least one, got {self.kernels!r}")
+        for name in ("channels", "pools"):
+            if len(getattr(self, name)) != self.depth:
+                raise ValueError(
+                    f"{name}: expected one entry for each of the {self.depth} layers, got "
+                    f"{getattr(self, name)!r}"
+                )
+        _check_skips(self.skips, self.depth)
+        self.space()  # refuses groups that do not fit
 
     @property
     def depth(self) -> int:
@@ -331,3 +359,16 @@ def _checked_layers(layers: Any, known: tuple[int, ...]) -> int:
     if not is_whole(layers) or int(layers) not in known:
         raise ValueError(f"layers: expected one of {known}, got {layers!r}")
     return int(layers)
+
+
+def _check_skips(skips: Any, depth: int) -> None:
+    pairs = isinstance(skips, Sequence) and all(
+        isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_whole, pair)) for pair in skips
+    )
+    ordered = sorted(tuple(pair) for pair in skips) if pairs else [(depth, depth)]
+    apart = all(a[1] < b[0] for a, b in pairwise(ordered))
+    if not apart or not all(0 <= first <= last < depth for first, last in ordered):
+        raise ValueError(
+            f"skips: expected pairs of layers first <= last in 0..{depth - 1} that do not overlap, "
+            f"got {skips!r}"
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lasem_fast import _checks, _dispatch
-from lasem_fast.configs import ConfigSpace
+from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.evaluation import Evaluation, Evaluator
 from lasem_fast.likelihoods import Likelihood
 from lasem_fast.m_step import MStep
@@ -83,6 +83,7 @@ class Search:
         y: Tensor,
         frozen: Tensor | None,
         reads_values: bool,
+        counts: bool,
     ) -> Found:
         """E-step and M-step.
 
@@ -92,6 +93,7 @@ class Search:
             y: its targets.
             frozen: ``[C]``, a posterior to follow in place of this mini-batch's own; None: infer.
             reads_values: whether values may be looked at, which waits for a device.
+            counts: whether the prior may count the posterior.
 
         Raises:
             TypeError, ValueError: the targets do not fit, or no configuration has a finite loss.
@@ -108,7 +110,7 @@ class Search:
             e_output = evaluation.e_step
             self.likelihood.check_target(y, e_output, values=reads_values)
             if frozen is None and rows is None and self.m_step.is_exact:
-                found = self._scored(evaluation, y, network.task, reads_values)
+                found = self._scored(evaluation, y, network.task, reads_values, counts)
                 if found is not None:
                     return found
             e_step = evidence(e_output, y, self.likelihood)
@@ -162,7 +164,7 @@ class Search:
         one_pass: bool,
         reads_values: bool,
     ) -> Evaluation:
-        evaluator = self.everything if rows is None else self._evaluator_of(rows)
+        evaluator = self.present_evaluator() if rows is None else self._evaluator_of(rows)
         follow = "all" if self.m_step.is_exact else "some"
         if reads_values and follow == "some" and not one_pass and network.task in self.few:
             follow = "few"
@@ -170,16 +172,26 @@ class Search:
             lambda: evaluator.evaluate(network, x, one_pass=one_pass, follow=follow), network, x
         )
 
+    def present_evaluator(self) -> Evaluator:
+        """All configurations; in PyTorch's own operations inside torch.func transforms."""
+        if self.backend != "reference" and _checks.is_transformed():
+            return _dispatch.evaluator("torch", self.space.configs)
+        return self.everything
+
+    def evaluator_of(self, configs: Sequence[Configuration]) -> Evaluator:
+        """An evaluator of some configurations; inside torch.func transforms likewise."""
+        transformed = self.backend != "reference" and _checks.is_transformed()
+        backend = "torch" if transformed else self.backend
+        return _dispatch.evaluator(backend, configs, None if transformed else self.max_memory)
+
     def _evaluator_of(self, rows: tuple[int, ...]) -> Evaluator:
         """An evaluator of some configurations; the last one is kept."""
         if self._some is None or self._some[0] != rows:
-            configs = [self.space[row] for row in rows]
-            evaluator = _dispatch.evaluator(self.backend, configs, self.max_memory)
-            self._some = rows, evaluator
+            self._some = rows, self.evaluator_of([self.space[row] for row in rows])
         return self._some[1]
 
     def _scored(
-        self, evaluation: Evaluation, y: Tensor, task: str, reads_values: bool
+        self, evaluation: Evaluation, y: Tensor, task: str, reads_values: bool, counts: bool
     ) -> Found | None:
         """The step through a backend's posterior head.
 
@@ -189,8 +201,10 @@ class Search:
         # what an operation on a device has counted could not be taken back after the checks
         if output is None or (reads_values and output.device.type != "cpu"):
             return None
+        if _checks.is_transformed():
+            return None
         for operation in self._scores:
-            scores = operation(output, y, self.likelihood, self.prior, task)
+            scores = operation(output, y, self.likelihood, self.prior, task, counts)
             if scores is None:
                 continue
             # one value that is not finite makes the sum so, and the loss alone may hide it
@@ -201,8 +215,10 @@ class Search:
 
     def _infer(self, task: str, log_likelihood: Tensor, reads_values: bool) -> Tensor:
         """The E-step's posterior."""
-        posterior = posterior_of(self.prior.log_prob(task), log_likelihood)
+        log_prior = self.prior.log_prob(task)
+        posterior = posterior_of(log_prior, log_likelihood)
         if reads_values and not bool(torch.isfinite(posterior).all()):
+            _checks.check_log_prior_values(log_prior)
             finite = int(torch.isfinite(log_likelihood).sum())
             raise ValueError(
                 f"prior: expected probability above 0 for a configuration with a finite loss on "

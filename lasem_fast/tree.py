@@ -30,11 +30,17 @@ class Tree:
     Args:
         plan: what to evaluate.
         operations: a backend's operations on whole levels and on the leaves.
+        cut: the stage that the plan has been split at, if it has been: two levels are one stage.
+        first: number of the plan's first stage in the net, from 0.
     """
 
-    def __init__(self, plan: Plan, operations: Operations) -> None:
+    def __init__(
+        self, plan: Plan, operations: Operations, cut: int | None = None, first: int = 0
+    ) -> None:
         self.plan = plan
         self.operations = operations
+        self.cut = cut
+        self.first = first
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
@@ -52,8 +58,10 @@ class Tree:
             h = self.advance(network, x, 0, len(network.stages), liveness)
             logits = self.finish(network, h, x.shape[0])
             return Whole(logits, logits, liveness)
+        first = cut
         network, plan, cut = split_at(network, self.plan, cut)
-        return Tree(plan, self.operations)._evaluate_twice(network, x, cut, follow)
+        split = first if len(plan.levels) > len(self.plan.levels) else None
+        return Tree(plan, self.operations, split)._evaluate_twice(network, x, cut, follow)
 
     def _evaluate_twice(self, network: Network, x: Tensor, cut: int, follow: Follow) -> Whole:
         depth = len(network.stages)
@@ -88,14 +96,16 @@ class Tree:
             if out is not None:
                 h = out
             elif self.plan.continues(i):
-                h = self._continue(used, h, level)
+                h = self._continue(used, h, level, i)
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
                 merge = not goes_on or _is_parameter_free(network.stages[i + 1])
-                h = self._branch_out(used, h, level, merge)
+                h = self._branch_out(used, h, level, merge, i)
         return h
 
-    def _branch_out(self, used: Sequence[Branch], h: Fold, level: Level, merge: bool) -> Fold:
+    def _branch_out(
+        self, used: Sequence[Branch], h: Fold, level: Level, merge: bool, stage: int
+    ) -> Fold:
         """A level in PyTorch whose rows go through different branches of the same input."""
         h = folded(h)
         if merge and level.is_full:
@@ -105,20 +115,36 @@ class Tree:
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
             rows = rows_of(h, level.width, level.parents_of(b))
-            parts.append(_call(branch, rows))
+            parts.append(self._call(branch, rows, stage))
         return Stacks(parts, level)
 
-    def _continue(self, used: Sequence[Branch], h: Fold, level: Level) -> Fold:
+    def _continue(self, used: Sequence[Branch], h: Fold, level: Level, stage: int) -> Fold:
         """A level in PyTorch whose rows go on in the branch that they came from."""
         if not isinstance(h, Stacks):
             h = folded(h)
             if _is_parameter_free(used):
-                return _call(used[0], h)
+                return self._call(used[0], h, stage)
             h = Stacks(
                 [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
             )
-        parts = [_call(branch, part) for branch, part in zip(used, h.parts, strict=True)]
+        parts = [
+            self._call(branch, part, stage) for branch, part in zip(used, h.parts, strict=True)
+        ]
         return Stacks(parts, level)
+
+    def _call(self, branch: Branch, h: Tensor, stage: int) -> Tensor:
+        """The branch's output; ``h`` stays as it is, because others read it too."""
+        split = self.cut is not None and stage > self.cut
+        where = f"stage {self.first + stage + (0 if split else 1)}"
+        if branch.writes_input or may_write_input(branch.module):
+            h = h.clone()
+            version = None
+        else:
+            version = _checks.version_of(h)
+        out = branch(h)
+        _checks.check_stage_output(out, h.shape[0], branch.module, where)
+        _checks.check_input_as_it_was(version, h, branch.module, where)
+        return out
 
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
@@ -135,10 +161,14 @@ class Tree:
                 _checks.check_logits(logits, leaves, samples, network.task)
                 return logits.unflatten(0, (leaves, samples))
         h = folded(h)
-        if may_write_input(network.head):
+        if network.head_writes_input or may_write_input(network.head):
             h = h.clone()
+        version = _checks.version_of(h)
         logits = network.head(h)
         _checks.check_logits(logits, leaves, samples, network.task)
+        if not (network.head_writes_input or may_write_input(network.head)):
+            where = f"the head of task {network.task!r}"
+            _checks.check_input_as_it_was(version, h, network.head, where)
         return logits.unflatten(0, (samples, leaves)).transpose(0, 1)
 
 
@@ -163,11 +193,6 @@ class _TwoForwards:
         rows = weighs.nonzero().flatten().tolist()
         plan = self.tree.plan
         return plan.only(rows).stage_evaluations / plan.stage_evaluations
-
-
-def _call(branch: Branch, h: Tensor) -> Tensor:
-    """The branch's output; ``h`` stays as it is, because others read it too."""
-    return branch(h.clone() if may_write_input(branch.module) else h)
 
 
 def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:
@@ -219,7 +244,8 @@ def _part(branch: Branch, start: int, stop: int | None) -> Branch:
     module = _slice(branch.module, start, stop)
     layers = dict(module.named_children())
     tensors = {k: t for k, t in branch.tensors.items() if k.partition(".")[0] in layers}
-    return Branch(module, tensors)
+    # which part writes is not known
+    return Branch(module, tensors, branch.writes_input)
 
 
 def _slice(module: nn.Sequential, start: int, stop: int | None) -> nn.Sequential:

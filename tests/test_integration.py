@@ -233,3 +233,36 @@ def test_import_does_not_import_triton():
     assert not [
         name for name in done.stdout.split() if name.split(".")[0] in ("triton", "matplotlib")
     ]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_function_transforms(backend):
+    net = small_net(2, dtype=torch.float32)
+    em = lf.LASEM(net, backend=backend, prior="uniform")
+    x, y = batch(dtype=torch.float32)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(em(leaf, y, "a").loss, leaf)
+    state = copy.deepcopy(em._prior.states["a"].wins)
+    torch.testing.assert_close(torch.func.grad(lambda z: em(z, y, "a").loss)(x).detach(), expected)
+    many = torch.vmap(lambda z: em.evaluate(z, "a"))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(many[1], em.evaluate(2 * x, "a"))
+    jacobian = torch.func.jacrev(lambda z: em.evaluate(z, "a").sum((0, 1)))(x)
+    torch.testing.assert_close(
+        jacobian[0].detach(), torch.autograd.grad(em.evaluate(leaf, "a").sum((0, 1))[0], leaf)[0]
+    )
+    assert torch.equal(em._prior.states["a"].wins, state)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_overflow_inside_compile_shows_as_a_nan_loss(backend):
+    torch._dynamo.reset()
+    net = small_net(2, dtype=torch.float32)
+    with torch.no_grad():
+        for stage in net.specific["a"]:
+            for p in stage.parameters():
+                p *= 1e30
+    em = lf.LASEM(net, backend=backend)
+    x, y = batch(dtype=torch.float32)
+    assert bool(torch.isfinite(em(x, y, "a").loss))
+    step = torch.compile(em, backend="aot_eager")(x, y, "a")
+    assert bool(step.loss.isnan()) and float(step.posterior[3]) == 0

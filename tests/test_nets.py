@@ -223,3 +223,22 @@ def test_reference_backend_agrees_on_a_generated_residual_net():
         for backend in ("torch", "reference")
     ]
     assert_equals(*outputs, "logits")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"kernels": (2, 3, 3, 3)}, "kernels"),
+        ({"channels": (3,)}, "channels"),
+        ({"pools": (0, 1, 1, 1)}, "pools"),
+        ({"hidden": 1}, "hidden"),
+        ({"batch_size": None}, "batch_size"),
+        ({"transfer": "lora"}, "transfer"),
+        ({"input_shape": (3, 32, 31)}, "input_shape"),
+        ({"skips": ((1, 2), (2, 3))}, "skips"),
+        ({"groups": (1, 2)}, "groups"),
+    ],
+)
+def test_architectures_that_do_not_fit_are_named(change, name):
+    with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+        replace(lf.nets.cifar100(4), **change)

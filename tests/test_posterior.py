@@ -209,3 +209,24 @@ def test_a_prior_moves_with_the_module():
 def test_bad_priors_and_likelihoods_are_refused_in_words(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "reduced", "message"),
+    [
+        (None, torch.zeros(2), "log_prob to return .* got NoneType"),
+        (torch.zeros(2), torch.zeros(2), r"log_prob to return .*\[2, 3\], got .*\[2\]"),
+        (torch.zeros(2, 3), 0.5, "reduce to return .* got float"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), "reduce to return .* got .*int64"),
+    ],
+)
+def test_what_a_likelihood_returns_is_checked(log_prob, reduced, message):
+    class Own(lf.likelihoods.Likelihood):
+        def log_prob(self, output, y):
+            return log_prob
+
+        def reduce(self, log_prob):
+            return reduced
+
+    with pytest.raises(TypeError, match=f"likelihood: expected Own.{message}"):
+        evidence(torch.zeros(2, 3, 4), torch.zeros(3), Own())

@@ -22,10 +22,12 @@ class Branch(NamedTuple):
             the module; empty where the module's own are meant. This is how a generated weight (a
             factorised kernel, an adapted linear layer) reaches the tree: generated once per step.
             A parameter that only ever comes from here is None in the module.
+        writes_input: whether the module was seen to change its input tensor in place.
     """
 
     module: nn.Module
     tensors: Mapping[str, Tensor] = {}
+    writes_input: bool = False
 
     def __call__(self, h: Tensor) -> Tensor:
         """The branch's output for ``h``."""
