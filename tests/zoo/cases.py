@@ -258,7 +258,7 @@ def _events(pick: Random) -> list[tuple[str, str]]:
 
 
 def _may_be_strided(net: nn.Module) -> list[nn.Parameter]:
-    """All but batch norm's: behind a strided weight PyTorch 2.13 gets its input's gradient wrong."""
+    """All but batch norm's: behind a strided one PyTorch 2.13 gets its input's gradient wrong."""
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     left_out = {id(p) for m in net.modules() if isinstance(m, norms) for p in m.parameters()}
     return [p for p in net.parameters() if id(p) not in left_out]
