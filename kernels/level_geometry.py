@@ -1,4 +1,4 @@
-"""The sizes of one level: a convolution of every prefix in every branch, ReLU and max-pool."""
+"""The sizes of one level: convolution, ReLU, sum with a skip, ReLU and max-pool."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The code of an output whose ReLU is closed; any other is the window position that won.
+from lasem_fast.kernels.level_rows import Tables
+
+# The code of an output is the window position that won; CLOSED says that no gradient passes it,
+# SHUT is added where the convolution's own ReLU is closed and only the skip gets the gradient.
 CLOSED = 255
+SHUT = 16
 
 
 class Geometry(NamedTuple):
@@ -22,7 +26,9 @@ class Geometry(NamedTuple):
         pool: window and stride of the max-pool; 1 is none.
         pool_pad: padding before the first window, at most ``pool // 2``; never wins.
         out_h, out_w: the pooled size; windows are clipped at the border.
-        relu: 1 where a ReLU comes before or behind the pool, else 0.
+        relu: 1 where a ReLU comes behind the convolution, before or behind the pool, else 0; before
+            the sum where there is a skip.
+        relu_after: 1 where a ReLU comes behind the sum with a skip, else 0.
     """
 
     stride_h: int
@@ -36,23 +42,28 @@ class Geometry(NamedTuple):
     out_h: int
     out_w: int
     relu: int
+    relu_after: int = 0
 
     @property
     def has_code(self) -> bool:
-        """Whether the backward needs to know which window position won."""
-        return bool(self.relu) or self.pool > 1
+        """Whether the backward to the convolution needs a code."""
+        return bool(self.relu or self.relu_after) or self.pool > 1
+
+    @property
+    def skip_has_code(self) -> bool:
+        """Whether the backward to the skip does: a ReLU before the sum is nothing to it."""
+        return bool(self.relu_after) or self.pool > 1
 
     def covers(self, x_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
         """Whether the kernel lies on all of the image at once, as that of a linear layer does."""
         return tuple(weight_shape[2:]) == tuple(x_shape[2:4]) and self[2:6] == (0, 0, 1, 1)
 
 
-def output_shape(x: Tensor, weights: list[Tensor], geometry: Geometry) -> tuple[int, ...]:
-    """The shape ``[P, B, N, out_h, out_w, Co]`` of a level's output."""
-    prefixes, samples = x.shape[:2]
-    return (
-        prefixes, len(weights), samples, geometry.out_h, geometry.out_w, weights[0].shape[0],
-    )  # fmt: skip
+def output_shape(
+    rows: int, x: Tensor, weights: list[Tensor], geometry: Geometry
+) -> tuple[int, ...]:
+    """The shape ``[R, N, out_h, out_w, Co]`` of a level's output."""
+    return rows, x.shape[1], geometry.out_h, geometry.out_w, weights[0].shape[0]
 
 
 def needs_int64(tensors: Iterable[Tensor], *counts: int) -> bool:
@@ -81,6 +92,14 @@ def gradient_buffers(weights: list[Tensor]) -> list[Tensor]:
     if all(buffer.stride() == buffers[0].stride() for buffer in buffers):
         return buffers
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+
+
+def skip_buffer(dy: Tensor, rows: Tables, geometry: Geometry, dtype: torch.dtype | None) -> Tensor:
+    """Memory for the gradient of a skip; empty without a dtype."""
+    if dtype is None:
+        return dy.new_empty(0)
+    shape = (len(rows.by_skip), dy.shape[1], geometry.conv_h, geometry.conv_w, dy.shape[-1])
+    return dy.new_empty(shape, dtype=dtype)
 
 
 def device_of(x: Tensor) -> torch.cuda.device_of:

@@ -1,8 +1,8 @@
 """Level backward to weights and biases: two launches, deterministic, or one where that is enough.
 
-Rows are a kernel's taps and input channels, columns the filters of all branches, the sum runs over
-the convolution's output pixels. It is split among programs, and the second launch adds up the parts
-in a fixed order.
+Rows are a kernel's taps and input channels, columns the filters of one branch, the sum runs over
+the convolution's output pixels of that branch's rows. It is split among programs, and the second
+launch adds up the parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,101 +13,135 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.level_geometry import (
-    CLOSED,
     Geometry,
     device_of,
     gradient_buffers,
     is_ragged,
     needs_int64,
 )
-from lasem_fast.kernels.level_tiles import FMA_TILES, PROGRAMS, Tile, cdiv, default, fitting
+from lasem_fast.kernels.level_rows import Tables
+from lasem_fast.kernels.level_tiles import FMA_TILES, PROGRAMS, Tile, cdiv, fitting
 
 TENSOR_CORE_TILES = (
-    Tile(64, 64, 32, 4, 3),
-    Tile(64, 32, 32, 4, 3),
-    Tile(32, 32, 64, 4, 3),
-    Tile(16, 16, 64, 2, 3),
+    Tile(64, 128, 32, 4, 4),
+    Tile(64, 64, 32, 4, 4),
+    Tile(64, 32, 32, 4, 4),
+    Tile(32, 32, 64, 4, 4),
+    Tile(16, 16, 64, 2, 4),
 )
 # Where channels are read one by one, addresses take so many registers that others spill.
-RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
+RAGGED_TILES = (Tile(64, 32, 32, 4, 4),)
 # Elements that one program of the second launch adds up.
 SUM_BLOCK = 256
 # A part of the sum that is worth a program of its own, in steps of a tile's depth.
 _STEPS = 4
+# Rows that are passed over together where they are not live.
+_MOST_ROWS = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count0", "count1", "rows_at_once"])
 def level_wgrad_kernel(
-    x, dy, code, dweight0, dweight1, dbias0, dbias1,
-    pixels, part, samples, height, width, conv_h, conv_w, out_h, out_w,
+    x, dy, code, by_branch, live, dweight0, dweight1, dbias0, dbias1,
+    count0, count1, rows_at_once, samples,
     x_p, x_n, x_h, x_w, x_c, d_part, d_o, d_c, d_h, d_w, d_part_bias,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
+    OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
-    HAS_CODE: tl.constexpr, HAS_BIAS: tl.constexpr, CLOSED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_CODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIVE: tl.constexpr,
+    MOST_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One part of dweight [Co, C, KH, KW] and dbias [Co] of both branches; see level_wgrad."""
+    """One part of dweight [Co, C, KH, KW] and dbias [Co] of one branch; see level_wgrad."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     operand: tl.constexpr = dy.dtype.element_ty
+    TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin = tl.program_id(2).to(index) * part
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    entries, count, dweight, dbias = by_branch, count0, dweight0, dbias0
+    if BRANCHES == 2:
+        second = tile >= TILES
+        tile = tile % TILES
+        entries += tl.where(second, count0, 0) * 3
+        count = tl.where(second, count1, count0)
+        dweight = tl.where(second, dweight1, dweight0)
+        dbias = tl.where(second, dbias1, dbias0)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     in_kernel = row < KH * KW * C_IN
-    used = column < BRANCHES * C_OUT
+    used = column < C_OUT
     channel = (row % C_IN).to(index)
     kh = (row // C_IN // KW).to(index)
     kw = (row // C_IN % KW).to(index)
-    branch = (column // C_OUT).to(index)
-    channel_out = (column % C_OUT).to(index)
-    plane = samples * out_h * out_w * C_OUT
+    channel_out = column.to(index)
     tap_at = x + kh * x_h + kw * x_w + channel * x_c
+    of_row = samples.to(index) * (CONV_H * CONV_W)
+    pixels = count * of_row
+    if HAS_LIVE:
+        # a few rows at a time, so that those that are not live are passed over
+        part = rows_at_once * of_row
+    else:
+        part = tl.cdiv(tl.cdiv(pixels, tl.num_programs(2)), DEPTH) * DEPTH
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias = tl.zeros((DEPTH, COLUMNS), tl.float32)
-    for start in range(0, part, DEPTH):
-        pixel = begin + start + tl.arange(0, DEPTH)
-        inside = pixel < pixels
-        ow = pixel % conv_w
-        oh = pixel // conv_w % conv_h
-        n = pixel // conv_w // conv_h % samples
-        p = pixel // conv_w // conv_h // samples
-        ih = oh * STRIDE_H - PAD_H
-        iw = ow * STRIDE_W - PAD_W
-        h = ih[None, :] + kh[:, None]
-        w = iw[None, :] + kw[:, None]
-        read_x = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        read_x = read_x & inside[None, :] & in_kernel[:, None]
-        corner = p * x_p + n * x_n + ih * x_h + iw * x_w
-        values = tl.load(tap_at[:, None] + corner[None, :], mask=read_x, other=0.0)
-        # a configuration that overflowed sends no gradient, and 0 * inf must not make it NaN
-        values = tl.where(tl.abs(values.to(tl.float32)) < float("inf"), values, 0.0).to(operand)
+    parts = tl.cdiv(count, rows_at_once) if HAS_LIVE else split + 1
+    for number in range(split, parts, tl.num_programs(2)):
+        begin = number * part
+        length = tl.minimum(part, pixels - begin).to(tl.int32)
+        if HAS_LIVE:
+            at = number * rows_at_once + tl.arange(0, MOST_ROWS)
+            here = (at < (number + 1) * rows_at_once) & (at < count)
+            lives = tl.load(entries + at * 3, mask=here, other=0)
+            lives = tl.load(live + lives, mask=here, other=0)
+            length = tl.where(tl.max(lives.to(tl.int32), axis=0) > 0, length, 0)
+        for start in range(0, length, DEPTH):
+            pixel = begin + start + tl.arange(0, DEPTH)
+            inside = start + tl.arange(0, DEPTH) < length
+            ow = pixel % CONV_W
+            oh = pixel // CONV_W % CONV_H
+            n = pixel // (CONV_W * CONV_H) % samples
+            entry = entries + pixel // (CONV_W * CONV_H) // samples * 3
+            y_row = tl.load(entry, mask=inside, other=0)
+            parent = tl.load(entry + 1, mask=inside, other=0).to(index)
+            if HAS_LIVE:
+                inside = inside & (tl.load(live + y_row, mask=inside, other=0) != 0)
+            ih = oh * STRIDE_H - PAD_H
+            iw = ow * STRIDE_W - PAD_W
+            h = ih[None, :] + kh[:, None]
+            w = iw[None, :] + kw[:, None]
+            read_x = (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
+            read_x = read_x & inside[None, :] & in_kernel[:, None]
+            corner = parent * x_p + n * x_n + ih * x_h + iw * x_w
+            values = tl.load(tap_at[:, None] + corner[None, :], mask=read_x, other=0.0)
+            # a configuration that overflowed sends no gradient: 0 * inf must not make it NaN
+            finite = tl.abs(values.to(tl.float32)) < float("inf")
+            values = tl.where(finite, values, 0.0).to(operand)
 
-        oh += POOL_PAD
-        ow += POOL_PAD
-        ho = oh // POOL
-        wo = ow // POOL
-        first = ((p * BRANCHES * samples + n) * out_h + ho) * out_w + wo
-        offset = (first * C_OUT)[:, None] + (branch * plane + channel_out)[None, :]
-        read = (inside & (ho < out_h) & (wo < out_w))[:, None] & used[None, :]
-        gradient = tl.load(dy + offset, mask=read, other=0.0)
-        if HAS_CODE:
-            won = tl.load(code + offset, mask=read, other=CLOSED)
-            position = oh % POOL * POOL + ow % POOL
-            gradient = tl.where(won == position[:, None], gradient, 0.0)
-        total = tl.dot(values, gradient, total, input_precision=PRECISION)
-        if HAS_BIAS:
-            bias += gradient.to(tl.float32)
+            oh += POOL_PAD
+            ow += POOL_PAD
+            ho = oh // POOL
+            wo = ow // POOL
+            at = (((y_row.to(index) * samples + n) * OUT_H + ho) * OUT_W + wo) * C_OUT
+            offset = at[:, None] + channel_out[None, :]
+            read = (inside & (ho < OUT_H) & (wo < OUT_W))[:, None] & used[None, :]
+            gradient = tl.load(dy + offset, mask=read, other=0.0)
+            if HAS_CODE:
+                won = tl.load(code + offset, mask=read, other=0)  # where dy is 0 anyway
+                position = oh % POOL * POOL + ow % POOL
+                gradient = tl.where(won == position[:, None], gradient, 0.0)
+            total = tl.dot(values, gradient, total, input_precision=PRECISION)
+            if HAS_BIAS:
+                bias += gradient.to(tl.float32)
 
-    split = tl.program_id(2).to(index)
-    dweight = tl.where(branch == 1, dweight1, dweight0) + split * d_part + channel_out * d_o
+    dweight += split.to(index) * d_part + channel_out * d_o
     at = dweight[None, :] + (kh * d_h + kw * d_w + channel * d_c)[:, None]
     keep = in_kernel[:, None] & used[None, :]
     tl.store(at, total.to(dweight0.dtype.element_ty), mask=keep)
     if HAS_BIAS:
         if tl.program_id(0) == 0:
-            bias_at = tl.where(branch == 1, dbias1, dbias0) + split * d_part_bias + channel_out
+            bias_at = dbias + split.to(index) * d_part_bias + channel_out
             tl.store(bias_at, tl.sum(bias, axis=0).to(dbias0.dtype.element_ty), mask=used)
 
 
@@ -150,13 +184,18 @@ def level_wgrad_sum_kernel(
 
 
 def candidates(
-    x: Tensor, weights: list[Tensor], geometry: Geometry, dtype: torch.dtype, tf32: bool
+    rows: Tables,
+    x: Tensor,
+    weights: list[Tensor],
+    geometry: Geometry,
+    dtype: torch.dtype,
+    tf32: bool,
 ) -> list[Tile]:
     """The tiles that fit a level, in table order; ``dtype`` is that of ``dy``."""
     tiles = RAGGED_TILES if is_ragged(x) else TENSOR_CORE_TILES
     if dtype == torch.float32 and not tf32:
         tiles = FMA_TILES
-    return fitting(tiles, *_product(x, weights, geometry))
+    return fitting(tiles, *_product(rows, x, weights, geometry))
 
 
 def level_wgrad(
@@ -165,7 +204,10 @@ def level_wgrad(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
+    rows: Tables,
     geometry: Geometry,
+    *,
+    live: Tensor | None = None,
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -175,9 +217,10 @@ def level_wgrad(
     or to a step whose loss is NaN.
 
     Args:
-        dy: ``[P, B, N, out_h, out_w, Co]``, contiguous; its dtype is that of the product.
+        dy: ``[R, N, out_h, out_w, Co]``, contiguous; its dtype is that of the product.
         code: of the forward.
-        x, weights, biases, geometry: as in the forward.
+        x, weights, biases, rows, geometry: as in the forward.
+        live: bool ``[R]``: other rows count as ``dy`` = 0 and are not read; None: all are.
         tf32: whether a float32 product may round its operands to TF32.
         tile: block sizes; None: chosen by shape.
 
@@ -189,10 +232,11 @@ def level_wgrad(
     dbiases = [torch.empty_like(bias) for bias in biases]
     if weights[0].numel() == 0:
         return dweights, [dbias.zero_() for dbias in dbiases]
-    rows, columns, pixels = _product(x, weights, geometry)
-    tile = tile or default(candidates(x, weights, geometry, dy.dtype, tf32), rows, columns)
-    splits = _splits(tile, rows, columns, pixels)
-    part = cdiv(cdiv(pixels, splits), tile.depth) * tile.depth
+    lines, columns, pixels = _product(rows, x, weights, geometry)
+    # the largest tile that fits: the splits fill the GPU
+    tile = tile or candidates(rows, x, weights, geometry, dy.dtype, tf32)[0]
+    column_tiles = len(weights) * cdiv(columns, tile.columns)
+    splits = _splits(tile, cdiv(lines, tile.rows) * column_tiles, pixels)
     channels_out, channels, kh, kw = weights[0].shape
     shape = {
         "BRANCHES": len(weights), "C_IN": channels, "C_OUT": channels_out, "KH": kh, "KW": kw,
@@ -208,23 +252,28 @@ def level_wgrad(
         targets = [dweight.unsqueeze(0) for dweight in dweights]
         bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
     bias_targets = bias_targets or targets  # never written
+    has_live = live is not None
+    live = live.view(torch.uint8) if has_live else code  # never read where there is none
     with device_of(x):
-        level_wgrad_kernel[cdiv(rows, tile.rows), cdiv(columns, tile.columns), splits](
-            x, dy, code, targets[0], targets[-1], bias_targets[0], bias_targets[-1],
-            pixels, part, x.shape[1], x.shape[2], x.shape[3],
-            geometry.conv_h, geometry.conv_w, geometry.out_h, geometry.out_w,
+        level_wgrad_kernel[cdiv(lines, tile.rows), column_tiles, splits](
+            x, dy, code, rows.by_branch, live,
+            targets[0], targets[-1], bias_targets[0], bias_targets[-1],
+            rows.counts[0], rows.counts[-1], _rows_at_once(tile, x, geometry), x.shape[1],
             *x.stride(), *targets[0].stride(), bias_targets[0].stride(0),
+            HEIGHT=x.shape[2], WIDTH=x.shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+            OUT_H=geometry.out_h, OUT_W=geometry.out_w,
             STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
             POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
-            HAS_CODE=geometry.has_code, CLOSED=CLOSED,
+            HAS_CODE=geometry.has_code, HAS_LIVE=has_live, MOST_ROWS=_MOST_ROWS,
             PRECISION="tf32" if tf32 else "ieee",
-            WIDE=needs_int64((x, dy, *targets), pixels + part),
+            WIDE=needs_int64((x, dy, *targets), pixels + splits * tile.depth),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, **shape,
         )  # fmt: skip
         if splits > 1:
-            blocks = cdiv(columns * rows, SUM_BLOCK) + (cdiv(columns, SUM_BLOCK) if biases else 0)
+            total = len(weights) * columns
+            blocks = cdiv(total * lines, SUM_BLOCK) + (cdiv(total, SUM_BLOCK) if biases else 0)
             dbias = dbiases or dweights  # the latter is never written
             level_wgrad_sum_kernel[blocks,](
                 parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
@@ -233,13 +282,20 @@ def level_wgrad(
     return dweights, dbiases
 
 
-def _product(x: Tensor, weights: list[Tensor], geometry: Geometry) -> tuple[int, int, int]:
-    """Rows, columns and depth of the matrix product."""
-    pixels = x.shape[0] * x.shape[1] * geometry.conv_h * geometry.conv_w
-    return weights[0][0].numel(), len(weights) * weights[0].shape[0], pixels
+def _product(
+    rows: Tables, x: Tensor, weights: list[Tensor], geometry: Geometry
+) -> tuple[int, int, int]:
+    """Rows, columns and depth of a branch's matrix product, the deepest of them."""
+    pixels = max(rows.counts) * x.shape[1] * geometry.conv_h * geometry.conv_w
+    return weights[0][0].numel(), weights[0].shape[0], pixels
 
 
-def _splits(tile: Tile, rows: int, columns: int, pixels: int) -> int:
+def _splits(tile: Tile, programs: int, pixels: int) -> int:
     """In how many parts the sum is cut: enough to fill the GPU twice, none of them very short."""
-    wanted = cdiv(2 * PROGRAMS, tile.programs(rows, columns))
-    return max(1, min(wanted, pixels // (_STEPS * tile.depth)))
+    return max(1, min(cdiv(2 * PROGRAMS, programs), pixels // (_STEPS * tile.depth)))
+
+
+def _rows_at_once(tile: Tile, x: Tensor, geometry: Geometry) -> int:
+    """How many rows are passed over together: as few as make steps that are mostly full."""
+    pixels = max(1, x.shape[1] * geometry.conv_h * geometry.conv_w)
+    return min(_MOST_ROWS, cdiv(_STEPS * tile.depth, pixels))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lasem_fast._triton_level import DTYPES, level
 from lasem_fast.fold import Fold, RowsFirst, folded
 from lasem_fast.kernels.level_geometry import Geometry
+from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.layers import has_hooks, plain_stage, same_form
 from lasem_fast.network import tensors_in_force
 from lasem_fast.relu_and_pool import ReluAndPool, relu_and_pool
@@ -125,8 +126,8 @@ def _layer(
     if form is None:
         return None
     x, weights, geometry = form
-    y = level(x, weights, [bias.contiguous() for bias in biases], geometry, dtype=dtype)
-    y = y.flatten(0, 1)
+    every = Rows.full(rows, len(weights))
+    y = level(x, weights, [bias.contiguous() for bias in biases], geometry, every, dtype=dtype)
     return RowsFirst(y.flatten(2) if type(core) is nn.Linear else y)
 
 

@@ -62,7 +62,8 @@ def compile_launch(launch: Launch, capability: int) -> Footprint:
         if parameter.is_constexpr:
             kind, key = "constexpr", value
         else:
-            kind, key = native_specialize_impl(BaseBackend, value, False, True, True)
+            specialised = not parameter.do_not_specialize
+            kind, key = native_specialize_impl(BaseBackend, value, False, specialised, specialised)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(i,)] = key

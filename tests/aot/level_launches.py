@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -10,7 +11,8 @@ from compiling import Launch, recorded
 from torch import Tensor
 
 from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
-from lasem_fast.kernels.level_geometry import Geometry
+from lasem_fast.kernels.level_geometry import Geometry, output_shape
+from lasem_fast.kernels.level_rows import Rows, tables_of
 from lasem_fast.kernels.level_tiles import Tile
 
 _MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
@@ -46,6 +48,16 @@ def launches() -> dict[str, Launch]:
         found |= _level(kind, "bf16", tile, "one_branch_no_bias_no_relu", branches=1, pool=1,
                         relu=0, biased=False)  # fmt: skip
         found |= _level(kind, "bf16", tile, "int64", wide=True)
+        if kind != "forward":
+            for tile in module.TENSOR_CORE_TILES:
+                found |= _level(kind, "bf16", tile, "pool2_live", live=True)
+        if kind != "wgrad":
+            for tile in module.TENSOR_CORE_TILES:
+                for name in ("bf16", "tf32"):
+                    found |= _level(kind, name, tile, "pool1_skip", pool=1, skip="plain")
+            tile = module.TENSOR_CORE_TILES[-1]
+            found |= _level(kind, "bf16", tile, "pool2_skip", skip="relu after")
+            found |= _level(kind, "fp32", module.FMA_TILES[0], "pool2_skip", skip="relu after")
         found |= _level(kind, "bf16", None, "linear_8x8x64", size=8, kernel=8, pad=0, pool=1,
                         branches=1, gapped=True)  # fmt: skip
     return found
@@ -58,14 +70,16 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _level(
     kind: str, dtype_name: str, tile: Tile | None, form: str, *, size=32, channels=64, out=64,
     kernel=3, stride=1, pad=None, pool=2, relu=1, branches=2, biased=True, gapped=False,
-    images=False, wide=False,
+    images=False, wide=False, skip=None, live=False,
 ) -> dict[str, Launch]:  # fmt: skip
     """The launches of one launcher call on meta tensors, under names that tell them apart."""
     dtype, tf32 = _DTYPES[dtype_name]
     pad = kernel // 2 if pad is None else pad
     conv = (size + 2 * pad - kernel) // stride + 1
     pooled = conv // pool
-    geometry = Geometry(stride, stride, pad, pad, conv, conv, pool, 0, pooled, pooled, relu)
+    geometry = Geometry(
+        stride, stride, pad, pad, conv, conv, pool, 0, pooled, pooled, relu, skip == "relu after"
+    )
     if images:
         x = _meta(1, 10, channels, size, size).permute(0, 1, 3, 4, 2)
     else:
@@ -73,19 +87,34 @@ def _level(
     layout = torch.contiguous_format if gapped else torch.channels_last
     weights = [_meta(out, channels, kernel, kernel).contiguous(memory_format=layout)] * branches
     biases = [_meta(out)] * branches if biased else []
-    y = _meta(x.shape[0], branches, x.shape[1], pooled, pooled, out, dtype=dtype)
+    rows = Rows.full(len(x), branches)
+    skipped = None
+    if skip:
+        rows = replace(rows, skips=rows.parents, skip_width=len(x))
+        skipped = _meta(len(x), 10, conv, conv, out, dtype=dtype)
+    tables = tables_of(rows, branches, x.device)
+    y = _meta(*output_shape(len(rows), x, weights, geometry), dtype=dtype)
     code = torch.empty_like(y, dtype=torch.uint8) if geometry.has_code else _meta(0).byte()
+    lives = _meta(len(rows), dtype=torch.bool) if live else None
     with ExitStack() as stack:
         if wide:
             for module in _MODULES.values():
                 stack.enter_context(mock.patch.object(module, "needs_int64", return_value=True))
         started = stack.enter_context(recorded())
         if kind == "forward":
-            level_forward.level_forward(x, weights, biases, geometry, dtype, tf32, tile)
+            level_forward.level_forward(
+                x, weights, biases, skipped, tables, geometry, dtype, tf32, tile
+            )
         elif kind == "dgrad":
-            level_dgrad.level_dgrad(y, code, weights, x.shape, geometry, dtype, tf32, tile)
+            level_dgrad.level_dgrad(
+                y, code, weights, tables, x.shape, geometry, dtype, live=lives,
+                carried=x if skip else None, skip_dtype=dtype if skip else None,
+                tf32=tf32, tile=tile,
+            )  # fmt: skip
         else:
-            level_wgrad.level_wgrad(y, code, x, weights, biases, geometry, tf32, tile)
+            level_wgrad.level_wgrad(
+                y, code, x, weights, biases, tables, geometry, live=lives, tf32=tf32, tile=tile
+            )
     size_of = "x".join(map(str, tile)) if tile else "default"
     return {
         f"{launch.kernel.__name__.removesuffix('_kernel')}/{dtype_name}/{size_of}/{form}": launch

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasem_fast.kernels.level_geometry import Geometry
+from lasem_fast.kernels.level_geometry import Geometry, output_shape
+from lasem_fast.kernels.level_rows import Rows, Tables, tables_of
 
 
 class Case(NamedTuple):
@@ -21,13 +23,35 @@ class Case(NamedTuple):
     geometry: Geometry
     ceil: bool
     dtype: torch.dtype
+    rows: Rows
+    skip: Tensor | None = None
+    live: Tensor | None = None
+
+    @property
+    def tables(self) -> Tables:
+        return tables_of(self.rows, len(self.weights), self.x.device)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What gets a gradient: input, weights, biases and the skip, if there is one."""
+        skips = [] if self.skip is None else [self.skip]
+        return [self.x, *self.weights, *self.biases, *skips]
+
+    def with_leaves(self, leaves: list[Tensor]) -> Case:
+        """The same level with other values."""
+        ends = len(self.weights) + 1, len(self.weights) + len(self.biases) + 1
+        skip = leaves[-1] if self.skip is not None else None
+        return self._replace(
+            x=leaves[0], weights=leaves[1 : ends[0]], biases=leaves[ends[0] : ends[1]], skip=skip
+        )
 
     def with_values(self, draw) -> Case:
-        """The same level with other values, ``draw(shape)``."""
-        tensors = [draw(tuple(t.shape)) for t in (self.x, *self.weights, *self.biases)]
-        branches = len(self.weights)
-        weights, biases = tensors[1 : branches + 1], tensors[branches + 1 :]
-        return self._replace(x=tensors[0], weights=weights, biases=biases)
+        """The same level with values ``draw(shape)``."""
+        return self.with_leaves([draw(tuple(t.shape)) for t in self.leaves])
+
+    def gradient(self) -> Tensor:
+        """A drawn gradient of the output."""
+        return integers(*output_shape(len(self.rows), self.x, self.weights, self.geometry))
 
 
 def integers(*shape: int) -> Tensor:
@@ -65,14 +89,46 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
     geometry = Geometry(
         *stride, *pad, *conv, pool, pool_pad, *pooled.shape[1:], int(pick.random() < 0.7)
     )
-    x = permuted(integers(pick.randint(1, 2), pick.randint(1, 3), *size, channels), pick)
+    samples = pick.randint(1, 3)
+    rows = draw_rows(pick, branches)
+    x = permuted(integers(rows.width, samples, *size, channels), pick)
     weights = [integers(out, channels, *kernel) for _ in range(branches)]
     if pick.random() < 0.5:
         weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
     elif pick.random() < 0.3:
         weights = [permuted(w, pick) for w in weights]
     biases = [integers(out) for _ in range(branches)] if pick.random() < 0.8 else []
-    return Case(x, weights, biases, geometry, ceil, dtype)
+    case = Case(x, weights, biases, geometry, ceil, dtype, rows)
+    if pick.random() < 0.5:
+        case = with_skip(case, pick)
+    if pick.random() < 0.4:
+        case = case._replace(live=torch.tensor([pick.random() < 0.5 for _ in rows.parents]))
+    return case
+
+
+def draw_rows(pick: random.Random, branches: int) -> Rows:
+    """All rows of a level, or some of them in any order."""
+    if pick.random() < 0.3:
+        return Rows.full(pick.randint(1, 2), branches)
+    width = pick.randint(1, 4)
+    pairs = [(p, b) for p in range(width) for b in range(branches)]
+    parents, taken = zip(*pick.sample(pairs, pick.randint(1, min(4, len(pairs)))), strict=True)
+    return Rows(parents, taken, width)
+
+
+def with_skip(case: Case, pick: random.Random) -> Case:
+    """The level with a skip, of which rows may share a row and some rows are used by none."""
+    count, g = len(case.rows), case.geometry
+    skips, width = tuple(range(count)), count
+    if pick.random() < 0.7:
+        width = pick.randint(1, 3)
+        skips = tuple(pick.randrange(width) for _ in range(count))
+    shape = (width, case.x.shape[1], g.conv_h, g.conv_w, case.weights[0].shape[0])
+    return case._replace(
+        skip=permuted(integers(*shape), pick),
+        geometry=g._replace(relu_after=pick.randint(0, 1)),
+        rows=replace(case.rows, skips=skips, skip_width=width),
+    )
 
 
 def usual() -> Case:
@@ -81,20 +137,37 @@ def usual() -> Case:
     geometry = Geometry(1, 1, 1, 1, 3, 4, 2, 1, 2, 3, 1)
     weights = [integers(9, 17, 3, 3).contiguous(memory_format=torch.channels_last) for _ in "ab"]
     x, biases = integers(2, 1, 3, 4, 17), [integers(9) for _ in "ab"]
-    return Case(x, weights, biases, geometry, False, torch.float32)
+    return Case(x, weights, biases, geometry, False, torch.float32, Rows.full(2, 2))
 
 
-def reference(case: Case, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    """``[P, B, N, out_h, out_w, Co]`` through PyTorch's convolution, ReLU and pool."""
+def listed() -> Case:
+    """The usual level with rows left out, some not live, and a skip that rows share."""
+    case = usual()
+    rows = Rows((2, 0, 2, 3), (1, 0, 0, 1), 4, (1, 0, 1, 2), 4)
+    return case._replace(
+        x=integers(4, 1, 3, 4, 17), rows=rows, skip=integers(4, 1, 3, 4, 9),
+        live=torch.tensor([True, False, True, True]),
+    )  # fmt: skip
+
+
+def reference(case: Case) -> Tensor:
+    """``[R, N, out_h, out_w, Co]`` through PyTorch, one row after another."""
     g = case.geometry
-    bias = torch.cat(biases) if biases else None
-    images = x.flatten(0, 1).permute(0, 3, 1, 2)
-    z = F.conv2d(
-        images, torch.cat(weights), bias, (g.stride_h, g.stride_w), padding=(g.pad_h, g.pad_w)
-    )
-    z = z.relu() if g.relu else z
-    z = F.max_pool2d(z, g.pool, padding=g.pool_pad, ceil_mode=case.ceil) if g.pool > 1 else z
-    return z.reshape(*x.shape[:2], len(weights), -1, *z.shape[2:]).permute(0, 2, 1, 4, 5, 3)
+    out = []
+    for i, (parent, branch) in enumerate(zip(case.rows.parents, case.rows.branches, strict=True)):
+        bias = case.biases[branch] if case.biases else None
+        z = F.conv2d(
+            case.x[parent].permute(0, 3, 1, 2), case.weights[branch], bias,
+            (g.stride_h, g.stride_w), padding=(g.pad_h, g.pad_w),
+        )  # fmt: skip
+        z = z.relu() if g.relu else z
+        if case.skip is not None:
+            z = z + case.skip[case.rows.skips[i]].permute(0, 3, 1, 2)
+        z = z.relu() if g.relu_after else z
+        if g.pool > 1:
+            z = F.max_pool2d(z, g.pool, padding=g.pool_pad, ceil_mode=case.ceil)
+        out.append(z.permute(0, 2, 3, 1))
+    return torch.stack(out)
 
 
 class Truth(NamedTuple):
@@ -102,13 +175,18 @@ class Truth(NamedTuple):
     dx: Tensor
     dweights: tuple[Tensor, ...]
     dbiases: tuple[Tensor, ...]
+    dskip: tuple[Tensor, ...]
 
 
 def truth(case: Case, dy: Tensor, dtype: torch.dtype = torch.float64) -> Truth:
-    """Output and gradients by autograd in ``dtype``."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (case.x, *case.weights, *case.biases)]
-    branches = len(case.weights)
-    weights, biases = leaves[1 : branches + 1], leaves[branches + 1 :]
-    y = reference(case, leaves[0], weights, biases)
-    dx, *rest = torch.autograd.grad(y, leaves, dy.to(dtype))
-    return Truth(y.detach(), dx, tuple(rest[:branches]), tuple(rest[branches:]))
+    """Output and gradients by autograd in ``dtype``; rows that are not live send nothing."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in case.leaves]
+    y = reference(case.with_leaves(leaves))
+    dy = dy.to(dtype)
+    if case.live is not None:
+        dy = dy.where(case.live.view(-1, 1, 1, 1, 1), 0)
+    dx, *rest = torch.autograd.grad(y, leaves, dy, materialize_grads=True)
+    branches, biases = len(case.weights), len(case.biases)
+    ends = branches, branches + biases
+    return Truth(y.detach(), dx, tuple(rest[: ends[0]]), tuple(rest[ends[0] : ends[1]]),
+                 tuple(rest[ends[1] :]))  # fmt: skip

@@ -21,24 +21,33 @@ TILES = [
 
 
 def run(case: Case, dy, x_dtype=None, weight_dtype=None, tiles=None) -> Truth:
-    """Output and gradients by the kernels, with the largest tiles unless others are given."""
+    """Output and gradients by the kernels, with the largest tiles unless others are given.
+
+    What must not be read is NaN: parents without a row, and ``dy`` of rows that are not live.
+    """
     tiles = {name: module.TENSOR_CORE_TILES[0] for name, module in MODULES.items()} | (tiles or {})
-    x = case.x.to(x_dtype or case.dtype)
+    x = case.x.to(x_dtype or case.dtype, copy=True)
+    x[[p for p in range(case.rows.width) if p not in case.rows.parents]] = torch.nan
     weights, biases = (
         [t.to(weight_dtype or torch.float32) for t in tensors]
         for tensors in (case.weights, case.biases)
     )
+    skip = None if case.skip is None else case.skip.to(x.dtype)
     y, code = level_forward.level_forward(
-        x, weights, biases, case.geometry, case.dtype, tile=tiles["forward"]
+        x, weights, biases, skip, case.tables, case.geometry, case.dtype, tile=tiles["forward"]
     )
-    dy = dy.to(case.dtype).contiguous()
-    dx = level_dgrad.level_dgrad(
-        dy, code, weights, x.shape, case.geometry, x.dtype, tile=tiles["dgrad"]
-    )
+    dy = dy.to(case.dtype, copy=True).contiguous()
+    if case.live is not None:
+        dy[~case.live] = torch.nan
+    dx, dskip = level_dgrad.level_dgrad(
+        dy, code, weights, case.tables, x.shape, case.geometry, x.dtype,
+        live=case.live, skip_dtype=None if skip is None else skip.dtype, tile=tiles["dgrad"],
+    )  # fmt: skip
     dweights, dbiases = level_wgrad.level_wgrad(
-        dy, code, x, weights, biases, case.geometry, tile=tiles["wgrad"]
-    )
-    return Truth(y, dx, tuple(dweights), tuple(dbiases))
+        dy, code, x, weights, biases, case.tables, case.geometry,
+        live=case.live, tile=tiles["wgrad"],
+    )  # fmt: skip
+    return Truth(y, dx, tuple(dweights), tuple(dbiases), () if skip is None else (dskip,))
 
 
 def assert_exact(got: Truth, want: Truth):
@@ -49,16 +58,10 @@ def assert_exact(got: Truth, want: Truth):
             assert torch.equal(a, b.to(a.dtype)), name
 
 
-def gradient_for(case: Case):
-    g = case.geometry
-    out = case.weights[0].shape[0]
-    return integers(case.x.shape[0], len(case.weights), case.x.shape[1], g.out_h, g.out_w, out)
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_exact_on_integers(seed):
     case = draw(seed)
-    dy = gradient_for(case)
+    dy = case.gradient()
     assert_exact(run(case, dy), truth(case, dy))
 
 
@@ -67,7 +70,7 @@ def test_exact_on_integers(seed):
 def test_exact_on_integers_in_half_precision(seed, dtype):
     """With float32 weights, as under autocast, and with weights in the same precision."""
     case = draw(seed, dtype)
-    dy = gradient_for(case)
+    dy = case.gradient()
     want = truth(case, dy)
     assert_exact(run(case, dy), want)
     assert_exact(run(case, dy, x_dtype=torch.float32, weight_dtype=dtype), want)
@@ -76,7 +79,7 @@ def test_exact_on_integers_in_half_precision(seed, dtype):
 @pytest.mark.parametrize(("name", "tile"), TILES)
 def test_every_tile_is_exact(name, tile):
     case = usual()
-    dy = gradient_for(case)
+    dy = case.gradient()
     got = run(case, dy, tiles={name: tile})
     assert_exact(got, truth(case, dy))
 
@@ -96,7 +99,7 @@ def test_rounding(dtype):
     geometry = Geometry(1, 1, 1, 1, 5, 4, 1, 0, 5, 4, 0)
     weights, biases = [normal(17, 19, 3, 3) for _ in "ab"], [normal(17) for _ in "ab"]
     case = Case(normal(1, 2, 5, 4, 19), weights, biases, geometry, False, dtype)
-    dy = normal(*gradient_for(case).shape)
+    dy = normal(*case.gradient().shape)
     got = run(case, dy, weight_dtype=dtype)
     exact, peer = truth(case, dy), truth(case, dy, torch.float32)
     for name, ours, want, theirs in zip(Truth._fields, got, exact, peer, strict=True):
@@ -145,7 +148,7 @@ def test_a_bad_sample_stays_alone(bad, pool):
 
 def test_64_bit_offsets_give_the_same_bits(monkeypatch):
     case = usual().with_values(torch.randn)
-    dy = torch.randn(gradient_for(case).shape)
+    dy = torch.randn(case.gradient().shape)
     narrow = run(case, dy)
     for module in MODULES.values():
         monkeypatch.setattr(module, "needs_int64", lambda *_: True)
@@ -162,7 +165,7 @@ def test_when_offsets_need_64_bits():
 
 def test_the_same_bits_every_time():
     case = usual().with_values(torch.randn)
-    dy = torch.randn(gradient_for(case).shape)
+    dy = torch.randn(case.gradient().shape)
     assert_exact(run(case, dy), run(case, dy))
 
 
@@ -170,7 +173,7 @@ def test_the_same_bits_every_time():
 def test_nothing_to_do(empty):
     case = usual()
     case = case._replace(x=case.x[:, :0] if empty == "samples" else case.x)
-    dy = gradient_for(case) * 0
+    dy = case.gradient() * 0
     got = run(case, dy)
     assert got.y.numel() == dy.numel()
     assert not any(t.any() for t in (*got.dweights, *got.dbiases))
