@@ -44,7 +44,7 @@ MOST_POOLED = 16
 @triton.jit(do_not_specialize=["count0", "count1"])
 def level_forward_kernel(
     x, weight0, weight1, bias0, bias1, skip, by_branch, y, code,
-    count0, count1, samples,
+    count0, count1, samples, depth,
     x_p, x_n, x_h, x_w, x_c, w_o, w_c, w_h, w_w, s_s, s_n, s_h, s_w, s_c,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
@@ -102,7 +102,7 @@ def level_forward_kernel(
         iw = ow * STRIDE_W - PAD_W
         corner = image + ih * x_h + iw * x_w
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(0, SIZE, DEPTH):
+        for start in range(0, depth, DEPTH):  # depth is SIZE: as a constant it would be unrolled
             # decoded per value: with scalars per step, where that is possible, registers spill
             k = start + tl.arange(0, DEPTH)
             channel = (k % C_IN).to(index)
@@ -202,7 +202,7 @@ def level_forward(
     with device_of(x):
         level_forward_kernel[tiles, cdiv(shape[-1], tile.columns)](
             x, weights[0], weights[-1], *_biases(weights, biases), added, rows.by_branch, y, code,
-            rows.counts[0], rows.counts[-1], x.shape[1],
+            rows.counts[0], rows.counts[-1], x.shape[1], size[2],
             *x.stride(), *weights[0].stride(), *added.stride(),
             BRANCHES=len(weights), C_IN=channels, C_OUT=shape[-1],
             HEIGHT=x.shape[2], WIDTH=x.shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,

@@ -22,15 +22,23 @@ from lasem_fast.kernels.level_geometry import (
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import FMA_TILES, PROGRAMS, Tile, cdiv, fitting
 
+# Rows are looked up before pixels are read, so that a pipeline of 5 stages is 2 steps ahead.
 TENSOR_CORE_TILES = (
-    Tile(64, 128, 32, 4, 4),
+    Tile(64, 128, 32, 4, 5),
+    Tile(64, 64, 32, 4, 5),
+    Tile(64, 32, 32, 4, 5),
+    Tile(32, 32, 64, 4, 5),
+    Tile(16, 16, 64, 2, 5),
+)
+# In float32 operands 5 stages, or more values per thread, spill on sm_80.
+TF32_TILES = (
     Tile(64, 64, 32, 4, 4),
     Tile(64, 32, 32, 4, 4),
     Tile(32, 32, 64, 4, 4),
     Tile(16, 16, 64, 2, 4),
 )
 # Where channels are read one by one, addresses take so many registers that others spill.
-RAGGED_TILES = (Tile(64, 32, 32, 4, 4),)
+RAGGED_TILES = (Tile(64, 32, 32, 4, 5),)
 # Elements that one program of the second launch adds up.
 SUM_BLOCK = 256
 # A part of the sum that is worth a program of its own, in steps of a tile's depth.
@@ -91,10 +99,10 @@ def level_wgrad_kernel(
         begin = number * part
         length = tl.minimum(part, pixels - begin).to(tl.int32)
         if HAS_LIVE:
-            at = number * rows_at_once + tl.arange(0, MOST_ROWS)
-            here = (at < (number + 1) * rows_at_once) & (at < count)
-            lives = tl.load(entries + at * 3, mask=here, other=0)
-            lives = tl.load(live + lives, mask=here, other=0)
+            next_rows = number * rows_at_once + tl.arange(0, MOST_ROWS)
+            here = (next_rows < (number + 1) * rows_at_once) & (next_rows < count)
+            next_rows = tl.load(entries + next_rows * 3, mask=here, other=0)
+            lives = tl.load(live + next_rows, mask=here, other=0)
             length = tl.where(tl.max(lives.to(tl.int32), axis=0) > 0, length, 0)
         for start in range(0, length, DEPTH):
             pixel = begin + start + tl.arange(0, DEPTH)
@@ -123,8 +131,8 @@ def level_wgrad_kernel(
             ow += POOL_PAD
             ho = oh // POOL
             wo = ow // POOL
-            at = (((y_row.to(index) * samples + n) * OUT_H + ho) * OUT_W + wo) * C_OUT
-            offset = at[:, None] + channel_out[None, :]
+            offset = (((y_row.to(index) * samples + n) * OUT_H + ho) * OUT_W + wo) * C_OUT
+            offset = offset[:, None] + channel_out[None, :]
             read = (inside & (ho < OUT_H) & (wo < OUT_W))[:, None] & used[None, :]
             gradient = tl.load(dy + offset, mask=read, other=0.0)
             if HAS_CODE:
@@ -192,9 +200,9 @@ def candidates(
     tf32: bool,
 ) -> list[Tile]:
     """The tiles that fit a level, in table order; ``dtype`` is that of ``dy``."""
-    tiles = RAGGED_TILES if is_ragged(x) else TENSOR_CORE_TILES
-    if dtype == torch.float32 and not tf32:
-        tiles = FMA_TILES
+    tiles = TENSOR_CORE_TILES if dtype != torch.float32 else TF32_TILES if tf32 else FMA_TILES
+    if is_ragged(x) and tiles is not FMA_TILES:
+        tiles = RAGGED_TILES
     return fitting(tiles, *_product(rows, x, weights, geometry))
 
 

@@ -30,8 +30,10 @@ def launches() -> dict[str, Launch]:
     for kind, module in _MODULES.items():
         for tile in module.TENSOR_CORE_TILES:
             pool = 1 if kind == "forward" and tile.accumulators > level_forward.MOST_POOLED else 2
-            for name in ("bf16", "tf32"):
-                found |= _level(kind, name, tile, f"pool{pool}", pool=pool)
+            found |= _level(kind, "bf16", tile, f"pool{pool}", pool=pool)
+        for tile in getattr(module, "TF32_TILES", module.TENSOR_CORE_TILES):
+            pool = 1 if kind == "forward" and tile.accumulators > level_forward.MOST_POOLED else 2
+            found |= _level(kind, "tf32", tile, f"pool{pool}", pool=pool)
         for tile in module.FMA_TILES:
             found |= _level(kind, "fp32", tile, "pool2")
         for tile in getattr(module, "RAGGED_TILES", module.TENSOR_CORE_TILES[1:2]):
@@ -48,18 +50,18 @@ def launches() -> dict[str, Launch]:
         found |= _level(kind, "bf16", tile, "one_branch_no_bias_no_relu", branches=1, pool=1,
                         relu=0, biased=False)  # fmt: skip
         found |= _level(kind, "bf16", tile, "int64", wide=True)
-        if kind != "forward":
-            for tile in module.TENSOR_CORE_TILES:
-                found |= _level(kind, "bf16", tile, "pool2_live", live=True)
-        if kind != "wgrad":
-            for tile in module.TENSOR_CORE_TILES:
-                for name in ("bf16", "tf32"):
-                    found |= _level(kind, name, tile, "pool1_skip", pool=1, skip="plain")
-            tile = module.TENSOR_CORE_TILES[-1]
-            found |= _level(kind, "bf16", tile, "pool2_skip", skip="relu after")
-            found |= _level(kind, "fp32", module.FMA_TILES[0], "pool2_skip", skip="relu after")
         found |= _level(kind, "bf16", None, "linear_8x8x64", size=8, kernel=8, pad=0, pool=1,
                         branches=1, gapped=True)  # fmt: skip
+        for tile in module.TENSOR_CORE_TILES:
+            if kind != "forward":
+                found |= _level(kind, "bf16", tile, "pool2_live", live=True)
+            if kind != "wgrad":
+                found |= _level(kind, "bf16", tile, "pool1_skip", pool=1, skip="plain")
+        if kind != "wgrad":
+            tile = module.TENSOR_CORE_TILES[-1]
+            found |= _level(kind, "bf16", tile, "pool2_skip", skip="relu after")
+            found |= _level(kind, "tf32", tile, "pool1_skip", pool=1, skip="plain")
+            found |= _level(kind, "fp32", module.FMA_TILES[0], "pool2_skip", skip="relu after")
     return found
 
 

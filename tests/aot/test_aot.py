@@ -41,5 +41,6 @@ def test_every_tile_of_every_table_is_compiled():
     for module in (level_forward, level_dgrad, level_wgrad):
         kernel = module.__name__.rpartition(".")[2]
         ragged = getattr(module, "RAGGED_TILES", ())
-        for tile in (*module.TENSOR_CORE_TILES, *ragged, *module.FMA_TILES):
+        tf32 = getattr(module, "TF32_TILES", ())
+        for tile in (*module.TENSOR_CORE_TILES, *tf32, *ragged, *module.FMA_TILES):
             assert f"{kernel}_{'x'.join(map(str, tile))}" in names

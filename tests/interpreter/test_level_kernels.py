@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from levels import Case, Truth, draw, integers, truth, usual
+from levels import Case, Truth, draw, integers, listed, truth, usual
 
 from lasem_fast.kernels import level_dgrad, level_forward, level_geometry, level_wgrad
-from lasem_fast.kernels.level_geometry import CLOSED, Geometry
+from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry
+from lasem_fast.kernels.level_rows import Rows, tables_of
 
 HALVES = [torch.float16, torch.bfloat16]
 MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
@@ -15,7 +16,12 @@ TILES = [
     (name, tile)
     for name, module in MODULES.items()
     for tile in dict.fromkeys(
-        (*module.TENSOR_CORE_TILES, *getattr(module, "RAGGED_TILES", ()), *module.FMA_TILES)
+        (
+            *module.TENSOR_CORE_TILES,
+            *getattr(module, "TF32_TILES", ()),
+            *getattr(module, "RAGGED_TILES", ()),
+            *module.FMA_TILES,
+        )
     )
 ]
 
@@ -78,7 +84,7 @@ def test_exact_on_integers_in_half_precision(seed, dtype):
 
 @pytest.mark.parametrize(("name", "tile"), TILES)
 def test_every_tile_is_exact(name, tile):
-    case = usual()
+    case = listed()
     dy = case.gradient()
     got = run(case, dy, tiles={name: tile})
     assert_exact(got, truth(case, dy))
@@ -98,7 +104,9 @@ def test_rounding(dtype):
 
     geometry = Geometry(1, 1, 1, 1, 5, 4, 1, 0, 5, 4, 0)
     weights, biases = [normal(17, 19, 3, 3) for _ in "ab"], [normal(17) for _ in "ab"]
-    case = Case(normal(1, 2, 5, 4, 19), weights, biases, geometry, False, dtype)
+    rows = Rows((1, 0, 1), (0, 0, 1), 2, (0, 1, 1), 2)
+    case = Case(normal(2, 2, 5, 4, 19), weights, biases, geometry, False, dtype, rows,
+                normal(2, 2, 5, 4, 17))  # fmt: skip
     dy = normal(*case.gradient().shape)
     got = run(case, dy, weight_dtype=dtype)
     exact, peer = truth(case, dy), truth(case, dy, torch.float32)
@@ -117,8 +125,56 @@ def test_the_code_names_the_first_of_equal_positions():
     geometry = Geometry(1, 1, 0, 0, 2, 2, 2, 0, 1, 1, 1)
     for value, code in ((1.0, 0), (0.0, CLOSED), (-1.0, CLOSED)):
         weights = [torch.full((1, 1, 1, 1), value)]
-        y, got = level_forward.level_forward(x, weights, [], geometry, torch.float32)
+        rows = tables_of(Rows.full(1, 1), 1, x.device)
+        y, got = level_forward.level_forward(x, weights, [], None, rows, geometry, torch.float32)
         assert y.item() == max(value, 0) and got.item() == code
+
+
+def test_the_code_of_a_level_with_a_skip():
+    """Convolution -1, 1, 2, -3 and skip 5, 2, 3, 2: behind a ReLU the first 5 is the skip's own."""
+    x = torch.tensor([-1.0, 1, 2, -3]).view(1, 1, 2, 2, 1)
+    skip = torch.tensor([5.0, 2, 3, 2]).view(1, 1, 2, 2, 1)
+    rows = tables_of(Rows((0,), (0,), 1, (0,), 1), 1, x.device)
+    weights = [torch.ones(1, 1, 1, 1)]
+    for relu, relu_after, shift, value, code in [
+        (1, 0, 0, 5, SHUT), (0, 0, 0, 5, 2), (1, 1, 0, 5, SHUT), (0, 1, 0, 5, 2),
+        (1, 0, -9, -4, SHUT), (1, 1, -9, 0, CLOSED), (0, 1, -9, 0, CLOSED),
+    ]:  # fmt: skip
+        geometry = Geometry(1, 1, 0, 0, 2, 2, 2, 0, 1, 1, relu, relu_after)
+        y, got = level_forward.level_forward(
+            x, weights, [], skip + shift, rows, geometry, torch.float32
+        )
+        assert (y.item(), got.item()) == (value, code)
+
+
+def test_a_carried_gradient_is_added():
+    case = usual()
+    x, dy = case.x.float(), case.gradient().float()
+    carried = integers(*x.shape).float()
+    _, code = level_forward.level_forward(
+        x, case.weights, case.biases, None, case.tables, case.geometry, torch.float32
+    )
+    dx, _ = level_dgrad.level_dgrad(
+        dy, code, case.weights, case.tables, x.shape, case.geometry, torch.float32, carried=carried
+    )
+    assert torch.equal(dx.double(), truth(case, dy).dx + carried)
+
+
+def test_dead_rows_are_passed_over_many_at_a_time():
+    """More rows of one pixel than a program passes over at once; most of them are not live."""
+    torch.manual_seed(0)
+    count = 300
+    rows = Rows(tuple(range(count)), tuple(int(r % 7 == 0) for r in range(count)), count)
+    geometry = Geometry(1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1)
+    weights = [integers(3, 5, 1, 1) for _ in "ab"]
+    live = torch.zeros(count, dtype=torch.bool)
+    live[[0, 1, 130, 299]] = True
+    case = Case(integers(count, 1, 1, 1, 5), weights, [integers(3) for _ in "ab"], geometry, False,
+                torch.float32, rows, live=live)  # fmt: skip
+    dy = case.gradient()
+    assert_exact(run(case, dy), truth(case, dy))
+    nothing = case._replace(live=torch.zeros_like(live))
+    assert_exact(run(nothing, dy), truth(nothing, dy))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -127,16 +183,17 @@ def test_a_bad_sample_stays_alone(bad, pool):
     size = 4 // pool
     geometry = Geometry(1, 1, 1, 1, 4, 4, pool, 0, size, size, 1)
     case = Case(integers(2, 2, 4, 4, 3), [integers(5, 3, 3, 3) for _ in "ab"],
-                [integers(5) for _ in "ab"], geometry, False, torch.float32)  # fmt: skip
-    dy = integers(2, 2, 2, size, size, 5)
-    dy[1, :, 1] = 0  # what a configuration sends that has been left out
+                [integers(5) for _ in "ab"], geometry, False, torch.float32,
+                Rows.full(2, 2))  # fmt: skip
+    dy = integers(4, 2, size, size, 5)
+    dy[2:, 1] = 0  # what a configuration sends that has been left out
     clean = run(case, dy)
     case.x[1, 1, 1:3] = bad
     got = run(case, dy)
-    others = torch.ones(2, 2, dtype=torch.bool)
-    others[1, 1] = False
-    assert torch.equal(got.y.transpose(1, 2)[others], clean.y.transpose(1, 2)[others])
-    assert not got.y[1, :, 1].isfinite().all()
+    others = torch.ones(4, 2, dtype=torch.bool)
+    others[2:, 1] = False
+    assert torch.equal(got.y[others], clean.y[others])
+    assert not got.y[2:, 1].isfinite().all()
     nan = truth(case, dy).y.isnan()
     assert got.y[nan].isnan().all()
     assert torch.equal(got.dx, clean.dx)
@@ -147,7 +204,7 @@ def test_a_bad_sample_stays_alone(bad, pool):
 
 
 def test_64_bit_offsets_give_the_same_bits(monkeypatch):
-    case = usual().with_values(torch.randn)
+    case = listed().with_values(torch.randn)
     dy = torch.randn(case.gradient().shape)
     narrow = run(case, dy)
     for module in MODULES.values():
@@ -164,16 +221,34 @@ def test_when_offsets_need_64_bits():
 
 
 def test_the_same_bits_every_time():
-    case = usual().with_values(torch.randn)
+    case = listed().with_values(torch.randn)
     dy = torch.randn(case.gradient().shape)
     assert_exact(run(case, dy), run(case, dy))
 
 
-@pytest.mark.parametrize("empty", ["samples", "gradient"])
+@pytest.mark.parametrize("empty", ["samples", "gradient", "rows"])
 def test_nothing_to_do(empty):
     case = usual()
     case = case._replace(x=case.x[:, :0] if empty == "samples" else case.x)
+    if empty == "rows":
+        case = case._replace(rows=Rows((), (), 2))
     dy = case.gradient() * 0
     got = run(case, dy)
     assert got.y.numel() == dy.numel()
-    assert not any(t.any() for t in (*got.dweights, *got.dbiases))
+    assert not any(t.any() for t in (got.dx, *got.dweights, *got.dbiases))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Rows((0, 2), (0, 1), 2), "rows: expected parents from 0 to 1, got 2"),
+        (Rows((0, 1), (0, 2), 2), "rows: expected branches from 0 to 1, got 2"),
+        (Rows((0, 0), (1, 1), 2), "rows: expected no pair of parent and branch twice"),
+        (Rows((0, 1), (0,), 2), "rows: expected a branch for each of 2 parents, got 1"),
+        (Rows((0, 1), (0, 0), 2, (0,), 1), "rows: expected a skip row for each of 2 rows, got 1"),
+        (Rows((0, 1), (0, 0), 2, (0, 3), 3), "rows: expected skips from 0 to 2, got 3"),
+    ],
+)
+def test_lists_that_cannot_be(rows, message):
+    with pytest.raises(ValueError, match=message):
+        tables_of(rows, 2, torch.device("cpu"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from levels import draw, reference, truth, usual
+from levels import draw, draw_rows, integers, listed, truth, usual, with_skip
 from nets import batch
 from oracle import brute_force
 from torch import nn
@@ -17,71 +19,151 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import lasem_fast as lf
-from lasem_fast._triton_level import Tiles, level
+from lasem_fast._triton_level import Liveness, Tiles, level
 from lasem_fast.backends import triton_scores
 from lasem_fast.backends.triton_level import triton_head, triton_level
 from lasem_fast.fold import RowsFirst
 from lasem_fast.kernels import level_forward
+from lasem_fast.kernels.level_geometry import Geometry
+from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.transfer import Branch
 
 
 def leaves_of(case, dtype=torch.float32):
-    return [t.detach().to(dtype).requires_grad_() for t in (case.x, *case.weights, *case.biases)]
+    return [t.detach().to(dtype).requires_grad_() for t in case.leaves]
 
 
-@pytest.mark.parametrize("seed", [4, 9, 16])
-def test_gradients_through_autograd(seed):
-    case = draw(seed)
-    x, *parameters = leaves_of(case)
-    branches = len(case.weights)
-    y = level(x, parameters[:branches], parameters[branches:], case.geometry, dtype=torch.float32)
+def run(case, leaves, **options):
+    """The level through autograd; ``leaves`` as :attr:`Case.leaves`."""
+    case = case.with_leaves(leaves)
+    return level(
+        case.x, case.weights, case.biases, case.geometry, case.rows,
+        dtype=torch.float32, skip=case.skip, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*map(draw, (4, 9, 16)), listed()], ids=[4, 9, 16, "listed"])
+def test_gradients_through_autograd(case):
+    leaves, liveness = leaves_of(case), Liveness()
+    y = run(case, leaves, liveness=liveness)
     # a permuted gradient, as one that comes from a layer in another layout
-    dy = torch.randint(-2, 3, y.shape[::-1]).float().permute(5, 4, 3, 2, 1, 0)
+    dy = torch.randint(-2, 3, y.shape[::-1]).float().permute(4, 3, 2, 1, 0)
+    liveness.live = case.live
     want = truth(case, dy.double())
-    grads = torch.autograd.grad(y, [x, *parameters], dy)
+    grads = torch.autograd.grad(y, leaves, dy)
     assert torch.equal(y.double(), want.y)
-    for got, exact in zip(grads, (want.dx, *want.dweights, *want.dbiases), strict=True):
-        assert torch.equal(got.double(), exact)
+    exact = (want.dx, *want.dweights, *want.dbiases, *want.dskip)
+    for got, right in zip(grads, exact, strict=True):
+        assert torch.equal(got.double(), right)
+
+
+def _two_levels(relu_after):
+    """A level, and one behind it to which the first one's input is added, by two rows each."""
+    torch.manual_seed(0)
+    geometry = Geometry(1, 1, 1, 1, 3, 3, 1, 0, 3, 3, 1)
+    weights = [integers(5, 5, 3, 3).float().requires_grad_() for _ in range(4)]
+    first, second = Rows.full(2, 2), Rows((0, 1, 2, 3), (0, 1, 0, 1), 4, (0, 0, 1, 1), 2)
+    x = integers(2, 1, 3, 3, 5).float().requires_grad_()
+
+    def output(skip_of):
+        h = level(x, weights[:2], [], geometry, first, dtype=torch.float32, carry=True)
+        return level(
+            h[0], weights[2:], [], geometry._replace(relu_after=relu_after), second,
+            dtype=torch.float32, skip=skip_of(h[1]),
+        )  # fmt: skip
+
+    return x, weights, output
+
+
+@pytest.mark.parametrize("relu_after", [0, 1])
+def test_the_gradient_of_a_carried_input(relu_after):
+    x, weights, output = _two_levels(relu_after)
+    dy = integers(4, 1, 3, 3, 5).float()
+    with launches() as counted:
+        carried = torch.autograd.grad(output(lambda carried: carried), [x, *weights], dy)
+    assert counted.kernels == {
+        "level_forward_kernel": 2, "level_dgrad_kernel": 2, "level_wgrad_kernel": 2
+    }  # fmt: skip
+    added = torch.autograd.grad(output(lambda carried: x), [x, *weights], dy)
+    assert all(torch.equal(a, b) for a, b in zip(carried, added, strict=True))
+    torch.use_deterministic_algorithms(True)
+    alone = torch.autograd.grad(output(lambda carried: x.detach()), [x, *weights], dy)
+    assert not torch.equal(carried[0], alone[0])
+
+
+def test_the_gradient_of_a_skip_in_order_is_that_of_the_output():
+    case = usual()
+    geometry = case.geometry._replace(pool=1, pool_pad=0, out_h=3, out_w=4)
+    rows = replace(case.rows, skips=(0, 1, 2, 3), skip_width=4)
+    case = case._replace(geometry=geometry, rows=rows, skip=integers(4, 1, 3, 4, 9))
+    leaves = [leaf.detach() for leaf in leaves_of(case)]
+    leaves[-1].requires_grad_()
+    y, dy = run(case, leaves), case.gradient().float()
+    with launches() as counted:
+        (dskip,) = torch.autograd.grad(y, leaves[-1:], dy)
+    assert not counted.kernels
+    assert torch.equal(dskip, dy)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_launches_do_not_depend_on_the_list(seed):
+    """One forward; dgrad, wgrad and its sum, with a skip that rows share and rows not live."""
+    case = with_skip(listed(), random.Random(seed))
+    rows = draw_rows(random.Random(seed), 2)
+    case = case._replace(rows=replace(rows, skips=(0,) * len(rows), skip_width=1))
+    shape = case.skip.shape[1:]
+    case = case._replace(x=case.x[:1].repeat(rows.width, 1, 1, 1, 1), skip=integers(1, *shape))
+    leaves, liveness = leaves_of(case), Liveness(torch.ones(len(rows), dtype=torch.bool))
+    with launches() as counted:
+        y = run(case, leaves, liveness=liveness)
+        torch.autograd.grad(y, leaves, y.detach())
+    kernels = Counter({k: n for k, n in counted.kernels.items() if k.startswith("level")})
+    assert kernels.pop("level_forward_kernel") == 1
+    assert kernels["level_dgrad_kernel"] == kernels["level_wgrad_kernel"] == 1
+    assert kernels.total() <= 3
 
 
 def test_opcheck():
-    case = usual()
-    x, *parameters = (t.detach() for t in leaves_of(case))
-    weights, biases = parameters[:2], parameters[2:]
-    ops, geometry = torch.ops.lasem_fast, list(case.geometry)
-    permuted = x.transpose(2, 3).contiguous().transpose(2, 3)
-    forward = (permuted, weights, biases, geometry, torch.bfloat16, [])
-    torch.library.opcheck(ops.level_triton.default, forward)
-    y, code = ops.level_triton(x, weights, biases, geometry, torch.float32, [])
-    dgrad = (y, code, weights, list(x.shape), geometry, torch.float32, [])
-    torch.library.opcheck(ops.level_dgrad_triton.default, dgrad)
-    torch.library.opcheck(
-        ops.level_wgrad_triton.default, (y, code, x, weights, biases, geometry, [])
-    )
+    for case in (usual(), listed()):
+        case = case.with_leaves([t.detach() for t in leaves_of(case)])
+        ops, geometry, skip = torch.ops.lasem_fast, list(case.geometry), case.skip
+        *tables, counts = case.tables
+        lists = (tables, list(counts))
+        weights, biases = case.weights, case.biases
+        permuted = case.x.transpose(2, 3).contiguous().transpose(2, 3)
+        forward = (permuted, weights, biases, skip, *lists, geometry, torch.bfloat16, [])
+        torch.library.opcheck(ops.level_triton.default, forward)
+        y, code = ops.level_triton(
+            case.x, weights, biases, skip, *lists, geometry, torch.float32, []
+        )
+        skip_dtype = None if skip is None else torch.float32
+        dgrad = (y, code, weights, *lists, case.live, None, list(case.x.shape), geometry,
+                 torch.float32, skip_dtype, [])  # fmt: skip
+        torch.library.opcheck(ops.level_dgrad_triton.default, dgrad)
+        wgrad = (y, code, case.x, weights, biases, *lists, case.live, geometry, [])
+        torch.library.opcheck(ops.level_wgrad_triton.default, wgrad)
 
 
 def test_compiles_without_a_graph_break():
     case = usual()
-    x, *parameters = leaves_of(case)
+    leaves = leaves_of(case)
 
-    def loss(x, *parameters):
-        y = level(x, parameters[:2], parameters[2:], case.geometry, dtype=torch.float32)
-        return y.square().sum()
+    def loss(*leaves):
+        return run(case, list(leaves)).square().sum()
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    eager = torch.autograd.grad(loss(x, *parameters), [x, *parameters])
-    traced = torch.autograd.grad(compiled(x, *parameters), [x, *parameters])
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    traced = torch.autograd.grad(compiled(*leaves), leaves)
     assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
 
 
 def test_a_given_tile_is_used():
     case = usual()
-    x, *parameters = leaves_of(case)
     tile = level_forward.FMA_TILES[1]
     with launches() as counted:
-        level(x, parameters[:2], parameters[2:], case.geometry, dtype=torch.float32,
-              tiles=Tiles(forward=tile))  # fmt: skip
-    assert counted.grids == [(-(-12 // tile.rows), -(-18 // tile.columns))]
+        run(case, leaves_of(case), tiles=Tiles(forward=tile))
+    # 12 pixels of every branch, 9 channels
+    assert counted.grids == [(2 * -(-12 // tile.rows), -(-9 // tile.columns))]
 
 
 @pytest.mark.parametrize(
@@ -89,20 +171,35 @@ def test_a_given_tile_is_used():
     [
         ("x", torch.zeros(2, 3, 4, 5), "x: expected shape"),
         ("x", torch.zeros(2, 1, 3, 4, 5), "weights: expected shape"),
+        ("x", torch.zeros(3, 1, 3, 4, 17), "x: expected 2 parents, as rows.width, got 3"),
         ("x", torch.zeros(2, 1, 3, 4, 17).double(), "x: expected float32, float16 or bfloat16"),
         ("weights", [torch.zeros(9, 17, 3, 3)] * 3, "weights: expected one or two branches, got 3"),
         ("biases", [torch.zeros(9)], "biases: expected one per branch or none, got 1"),
         ("biases", [torch.zeros(8)] * 2, "biases: expected shape"),
         ("dtype", torch.float64, "dtype: expected float32, float16 or bfloat16"),
+        ("skip", torch.zeros(2, 1, 3, 4, 9), "skip: expected a skip just where rows.skips"),
+        ("rows", Rows((0, 1), (0, 0), 2, (0, 0), 1), "skip: expected a skip just where rows.skips"),
+        ("geometry", usual().geometry._replace(relu_after=1), "geometry: expected relu_after = 0"),
     ],
 )
 def test_errors_name_the_argument(name, value, message):
     case = usual()
     good = {"x": case.x.float(), "weights": [w.float() for w in case.weights],
             "biases": [b.float() for b in case.biases], "geometry": case.geometry,
-            "dtype": torch.float32}  # fmt: skip
+            "rows": case.rows, "dtype": torch.float32}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         level(**{**good, name: value})
+
+
+def test_errors_of_skip_and_liveness():
+    case = listed()
+    leaves = leaves_of(case)
+    with pytest.raises(ValueError, match=r"skip: expected shape \[4, 1, 3, 4, 9\], got"):
+        run(case, [*leaves[:-1], leaves[-1][1:]])
+    for live in (torch.ones(3, dtype=torch.bool), torch.ones(4)):
+        y = run(case, leaves, liveness=Liveness(live))
+        with pytest.raises(ValueError, match="live: expected"):
+            y.sum().backward()
 
 
 RELU = nn.ReLU()
@@ -295,23 +392,3 @@ def test_a_whole_step_against_brute_force(seed):
         errors[backend] = float((got - want).norm() / want.norm())
     # k = 2: the same sums in another order
     assert errors["triton"] <= 2 * max(errors["torch"], torch.finfo(torch.float32).eps), errors
-
-
-@pytest.mark.parametrize("seed", [4, 9, 16])
-def test_gradients_of_gradients(seed):
-    case = draw(seed)
-    branches = len(case.weights)
-
-    def both(level, leaves):
-        y = level(leaves[0], leaves[1 : branches + 1], leaves[branches + 1 :])
-        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-        return [*first, *second]
-
-    got = both(lambda *a: level(*a, case.geometry, dtype=torch.float32), leaves_of(case))
-    plain = both(lambda *a: reference(case, *a), leaves_of(case))
-    exact = both(lambda *a: reference(case, *a), leaves_of(case, torch.float64))
-    for a, b, want in zip(got, plain, exact, strict=True):
-        # k = 2, or the rounding of the result itself
-        allowed = max(2 * (b - want).norm(), torch.finfo(torch.float32).eps * want.norm())
-        assert (a - want).norm() <= allowed
