@@ -124,24 +124,22 @@ def test_launches_do_not_depend_on_the_list(seed):
 
 
 def test_opcheck():
-    for case in (usual(), listed()):
-        case = case.with_leaves([t.detach() for t in leaves_of(case)])
-        ops, geometry, skip = torch.ops.lasem_fast, list(case.geometry), case.skip
-        *tables, counts = case.tables
-        lists = (tables, list(counts))
-        weights, biases = case.weights, case.biases
-        permuted = case.x.transpose(2, 3).contiguous().transpose(2, 3)
-        forward = (permuted, weights, biases, skip, *lists, geometry, torch.bfloat16, [])
-        torch.library.opcheck(ops.level_triton.default, forward)
-        y, code = ops.level_triton(
-            case.x, weights, biases, skip, *lists, geometry, torch.float32, []
-        )
-        skip_dtype = None if skip is None else torch.float32
-        dgrad = (y, code, weights, *lists, case.live, None, list(case.x.shape), geometry,
-                 torch.float32, skip_dtype, [])  # fmt: skip
-        torch.library.opcheck(ops.level_dgrad_triton.default, dgrad)
-        wgrad = (y, code, case.x, weights, biases, *lists, case.live, geometry, [])
-        torch.library.opcheck(ops.level_wgrad_triton.default, wgrad)
+    case = listed()
+    case = case.with_leaves([t.detach() for t in leaves_of(case)])
+    ops, geometry = torch.ops.lasem_fast, list(case.geometry)
+    *tables, counts = case.tables
+    rows, parameters = (tables, list(counts)), (case.weights, case.biases)
+    permuted = case.x.transpose(2, 3).contiguous().transpose(2, 3)
+    forward = (permuted, *parameters, case.skip, *rows, geometry, torch.bfloat16, [])
+    torch.library.opcheck(ops.level_triton.default, forward)
+    y, code = ops.level_triton(case.x, *parameters, case.skip, *rows, geometry, torch.float32, [])
+    dgrad = (y, code, case.weights, *rows, case.live, None, list(case.x.shape), geometry,
+             torch.float32, torch.float16, [])  # fmt: skip
+    torch.library.opcheck(ops.level_dgrad_triton.default, dgrad)
+    torch.library.opcheck(
+        ops.level_wgrad_triton.default,
+        (y, code, case.x, *parameters, *rows, case.live, geometry, []),
+    )
 
 
 def test_compiles_without_a_graph_break():
