@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lasem_fast import _second_order
 from lasem_fast.kernels.level_geometry import (
+    SHUT,
     Geometry,
     gradient_buffers,
     output_shape,
@@ -216,22 +218,24 @@ class _Level(torch.autograd.Function):
         y, code = _forward(
             x, weights, biases, skip, tables, counts, call.geometry, call.dtype, call.tiles.forward
         )
-        ctx.save_for_backward(x, code, *parameters)
+        # the skip itself is not read again, but gradients of gradients lead to it
+        ctx.save_for_backward(x, skip, code, *parameters)
         ctx.call, ctx.tables, ctx.counts = call, tables, counts
         ctx.skip_dtype = None if skip is None else skip.dtype
         ctx.set_materialize_grads(False)
         return (y, x) if call.carry else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, carried=None):
         call, tables, counts = ctx.call, ctx.tables, ctx.counts
-        x, code, *parameters = ctx.saved_tensors
+        x, skip, code, *parameters = ctx.saved_tensors
         weights, biases = parameters[: call.branches], parameters[call.branches :]
         grads = [None] * len(parameters)
         if dy is None:
             return None, carried, None, *grads
         live = None if call.liveness is None else call.liveness.live
+        if _second_order.wanted():
+            return None, *_plain_backward(ctx, dy, live, carried, x, skip, code, parameters)
         dx, dskip, skip_dtype = None, None, None
         if ctx.needs_input_grad[2]:
             # the gradient itself where every row has a skip row of its own and all of it passes
@@ -252,6 +256,49 @@ class _Level(torch.autograd.Function):
             )
             grads = [*dweights, *dbiases]
         return None, dx, dskip, *grads
+
+
+def _plain_backward(ctx, dy, live, carried, x, skip, code, parameters):
+    """The backward for gradients of gradients, the choices of ReLU and pool held fixed."""
+    (rows, sizes, *_), branches = ctx.call, ctx.call.branches
+    of_branch = [[r for r, b in enumerate(rows.branches) if b == g] for g in range(branches)]
+    order = [row for taken in of_branch for row in taken]
+    back = sorted(range(len(order)), key=order.__getitem__)
+
+    def convolved(x, weight, bias, taken):
+        images = x[[rows.parents[row] for row in taken]].to(dy.dtype)
+        images = images.flatten(0, 1).permute(0, 3, 1, 2)
+        behind = [
+            (out - 1) * stride + kernel - n - pad
+            for out, stride, kernel, n, pad in zip(
+                (sizes.conv_h, sizes.conv_w), sizes[:2], weight.shape[2:], images.shape[2:],
+                (sizes.pad_h, sizes.pad_w), strict=True,
+            )
+        ]  # fmt: skip
+        images = F.pad(images, (sizes.pad_w, behind[1], sizes.pad_h, behind[0]))
+        z = F.conv2d(images, weight.to(dy.dtype), bias, sizes[:2])
+        return z.permute(0, 2, 3, 1).unflatten(0, (len(taken), x.shape[1]))
+
+    def won(z, code):
+        if not sizes.has_code:
+            return z
+        z, code = z.unsqueeze(1), code.unsqueeze(1)
+        return _second_order.won(z, code, sizes.pool, sizes.pool_pad).squeeze(1)
+
+    def level(x, skip, *parameters):
+        biases = [bias.to(dy.dtype) for bias in parameters[branches:]] or [None] * branches
+        parts = zip(parameters[:branches], biases, of_branch, strict=True)
+        z = torch.cat([convolved(x, *part) for part in parts])[back]
+        y = won(z, code)
+        if skip is None:
+            return y
+        return y + won(skip[list(rows.skips)].to(dy.dtype), code % SHUT)
+
+    if live is not None:
+        dy = torch.where(live.view(-1, 1, 1, 1, 1), dy, 0)
+    needed = ctx.needs_input_grad[1:]
+    dx, *others = _second_order.gradients(level, (x, skip, *parameters), needed, dy)
+    return dx if carried is None or dx is None else dx + carried, *others
 
 
 def level(

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from levels import draw, draw_rows, integers, listed, truth, usual, with_skip
+from levels import draw, draw_rows, integers, listed, reference, truth, usual, with_skip
 from nets import batch
 from oracle import brute_force
 from torch import nn
@@ -390,3 +390,27 @@ def test_a_whole_step_against_brute_force(seed):
         errors[backend] = float((got - want).norm() / want.norm())
     # k = 2: the same sums in another order
     assert errors["triton"] <= 2 * max(errors["torch"], torch.finfo(torch.float32).eps), errors
+
+
+@pytest.mark.parametrize("case", [*map(draw, (4, 9, 16)), listed()], ids=[4, 9, 16, "listed"])
+def test_gradients_of_gradients(case):
+    case = case._replace(live=None)
+
+    def both(output, leaves):
+        first = torch.autograd.grad(
+            output(leaves).square().sum(), leaves, create_graph=True, materialize_grads=True
+        )
+        loss = sum(g.square().sum() for g in first)
+        second = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return [*first, *second]
+
+    def plain(leaves):
+        return reference(case.with_leaves(leaves))
+
+    got = both(lambda leaves: run(case, leaves), leaves_of(case))
+    peer = both(plain, leaves_of(case))
+    exact = both(plain, leaves_of(case, torch.float64))
+    for a, b, want in zip(got, peer, exact, strict=True):
+        # k = 2, or the rounding of the result itself
+        allowed = max(2 * (b - want).norm(), torch.finfo(torch.float32).eps * want.norm())
+        assert (a - want).norm() <= allowed
