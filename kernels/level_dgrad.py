@@ -68,33 +68,38 @@ def _input_gradient(
         ih = pixel // WIDTH % HEIGHT
         iw = pixel % WIDTH
         weight = column * w_c
-    n = pixel // PIXELS % samples
-    entry = by_parent + pixel // PIXELS // samples * (1 + BRANCHES)
+    slot = pixel // PIXELS // samples
+    n = pixel // PIXELS - slot * samples
+    entry = by_parent + slot * (1 + BRANCHES)
     parent = tl.load(entry, mask=inside, other=0).to(index)
+    # of dx, computed here because what it is made of would be held in more registers
+    dx_offset = (pixel + (parent - slot) * samples * PIXELS) * WIDE_AS
     row0 = _live_row(entry + 1, inside, live, HAS_LIVE).to(index)
     any0 = tl.max(row0, axis=0) >= 0
-    row1 = row0
+    image0 = row0 * samples + n  # negative where there is no row
+    image1 = image0
     begin = 0
     end = tl.where(any0, TAPS * STEPS, 0)
     if BRANCHES == 2:
         row1 = _live_row(entry + 2, inside, live, HAS_LIVE).to(index)
         any1 = tl.max(row1, axis=0) >= 0
+        image1 = row1 * samples + n
         begin = tl.where(any0, 0, TAPS * STEPS)
         end = tl.where(any1, 2 * TAPS * STEPS, TAPS * STEPS)
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(begin, end):
-        row = row0
+        image = image0
         filters_at = weight0
         if BRANCHES == 2:
-            row = tl.where(step >= TAPS * STEPS, row1, row0)
+            image = tl.where(step >= TAPS * STEPS, image1, image0)
             filters_at = tl.where(step >= TAPS * STEPS, weight1, weight0)
         tap = step // STEPS % TAPS
         channel = step % STEPS * DEPTH + tl.arange(0, DEPTH)
         # the convolution's output pixel that reads this input pixel through this tap
         oh = ih + PAD_H - tap // KW
         ow = iw + PAD_W - tap % KW
-        there = (row >= 0) & (oh >= 0) & (ow >= 0)
+        there = (image >= 0) & (oh >= 0) & (ow >= 0)
         if STRIDE_H > 1:
             there = there & (oh % STRIDE_H == 0)
             oh = oh // STRIDE_H
@@ -107,7 +112,7 @@ def _input_gradient(
         ho = oh // POOL
         wo = ow // POOL
         there = there & (ho < OUT_H) & (wo < OUT_W)
-        at = (((row * samples + n) * OUT_H + ho) * OUT_W + wo) * C_OUT
+        at = ((image * OUT_H + ho) * OUT_W + wo) * C_OUT
         read = there[:, None]
         read_w = used[None, :]
         if C_OUT % DEPTH != 0:
@@ -123,7 +128,7 @@ def _input_gradient(
         filters = tl.load(w_at[:, None] + weight[None, :], mask=read_w, other=0.0).to(operand)
         total = tl.dot(gradient, filters, total, input_precision=PRECISION)
 
-    at = (((parent * samples + n) * PIXELS + pixel % PIXELS) * WIDE_AS)[:, None] + column[None, :]
+    at = dx_offset[:, None] + column[None, :]
     keep = inside[:, None] & used[None, :]
     if HAS_CARRIED:
         total += tl.load(carried + at, mask=keep, other=0.0).to(tl.float32)

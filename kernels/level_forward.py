@@ -29,7 +29,7 @@ from lasem_fast.kernels.level_tiles import FMA_TILES, Tile, cdiv, default, fitti
 # Without spills on sm_80 and sm_90; the first one only without a pool, see MOST_POOLED.
 TENSOR_CORE_TILES = (
     Tile(64, 64, 64, 4, 3),
-    Tile(64, 32, 64, 4, 3),
+    Tile(64, 32, 64, 4, 4),
     Tile(64, 32, 32, 4, 3),
     Tile(32, 32, 64, 4, 3),
     Tile(16, 32, 64, 2, 3),
@@ -78,9 +78,13 @@ def level_forward_kernel(
     used = column < C_OUT
     wo = pixel % OUT_W
     ho = pixel // OUT_W % OUT_H
-    n = pixel // (OUT_W * OUT_H) % samples
-    entry = by_branch + (first + pixel // (OUT_W * OUT_H) // samples) * 3
+    image_of_branch = pixel // (OUT_W * OUT_H)
+    row_of_branch = image_of_branch // samples
+    n = image_of_branch - row_of_branch * samples
+    entry = by_branch + (first + row_of_branch) * 3
     row = tl.load(entry, mask=inside, other=0).to(index)
+    # of the output, computed here because what it is made of would be held in more registers
+    offset = (pixel + (row - row_of_branch) * samples * (OUT_W * OUT_H)) * C_OUT
     parent = tl.load(entry + 1, mask=inside, other=0).to(index)
     channel_out = column.to(index)
     weight += channel_out * w_o
@@ -137,7 +141,6 @@ def level_forward_kernel(
         best = tl.where(take, total, best)
         winner = tl.where(take, name, winner)
 
-    offset = (((row * samples + n) * OUT_H + ho) * OUT_W + wo) * C_OUT
     at = offset[:, None] + channel_out[None, :]
     keep = inside[:, None] & used[None, :]
     tl.store(y + at, best.to(operand), mask=keep)

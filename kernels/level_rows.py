@@ -106,7 +106,7 @@ def _tables(rows: Rows, branches: int, device: torch.device) -> Tables:
     of_skip = [[] for _ in range(rows.skip_width)]
     for row, skip in enumerate(rows.skips):
         of_skip[skip].append(row)
-    most = max(map(len, of_skip), default=0)
+    most = max([0, *map(len, of_skip)])
     by_skip = [shared + [NOBODY] * (most - len(shared)) for shared in of_skip]
 
     def table(entries: list[list[int]], columns: int) -> Tensor:

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
         return cdiv(rows, self.rows) * cdiv(columns, self.columns)
 
 
-# Of float32 products without tensor cores, in every direction.
+# Of float32 products without tensor cores, forward and to the input.
 FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 # As many programs as fill a large GPU once.
 PROGRAMS = 128

@@ -20,7 +20,7 @@ from lasem_fast.kernels.level_geometry import (
     needs_int64,
 )
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import FMA_TILES, PROGRAMS, Tile, cdiv, fitting
+from lasem_fast.kernels.level_tiles import PROGRAMS, Tile, cdiv, fitting
 
 # Rows are looked up before pixels are read, so that a pipeline of 5 stages is 2 steps ahead.
 TENSOR_CORE_TILES = (
@@ -30,13 +30,14 @@ TENSOR_CORE_TILES = (
     Tile(32, 32, 64, 4, 5),
     Tile(16, 16, 64, 2, 5),
 )
-# In float32 operands 5 stages, or more values per thread, spill on sm_80.
+# With operands of 4 bytes others spill on sm_80.
 TF32_TILES = (
     Tile(64, 64, 32, 4, 4),
-    Tile(64, 32, 32, 4, 4),
+    Tile(64, 32, 32, 4, 5),
     Tile(32, 32, 64, 4, 4),
     Tile(16, 16, 64, 2, 4),
 )
+FMA_TILES = (Tile(32, 32, 16, 4, 3), Tile(16, 16, 16, 2, 3))
 # Where channels are read one by one, addresses take so many registers that others spill.
 RAGGED_TILES = (Tile(64, 32, 32, 4, 5),)
 # Elements that one program of the second launch adds up.
@@ -109,8 +110,9 @@ def level_wgrad_kernel(
             inside = start + tl.arange(0, DEPTH) < length
             ow = pixel % CONV_W
             oh = pixel // CONV_W % CONV_H
-            n = pixel // (CONV_W * CONV_H) % samples
-            entry = entries + pixel // (CONV_W * CONV_H) // samples * 3
+            image = pixel // (CONV_W * CONV_H)
+            n = image % samples
+            entry = entries + image // samples * 3
             y_row = tl.load(entry, mask=inside, other=0)
             parent = tl.load(entry + 1, mask=inside, other=0).to(index)
             if HAS_LIVE:

@@ -217,6 +217,7 @@ class _Level(torch.autograd.Function):
         y, code = _forward(
             x, weights, biases, skip, tables, counts, call.geometry, call.dtype, call.tiles.forward
         )
+        # the skip itself is not read again, but gradients of gradients lead to it
         ctx.save_for_backward(x, skip, code, *parameters)
         ctx.call, ctx.tables, ctx.counts = call, tables, counts
         ctx.skip_dtype = None if skip is None else skip.dtype
@@ -233,7 +234,7 @@ class _Level(torch.autograd.Function):
             return None, carried, None, *grads
         live = None if call.liveness is None else call.liveness.live
         if _second_order.wanted():
-            return _plain_backward(ctx, dy, carried, x, skip, code, parameters, live)
+            return None, *_plain_backward(ctx, dy, live, carried, x, skip, code, parameters)
         dx, dskip, skip_dtype = None, None, None
         if ctx.needs_input_grad[2]:
             # the gradient itself where every row has a skip row of its own and all of it passes
@@ -256,7 +257,7 @@ class _Level(torch.autograd.Function):
         return None, dx, dskip, *grads
 
 
-def _plain_backward(ctx, dy, carried, x, skip, code, parameters, live):
+def _plain_backward(ctx, dy, live, carried, x, skip, code, parameters):
     """The backward for gradients of gradients, the choices of ReLU and pool held fixed."""
     call, sizes = ctx.call, ctx.call.geometry
 
@@ -274,16 +275,15 @@ def _plain_backward(ctx, dy, carried, x, skip, code, parameters, live):
         images = F.pad(images, (sizes.pad_w, behind[1], sizes.pad_h, behind[0]))
         return F.conv2d(images, weight, torch.cat(biases) if biases else None, sizes[:2])
 
-    rows = [torch.tensor(r, device=x.device) for r in (call.rows.parents, call.rows.branches)]
-    skips = torch.tensor(call.rows.skips, device=x.device) if call.rows.skips else None
+    lists = call.rows.parents, call.rows.branches, call.rows.skips
+    parents, branches, skips = (torch.tensor(r, device=x.device, dtype=torch.int64) for r in lists)
     level = _second_order.Level(
-        *rows, skips, live, code if sizes.has_code else None, sizes.pool, sizes.pool_pad
-    )
+        parents, branches, skips if call.rows.skips else None, live,
+        code if sizes.has_code else None, sizes.pool, sizes.pool_pad,
+    )  # fmt: skip
     needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:], ctx.needs_input_grad[2]]
     dx, *grads, dskip = level.gradients(convolve, (x, *parameters), skip, needed, dy)
-    if carried is not None and dx is not None:
-        dx = dx + carried
-    return None, dx, dskip, *grads
+    return dx if carried is None or dx is None else dx + carried, dskip, *grads
 
 
 def level(

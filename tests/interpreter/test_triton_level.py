@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from levels import draw, draw_rows, integers, listed, truth, usual, with_skip
+from levels import draw, draw_rows, integers, listed, reference, truth, usual, with_skip
 from nets import batch
 from oracle import brute_force
 from torch import nn
@@ -124,24 +124,22 @@ def test_launches_do_not_depend_on_the_list(seed):
 
 
 def test_opcheck():
-    for case in (usual(), listed()):
-        case = case.with_leaves([t.detach() for t in leaves_of(case)])
-        ops, geometry, skip = torch.ops.lasem_fast, list(case.geometry), case.skip
-        *tables, counts = case.tables
-        lists = (tables, list(counts))
-        weights, biases = case.weights, case.biases
-        permuted = case.x.transpose(2, 3).contiguous().transpose(2, 3)
-        forward = (permuted, weights, biases, skip, *lists, geometry, torch.bfloat16, [])
-        torch.library.opcheck(ops.level_triton.default, forward)
-        y, code = ops.level_triton(
-            case.x, weights, biases, skip, *lists, geometry, torch.float32, []
-        )
-        skip_dtype = None if skip is None else torch.float32
-        dgrad = (y, code, weights, *lists, case.live, None, list(case.x.shape), geometry,
-                 torch.float32, skip_dtype, [])  # fmt: skip
-        torch.library.opcheck(ops.level_dgrad_triton.default, dgrad)
-        wgrad = (y, code, case.x, weights, biases, *lists, case.live, geometry, [])
-        torch.library.opcheck(ops.level_wgrad_triton.default, wgrad)
+    case = listed()
+    case = case.with_leaves([t.detach() for t in leaves_of(case)])
+    ops, geometry = torch.ops.lasem_fast, list(case.geometry)
+    *tables, counts = case.tables
+    rows, parameters = (tables, list(counts)), (case.weights, case.biases)
+    permuted = case.x.transpose(2, 3).contiguous().transpose(2, 3)
+    forward = (permuted, *parameters, case.skip, *rows, geometry, torch.bfloat16, [])
+    torch.library.opcheck(ops.level_triton.default, forward)
+    y, code = ops.level_triton(case.x, *parameters, case.skip, *rows, geometry, torch.float32, [])
+    dgrad = (y, code, case.weights, *rows, case.live, None, list(case.x.shape), geometry,
+             torch.float32, torch.float16, [])  # fmt: skip
+    torch.library.opcheck(ops.level_dgrad_triton.default, dgrad)
+    torch.library.opcheck(
+        ops.level_wgrad_triton.default,
+        (y, code, case.x, *parameters, *rows, case.live, geometry, []),
+    )
 
 
 def test_compiles_without_a_graph_break():
@@ -392,3 +390,27 @@ def test_a_whole_step_against_brute_force(seed):
         errors[backend] = float((got - want).norm() / want.norm())
     # k = 2: the same sums in another order
     assert errors["triton"] <= 2 * max(errors["torch"], torch.finfo(torch.float32).eps), errors
+
+
+@pytest.mark.parametrize("case", [*map(draw, (4, 9, 16)), listed()], ids=[4, 9, 16, "listed"])
+def test_gradients_of_gradients(case):
+    case = case._replace(live=None)
+
+    def both(output, leaves):
+        first = torch.autograd.grad(
+            output(leaves).square().sum(), leaves, create_graph=True, materialize_grads=True
+        )
+        loss = sum(g.square().sum() for g in first)
+        second = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return [*first, *second]
+
+    def plain(leaves):
+        return reference(case.with_leaves(leaves))
+
+    got = both(lambda leaves: run(case, leaves), leaves_of(case))
+    peer = both(plain, leaves_of(case))
+    exact = both(plain, leaves_of(case, torch.float64))
+    for a, b, want in zip(got, peer, exact, strict=True):
+        # k = 2, or the rounding of the result itself
+        allowed = max(2 * (b - want).norm(), torch.finfo(torch.float32).eps * want.norm())
+        assert (a - want).norm() <= allowed
