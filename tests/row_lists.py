@@ -19,7 +19,7 @@ class PlainLevel:
     def why_not(self, layer, x) -> str:
         return ""
 
-    def __call__(self, layer, x, level, skip, liveness):
+    def __call__(self, layer, x, level, skip, liveness, carry=False):
         self.calls += 1
         return plain_torch.run_level(layer, x, level, skip)
 
