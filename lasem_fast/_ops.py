@@ -7,6 +7,7 @@ it; then :func:`supported` is false, :func:`why_unsupported` says why, and the o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -224,6 +225,25 @@ def _full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float() if t.dtype in lower else t for t in tensors)
 
 
+def fewest_products(conv_size: tuple[int, int], filter_size: int) -> int:
+    """The tile of a level where none is asked for: a fixed rule of its size.
+
+    A tile of m x m outputs costs (m + R - 1)^2 products of a pixel's channels with a filter's,
+    however much of it lies inside the image. The m that needs fewest for one image is taken, the
+    smaller of two that need as many because it rounds less: 4 for large images and those of 4, 7
+    or 8 pixels, 3 for 3, 5, 6 or 9, 2 for 2, where the tile is the image and 16 products are left
+    of the 36 of F(4x4, 3x3), and of the weights too.
+
+    Args:
+        conv_size: height and width of the convolution's outputs.
+        filter_size: R, 3 or 5.
+    """
+    if filter_size == 5:
+        return 2
+    tiles = {m: math.prod(-(-n // m) * (m + filter_size - 1) for n in conv_size) for m in (2, 3, 4)}
+    return min(tiles, key=tiles.__getitem__)
+
+
 def winograd_level(
     x: Tensor,
     weight: Tensor,
@@ -264,7 +284,7 @@ def winograd_level(
             both a choice of it. ``None`` is floor mode.
         tile: ``m`` of Winograd F(m x m, R x R), larger being faster and rounding more. For R = 3:
             2, 3 or 4; 1 is the direct algorithm, which up to 4 input channels is always used.
-            For R = 5: 2. ``None`` is the largest.
+            For R = 5: 2. ``None``: the rule of :func:`fewest_products`.
         relu: whether a ReLU follows the convolution.
         skip: ``[S, N, conv_h, conv_w, Co]``, added to the convolution's outputs, behind its ReLU.
         skip_rows: int64 ``[R]`` on the CPU, the row of ``skip`` of each row; rows may share one.
@@ -284,13 +304,11 @@ def winograd_level(
     if skip is not None:
         (skip,) = _full_precision(skip)
     filter_size = weight.shape[-1]
+    conv_size = tuple(n + 2 * padding - filter_size + 1 for n in x.shape[2:4])
     if out_size is None:
-        out_size = tuple(
-            (n + 2 * padding - filter_size + 1 + 2 * pool_pad - pool) // pool + 1
-            for n in x.shape[2:4]
-        )
+        out_size = tuple((n + 2 * pool_pad - pool) // pool + 1 for n in conv_size)
     if tile is None:
-        tile = 2 if filter_size == 5 else 4
+        tile = fewest_products(conv_size, filter_size)
     if skip_rows is not None:
         skip_rows = skip_rows.contiguous()
     return WinogradLevel.apply(
