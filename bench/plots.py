@@ -10,8 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from bench.measured import Results
 from bench.peers import BASE
-from bench.report import Results
 
 
 def draw(results: Results, folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ def _cost(case: Case) -> StepCost:
 def extra_info(
     case: Case, column: Column, lane: Lane, peaks: dict[str, float | None]
 ) -> dict[str, Any]:
-    """A timed column as :mod:`bench.report` reads it."""
+    """A timed column as :mod:`bench.measured` reads it."""
     cost = _cost(case)
     flops = cost.flops if column.all_configurations else cost.base_flops
     # fp16 has the peak of bf16

@@ -158,7 +158,8 @@ def weigh_configurations(
         value = tl.load(score + c, mask=c < n_configs, other=-float("inf"))
         partial += tl.exp((value - top).to(tl.float32)).to(tl.float64)
     total = tl.sum(partial, axis=0)
-    usable = top > -float("inf")
+    # nor with a log-prior of NaN or +inf
+    usable = (top > -float("inf")) & (total < float("inf"))
 
     if first == 0:
         expected = tl.zeros((BLOCK_C,), tl.float64)
@@ -169,7 +170,9 @@ def weigh_configurations(
             inside = c < n_configs
             value = tl.load(score + c, mask=inside, other=-float("inf"))
             p = _posterior_of(value, top, total)
-            cost = tl.load(nll + c, mask=inside & (p > 0), other=0.0)
+            # 0 * inf is NaN: a configuration that overflowed has no gradient of its own, but its
+            # activations are in those of the weights, which the loss has to show
+            cost = tl.load(nll + c, mask=inside, other=0.0)
             expected += p.to(tl.float64) * cost.to(tl.float64)
             p = tl.where(inside, p, -1.0)
             here = tl.max(p, axis=0)

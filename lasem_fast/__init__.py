@@ -5,7 +5,7 @@ a network as a latent variable; this package evaluates all configurations throug
 tree.
 """
 
-from lasem_fast import initialisers, likelihoods, nets, optim, priors, transfer
+from lasem_fast import choices, initialisers, likelihoods, nets, optim, priors, transfer
 from lasem_fast._dispatch import backends
 from lasem_fast.capture import CapturedStep, capture
 from lasem_fast.configs import ConfigSpace
@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "backends",
     "capture",
+    "choices",
     "initialisers",
     "likelihoods",
     "nets",

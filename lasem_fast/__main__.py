@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,11 +42,18 @@ COMMANDS = {
     "doctor": Command(
         "lasem_fast.tools.doctor", "versions, backends and why not, build flags, CPU features"
     ),
+    "choices": Command(
+        "lasem_fast.tools.choices", "which kernels levels take: show, clear or pin measurements"
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal of ASCII only shows "?" for what it lacks, in place of a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="python -m lasem_fast")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable
-from typing import TYPE_CHECKING, Any
+import cmath
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lasem_fast.layers import layers_that_mix_samples
+from lasem_fast.layers import iterates, mixes_samples
 from lasem_fast.network import Network
 
-if TYPE_CHECKING:
-    from lasem_fast.net import TransferNet
+
+class TaskNet(Protocol):
+    """What the checks ask of a net with tasks; :class:`~lasem_fast.net.TransferNet` has it."""
+
+    shared: nn.ModuleList
+    specific: Mapping[str, nn.Module]
+    adapters: Mapping[str, nn.Module]
+    heads: Mapping[str, nn.Module]
+
+    def config(self, task: str) -> Sequence[bool] | None:
+        """The configuration of a task that has ended, or None."""
 
 
 def check_stages(stages: Any) -> None:
@@ -26,7 +35,7 @@ def check_stages(stages: Any) -> None:
         raise ValueError("stages: expected at least one stage, got none")
     owner: dict[int, int] = {}
     for i, stage in enumerate(stages):
-        _check_not_lazy(stage, f"stages[{i}]")
+        _check_trainable(stage, f"stages[{i}]")
         for name, parameter in stage.named_parameters():
             other = owner.setdefault(id(parameter), i)
             if other != i:
@@ -36,11 +45,11 @@ def check_stages(stages: Any) -> None:
                 )
 
 
-def check_head(head: Any, net: TransferNet) -> None:
+def check_head(head: Any, net: nn.Module) -> None:
     """A head is a module that no other part of the net uses."""
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
-    _check_not_lazy(head, "head")
+    _check_trainable(head, "head")
     taken = {id(p) for p in net.parameters()}
     for name, parameter in head.named_parameters():
         if id(parameter) in taken:
@@ -50,12 +59,23 @@ def check_head(head: Any, net: TransferNet) -> None:
             )
 
 
-def _check_not_lazy(module: nn.Module, argument: str) -> None:
+def _check_trainable(module: nn.Module, argument: str) -> None:
+    """Parameters that have values and can be trained."""
     for name, parameter in module.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
                 f"{argument}: expected initialised parameters, got the lazy {name!r}; run the "
                 f"module once on a batch first"
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"{argument}: expected parameters with values, got {name!r} on the meta device; "
+                f"make the module on the device where it is trained"
+            )
+        if parameter.is_inference():
+            raise ValueError(
+                f"{argument}: expected parameters that can be trained, got {name!r}, which was "
+                f"made under torch.inference_mode()"
             )
 
 
@@ -75,7 +95,7 @@ def check_task(task: Any, tasks: Iterable[str]) -> None:
         )
 
 
-def check_open_task(task: Any, net: TransferNet) -> None:
+def check_open_task(task: Any, net: TaskNet) -> None:
     """The name of a task that has not ended."""
     config = net.config(task)
     if config is not None:
@@ -94,18 +114,34 @@ def _check_task_name(task: Any) -> None:
 
 def check_batch(x: Any) -> None:
     """A non-empty batch of samples."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    _check_dense(x, "x")
     if x.dim() < 1:
         raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
     if x.shape[0] == 0:
         raise ValueError(f"x: expected at least one sample, got shape {list(x.shape)}")
 
 
+def _check_dense(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        kind = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {kind}")
+
+
+def check_has_values(x: Tensor, y: Tensor, net: nn.Module) -> None:
+    """The mini-batch is no mere shape on the meta device, unless the net is one, too."""
+    for name, tensor in (("x", x), ("y", y)):
+        if tensor.is_meta and not any(p.is_meta for p in net.parameters()):
+            raise ValueError(
+                f"{name}: expected a tensor with values, got one on the meta device, of shape "
+                f"{list(tensor.shape)}"
+            )
+
+
 def check_target(y: Any, x: Tensor) -> None:
     """One target per sample, on the samples' device."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y: expected a tensor, got {type(y).__name__}")
+    _check_dense(y, "y")
     if y.dim() < 1 or y.shape[0] != x.shape[0]:
         raise ValueError(
             f"y: expected one target for each of the {x.shape[0]} samples of x, got shape "
@@ -117,7 +153,7 @@ def check_target(y: Any, x: Tensor) -> None:
 
 def check_finite_input(x: Tensor) -> None:
     """No NaN and no infinity in the batch (reads the values)."""
-    if not x.is_floating_point() or _has_finite_sum(x):
+    if not _may_be_infinite(x) or _has_finite_sum(x):
         return
     bad = int((~torch.isfinite(x)).sum())
     if bad:
@@ -126,7 +162,7 @@ def check_finite_input(x: Tensor) -> None:
 
 def check_finite_weights(named: Iterable[tuple[str, Tensor]]) -> None:
     """No NaN and no infinity in the weights (reads the values)."""
-    named = [(name, p.detach()) for name, p in named if p.is_floating_point()]
+    named = [(name, p.detach()) for name, p in named if _may_be_infinite(p)]
     if all(_has_finite_sum(p) for _, p in named):
         return
     bad = [name for name, p in named if not bool(torch.isfinite(p).all())]
@@ -134,9 +170,13 @@ def check_finite_weights(named: Iterable[tuple[str, Tensor]]) -> None:
         raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
 
 
+def _may_be_infinite(values: Tensor) -> bool:
+    return values.is_floating_point() or values.is_complex()
+
+
 def _has_finite_sum(values: Tensor) -> bool:
     """One fast pass that NaN and infinity survive; finite values may overflow in it, too."""
-    return math.isfinite(values.sum().item())
+    return cmath.isfinite(values.sum().item())
 
 
 def check_posterior(posterior: Any, n_configs: int) -> None:
@@ -164,19 +204,84 @@ def check_posterior_values(posterior: Tensor) -> None:
         )
 
 
-def check_independent_samples(net: TransferNet, task: str) -> None:
+def check_log_prior(log_prior: Any, n_configs: int) -> None:
+    """What a prior says: one log-probability per configuration."""
+    if not isinstance(log_prior, Tensor) or not log_prior.is_floating_point():
+        got = log_prior.dtype if isinstance(log_prior, Tensor) else type(log_prior).__name__
+        raise TypeError(f"prior: expected log_prob to give a floating-point tensor, got {got}")
+    if log_prior.shape != (n_configs,):
+        raise ValueError(
+            f"prior: expected log_prob to give shape [{n_configs}], one per configuration, got "
+            f"{list(log_prior.shape)}"
+        )
+
+
+def check_log_prior_values(log_prior: Tensor) -> None:
+    """A prior's log-probabilities are finite or -inf (reads the values)."""
+    bad = torch.isnan(log_prior) | (log_prior == torch.inf)
+    if bool(bad.any()):
+        raise ValueError(
+            f"prior: expected log_prob to give values below infinity, got {int(bad.sum())} that "
+            f"are NaN or +inf"
+        )
+
+
+def check_independent_samples(net: TaskNet, task: str) -> None:
     """No layer that the task uses mixes the samples of the folded batch."""
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]
     parts[f"heads[{task!r}]"] = net.heads[task]
     for part, module in parts.items():
-        for name, layer in layers_that_mix_samples(module):
+        for name, layer in module.named_modules():
+            if not (mixes_samples(layer) or iterates(layer)):
+                continue
             where = f"{part}.{name}" if name else part
+            if iterates(layer):
+                raise ValueError(
+                    f"net: expected layers that a call leaves as they are, got {where} "
+                    f"({type(layer).__name__}), whose spectral norm moves on with every call, so "
+                    f"that every configuration would see other weights; put it into evaluation mode"
+                )
             raise ValueError(
                 f"net: expected layers that treat samples independently, got {where} "
                 f"({type(layer).__name__}), whose batch statistics would mix configurations; "
                 f"put it into evaluation mode (frozen statistics) or use GroupNorm or LayerNorm"
             )
+
+
+def check_is_tensor(out: Any, module: nn.Module, where: str) -> None:
+    """What a stage gives is one tensor."""
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"net: expected a tensor from {where} ({name_of(module)}), got {type(out).__name__}"
+        )
+
+
+def check_stage_output(out: Any, samples: int, module: nn.Module, where: str) -> None:
+    """What a stage or a head gives: one tensor, with one entry per sample of the folded batch."""
+    check_is_tensor(out, module, where)
+    if out.dim() < 1 or out.shape[0] != samples:
+        raise ValueError(
+            f"net: expected {where} ({name_of(module)}) to keep the number of samples, got "
+            f"{samples} in and shape {list(out.shape)} out; keep what belongs to a sample in its "
+            f"own dimensions, or use backend='reference'"
+        )
+
+
+def version_of(h: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where that is not counted."""
+    if torch.compiler.is_compiling() or h.is_inference():
+        return None
+    return h._version
+
+
+def check_input_as_it_was(version: int | None, h: Tensor, module: nn.Module, where: str) -> None:
+    """A stage has not changed its input tensor, which other configurations read, too."""
+    if version is not None and h._version != version:
+        raise RuntimeError(
+            f"net: expected stages that leave their input as it is, or write to it in a task's "
+            f"first mini-batch, too, got {where} ({name_of(module)}), which has begun to"
+        )
 
 
 def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
@@ -189,34 +294,42 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
     if logits.dim() < 2 or logits.shape[0] != leaves * samples or logits.shape[-1] == 0:
         raise ValueError(
             f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
-            f"{leaves} configurations of {samples} samples each), got shape {list(logits.shape)}"
+            f"{leaves} configuration(s) of {samples} samples), got shape {list(logits.shape)}"
         )
 
 
 @torch.no_grad()
 def misfit(network: Network, x: Tensor) -> str | None:
-    """Why a network cannot take ``x``, found on its first sample; None if it can."""
-    h = x[:1]
+    """Why a network cannot take ``x``, found on its first sample or else on all; None if it can."""
+    return _misfit(network, x, x[:1]) or _misfit(network, x, x)
+
+
+def _misfit(network: Network, x: Tensor, h: Tensor) -> str | None:
     for i, branches in enumerate(network.stages):
         branch = next(b for b in branches if b is not None)
         try:
-            out = branch(h)
-        except RuntimeError as error:
-            return _misfit_message(x, f"stage {i + 1} ({_name(branch.module)})", h, error)
+            out = branch(h.clone())
+        except (RuntimeError, IndexError) as error:
+            return _misfit_message(x, f"stage {i + 1} ({name_of(branch.module)})", h, error)
+        if not isinstance(out, Tensor):
+            return None
         h = out
     try:
-        network.head(h)
-    except RuntimeError as error:
+        network.head(h.clone())
+    except (RuntimeError, IndexError) as error:
         return _misfit_message(x, f"the head of task {network.task!r}", h, error)
     return None
 
 
-def _name(module: nn.Module) -> str:
+def name_of(module: nn.Module) -> str:
+    """A module on one line, for messages."""
     return " ".join(repr(module).split())
 
 
-def _misfit_message(x: Tensor, where: str, h: Tensor, error: RuntimeError) -> str:
-    reason = str(error).splitlines()[0]
+def _misfit_message(x: Tensor, where: str, h: Tensor, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if not _may_be_infinite(h) and h.numel() > 0:
+        reason += f"; the values are from {int(h.min())} to {int(h.max())}"
     return (
         f"x: expected samples that the network can take, got shape {list(x.shape)} of {x.dtype} on "
         f"{x.device}: {where} cannot take an input of shape [N, {', '.join(map(str, h.shape[1:]))}]"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from lasem_fast import _ops
+from lasem_fast import _ops, choices
 from lasem_fast.backends import (
     cpu_head,
     cpu_scores,
@@ -19,11 +21,11 @@ from lasem_fast.backends import (
     winograd,
 )
 from lasem_fast.configs import Configuration
-from lasem_fast.fastest import Fastest
 from lasem_fast.operations import Operations
 from lasem_fast.plan import Plan
 from lasem_fast.reference import NaiveLoop
 from lasem_fast.tree import Tree
+from lasem_fast.ways import OneOf
 
 _AVAILABLE = "available"
 
@@ -31,7 +33,6 @@ _PYTORCH = {
     "PyTorch": plain_torch.wide_level,
     "PyTorch, channels last": plain_torch.channels_last_level,
 }
-# The first that takes a level is the one where nothing is measured.
 _CPU_LEVELS = {
     "Winograd F(4x4, 3x3)": winograd.winograd_level,
     "Winograd F(3x3, 3x3)": winograd.small_tile_level,
@@ -39,10 +40,11 @@ _CPU_LEVELS = {
     **_PYTORCH,
 }
 _GPU_LEVELS = {"Triton": triton_level.triton_level, **_PYTORCH}
-# One for all LASEMs of a process, so that each shape is looked up once.
-_FASTEST_ON_CPU = Fastest(_CPU_LEVELS, "cpu")
-# Compilers of kernels have bugs: Triton has to agree with PyTorch in float64.
-_FASTEST_ON_GPU = Fastest(_GPU_LEVELS, "cuda", trusted="PyTorch")
+# One for all LASEMs of a process, so that each shape is looked up once. What the rule leaves falls
+# to PyTorch's wide level, which comes behind in each list of operations.
+_ON_CPU = OneOf(_CPU_LEVELS, "cpu", rule=(winograd.thrifty_level,))
+# Compilers of kernels have bugs: before it is timed, Triton has to agree with PyTorch in float64.
+_ON_GPU = OneOf(_GPU_LEVELS, "cuda", rule=(triton_level.triton_level,), trusted="PyTorch")
 
 
 def backends() -> dict[str, str]:
@@ -54,7 +56,6 @@ def backends() -> dict[str, str]:
         "torch": _AVAILABLE,
         "cpp": f"not available: {why_not}" if why_not else _AVAILABLE,
         "triton": f"not available: {no_triton}" if no_triton else _AVAILABLE,
-        "cuda": "not available: this version of lasem_fast has no such kernels",
     }
 
 
@@ -72,20 +73,37 @@ def choose(backend: Any) -> str:
 
     Raises:
         TypeError, ValueError: not the name of a backend.
+        ValueError: ``LASEM_FAST_CHOICES`` is not as :mod:`lasem_fast.choices` describes.
         RuntimeError: the one that was asked for by name cannot run here; the message says why.
     """
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a name, got {type(backend).__name__}")
+    choices.process()
     known = backends()
     if backend == "auto":
         # the interpreter is for tests: nobody wants it who did not ask for it
-        best = ["triton"] if torch.cuda.is_available() else []
-        return next(name for name in [*best, "cpp", "torch"] if known[name] == _AVAILABLE)
+        fast = ["triton", "cpp"] if torch.cuda.is_available() else ["cpp"]
+        found = next(name for name in [*fast, "torch"] if known[name] == _AVAILABLE)
+        if found != fast[0]:
+            _warn_once(fast[0], known[fast[0]])
+        return found
     if backend not in known:
-        raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}")
+        hint = "; 'triton' is the one for CUDA devices" if backend == "cuda" else ""
+        raise ValueError(f"backend: expected one of {['auto', *known]}, got {backend!r}{hint}")
     if known[backend] != _AVAILABLE:
         raise RuntimeError(f"backend {backend!r}: {known[backend]}")
     return backend
+
+
+@cache
+def _warn_once(wanted: str, reason: str) -> None:
+    """A silent fall-back would only be noticed by its speed."""
+    warnings.warn(
+        f"lasem_fast runs without its fast kernels, in plain PyTorch, which takes several times as "
+        f"long: backend {wanted!r} is {reason}. backend='torch' says that this is meant.",
+        RuntimeWarning,
+        stacklevel=4,  # LASEM(...) -> choose -> here
+    )
 
 
 def operations(backend: str) -> Operations:
@@ -94,7 +112,7 @@ def operations(backend: str) -> Operations:
         return Operations()
     if backend == "cpp":
         return Operations(
-            levels=(_FASTEST_ON_CPU, plain_torch.wide_level),
+            levels=(_ON_CPU, plain_torch.wide_level),
             heads=(
                 cpu_head.linear_head,
                 plain_torch.channels_last_head,
@@ -105,7 +123,7 @@ def operations(backend: str) -> Operations:
         # a net may stay on the CPU or move later, so the CPU's operations stand behind
         return operations("cpp" if _ops.supported() else "torch").after(
             Operations(
-                levels=(_FASTEST_ON_GPU, triton_level.triton_level),
+                levels=(_ON_GPU, triton_level.triton_level),
                 heads=(triton_level.triton_head,),
                 scores=(triton_scores.scores,),
             )

@@ -11,14 +11,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-try:
-    from lasem_fast import _cpu
-except ImportError as error:
-    _cpu = None
-    _import_error = str(error)
+from lasem_fast import _extension, _second_order
+
+_cpu, _why_no_extension = _extension.load()
 
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
@@ -108,13 +106,13 @@ def force_isa(name: str | None) -> None:
     ``LASEM_FAST_CPU_ISA`` names. Raises ``ValueError`` if this CPU lacks it.
     """
     if _cpu is None:
-        raise RuntimeError(f"the CPU extension is not installed: {_import_error}")
+        raise RuntimeError(_why_no_extension)
     _cpu.force_isa(name or "")
 
 
 def why_unsupported() -> str:
     """Why float32 has no kernels here, in words; empty where it has."""
-    return _cpu.isa_reason() if _cpu else f"the CPU extension is not installed: {_import_error}"
+    return _cpu.isa_reason() if _cpu else _why_no_extension
 
 
 def supported() -> bool:
@@ -125,6 +123,10 @@ def supported() -> bool:
 def clear_scratch() -> int:
     """Free the memory kept between steps; returns its size in bytes."""
     return _cpu.clear_scratch() if _cpu else 0
+
+
+# What a code says beside the position in a window (see csrc/cpu/simd.h).
+_CLOSED, _NOTHING = 16, 255
 
 
 @dataclass
@@ -139,7 +141,10 @@ class Liveness:
 
 
 class WinogradLevel(torch.autograd.Function):
-    """One tree level with its backward: one operator call in each direction."""
+    """One tree level with its backward: one operator call in each direction.
+
+    A backward for gradients of gradients holds the choices of ReLU and pool fixed.
+    """
 
     @staticmethod
     def forward(
@@ -150,10 +155,9 @@ class WinogradLevel(torch.autograd.Function):
             x, weight, bias, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h,
             out_w, tile, relu, relu_after,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, code, parents, branches, skip_rows)
+        ctx.save_for_backward(x, weight, bias, skip, code, parents, branches, skip_rows)
         ctx.liveness = liveness
         ctx.sizes = padding, pool, pool_pad, tile
-        ctx.skip_size = None if skip is None else skip.shape
         # without a pool and a ReLU behind the sum, every output passes its gradient on to its skip
         ctx.skip_passes = pool == 1 and not relu_after and skip_rows is None
         ctx.mark_non_differentiable(code)
@@ -161,22 +165,57 @@ class WinogradLevel(torch.autograd.Function):
         return y, code
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 16
-        x, weight, code, *rows, skip_rows = ctx.saved_tensors
-        need_dx, need_dskip = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        x, weight, _, skip, code, parents, branches, skip_rows = ctx.saved_tensors
         live = None if ctx.liveness is None else ctx.liveness.live
+        if _second_order.wanted() and len(parents):
+            if live is not None:
+                dy = torch.where(live[:, None, None, None, None], dy, 0)
+            return *WinogradLevel._plain_backward(ctx, dy), *(None,) * 12
+        need_dx, need_dskip = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         dy = dy.contiguous()
-        dx, dweight, dbias = _level_backward(dy, x, code, weight, *rows, live, *ctx.sizes, need_dx)
+        dx, dweight, dbias = _level_backward(
+            dy, x, code, weight, parents, branches, live, *ctx.sizes, need_dx
+        )
         dskip = None
-        if need_dskip and ctx.skip_passes and live is None and dy.shape == ctx.skip_size:
+        if need_dskip and ctx.skip_passes and live is None and dy.shape == skip.shape:
             dskip = dy
         elif need_dskip:
-            skips, _, height, width, _ = ctx.skip_size
+            skips, _, height, width, _ = skip.shape
             dskip = _skip_backward(dy, code, skip_rows, live, skips, height, width, *ctx.sizes[1:3])
         return (dx if need_dx else None, dweight, dbias, dskip) + (None,) * 12
+
+    @staticmethod
+    def _plain_backward(ctx, dy):
+        *inputs, code, parents, branches, skip_rows = ctx.saved_tensors
+        padding, pool, pool_pad, _ = ctx.sizes
+
+        def won(z, code):
+            return _second_order.won(z.unsqueeze(1), code.unsqueeze(1), pool, pool_pad).squeeze(1)
+
+        def level(x, weight, bias, skip=None):
+            rows_of = [(branches == b).nonzero().squeeze(1) for b in branches.unique()]
+            parts = []
+            for rows in rows_of:
+                images = x[parents[rows]].flatten(0, 1).permute(0, 3, 1, 2)
+                branch = branches[rows[0]]
+                z = F.conv2d(images, weight[branch], bias[branch], padding=padding)
+                parts.append(z.unflatten(0, (len(rows), -1)))
+            z = torch.cat(parts)[torch.cat(rows_of).argsort()].permute(0, 1, 3, 4, 2)
+            y = won(z, code)
+            if skip is None:
+                return y
+            added = skip if skip_rows is None else skip[skip_rows]
+            # the skip has its gradient where the convolution's own ReLU is closed, too
+            return y + won(added, torch.where(code == _NOTHING, code, code & (_CLOSED - 1)))
+
+        needed = ctx.needs_input_grad[:4]
+        if inputs[3] is None:
+            inputs, needed = inputs[:3], needed[:3]
+        found = _second_order.gradients(level, inputs, needed, dy)
+        return *found, *(None,) * (4 - len(found))
 
 
 class ChannelsLastLinear(torch.autograd.Function):
@@ -184,14 +223,19 @@ class ChannelsLastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        if _second_order.wanted():
+            plain = lambda x, *layer: F.linear(x.transpose(1, 2).flatten(1), *layer)  # noqa: E731
+            return tuple(
+                _second_order.gradients(plain, (x, weight, bias), ctx.needs_input_grad, dy)
+            )
         need_dx = ctx.needs_input_grad[0]
-        dx, dweight, dbias = _linear_backward(dy.contiguous(), *ctx.saved_tensors, need_dx)
+        dx, dweight, dbias = _linear_backward(dy.contiguous(), x, weight, need_dx)
         return dx if need_dx else None, dweight, dbias
 
 
@@ -201,19 +245,20 @@ class PosteriorHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, log_prior, likelihood):
         log_likelihood, posterior, nll, loss, dlogits = _posterior_head(
-            logits.contiguous(), labels, log_prior, likelihood
+            logits.contiguous(), labels.contiguous(), log_prior.contiguous(), likelihood
         )
-        ctx.save_for_backward(dlogits)
+        ctx.save_for_backward(dlogits, logits, labels, posterior)
         ctx.mark_non_differentiable(log_likelihood, posterior, nll)
         ctx.set_materialize_grads(False)
         return log_likelihood, posterior, nll, loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _likelihood, _posterior, _nll, dloss):
         if dloss is None:
             return (None,) * 4
-        (dlogits,) = ctx.saved_tensors
+        dlogits, *others = ctx.saved_tensors
+        if _second_order.wanted():
+            return _second_order.head_gradient(*others, dloss), None, None, None
         return dlogits * dloss, None, None, None
 
 
@@ -351,7 +396,8 @@ def posterior_head(
     Returns:
         ``log_likelihood``, ``posterior``, ``nll`` (``[configurations]`` each) and ``loss``, the sum
         of ``posterior * nll``. A configuration whose ``nll`` is not finite has log-likelihood
-        ``-inf``, nll ``inf``, posterior 0 and no gradient; if none is left, ``loss`` is NaN.
+        ``-inf``, nll ``inf``, posterior 0 and no gradient; then, and with a log-prior that is NaN
+        or +inf, ``loss`` is NaN.
 
     Raises:
         RuntimeError: a shape or dtype that does not fit, or a label out of range.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lasem_fast import _second_order
 
 LIKELIHOODS = ("joint", "mean", "gaussian")
 
@@ -74,20 +75,24 @@ class _PosteriorHead(torch.autograd.Function):
     """Only ``loss`` has a gradient, and the posterior is constant in it."""
 
     @staticmethod
-    def forward(ctx, logits, *others):
-        log_likelihood, posterior, nll, loss, dlogits = _posterior_head(logits, *others)
-        ctx.save_for_backward(dlogits)
+    def forward(ctx, logits, target, *others):
+        log_likelihood, posterior, nll, loss, dlogits = _posterior_head(logits, target, *others)
+        ctx.save_for_backward(dlogits, logits, target, posterior)
         ctx.dtype = logits.dtype
+        likelihood, sigma = others[-2:]
+        ctx.sigma = sigma if LIKELIHOODS[likelihood] == "gaussian" else None
         ctx.mark_non_differentiable(log_likelihood, posterior, nll)
         ctx.set_materialize_grads(False)
         return log_likelihood, posterior, nll, loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _likelihood, _posterior, _nll, dloss):
         if dloss is None:
             return (None,) * 7
-        (dlogits,) = ctx.saved_tensors
+        dlogits, *saved = ctx.saved_tensors
+        if _second_order.wanted():
+            dlogits = _second_order.head_gradient(*saved, dloss, ctx.sigma)
+            return dlogits.to(ctx.dtype), *(None,) * 6
         # in float32 until the loss's scale is in: half precision would lose small posteriors
         out = torch.empty_like(dlogits, dtype=ctx.dtype)
         return torch.mul(dlogits, dloss, out=out), *(None,) * 6

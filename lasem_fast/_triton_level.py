@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lasem_fast import _second_order
 from lasem_fast.kernels.level_geometry import Geometry, gradient_buffers, output_shape
 from lasem_fast.kernels.level_tiles import Tile
 
@@ -152,11 +153,12 @@ class _Level(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         x, code, *parameters = ctx.saved_tensors
+        if _second_order.wanted():
+            return _plain_backward(ctx, dy, x, code, parameters)
         weights, biases = parameters[: ctx.branches], parameters[ctx.branches :]
         dx, dparameters = None, [None] * len(parameters)
         if ctx.needs_input_grad[0]:
@@ -165,6 +167,31 @@ class _Level(torch.autograd.Function):
             dweights, dbiases = _wgrad(dy, code, x, weights, biases, ctx.geometry, ctx.tiles.wgrad)
             dparameters = [*dweights, *dbiases]
         return dx, None, None, None, None, *dparameters
+
+
+def _plain_backward(ctx, dy, x, code, parameters):
+    """The backward for gradients of gradients, the choices of ReLU and pool held fixed."""
+    sizes, branches = ctx.geometry, ctx.branches
+
+    def level(x, *parameters):
+        parameters = [parameter.to(dy.dtype) for parameter in parameters]
+        weight, biases = torch.cat(parameters[:branches]), parameters[branches:]
+        images = x.to(dy.dtype).flatten(0, 1).permute(0, 3, 1, 2)
+        behind = [
+            (out - 1) * stride + kernel - n - pad
+            for out, stride, kernel, n, pad in zip(
+                (sizes.conv_h, sizes.conv_w), sizes[:2], weight.shape[2:], images.shape[2:],
+                (sizes.pad_h, sizes.pad_w), strict=True,
+            )
+        ]  # fmt: skip
+        images = F.pad(images, (sizes.pad_w, behind[1], sizes.pad_h, behind[0]))
+        z = F.conv2d(images, weight, torch.cat(biases) if biases else None, sizes[:2])
+        z = _second_order.rows_in_branches(z, x.shape[0], branches)
+        return _second_order.won(z, code, sizes.pool, sizes.pool_pad) if sizes.has_code else z
+
+    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+    dx, *dparameters = _second_order.gradients(level, (x, *parameters), needed, dy)
+    return dx, None, None, None, None, *dparameters
 
 
 def level(

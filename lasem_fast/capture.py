@@ -116,9 +116,9 @@ class CapturedStep:
     def eager(self, x: Tensor, y: Tensor) -> EMStep:
         """Trains on one mini-batch of any size without the graph; the results are new tensors."""
         _checks.check_open_task(self.task, self.em.net)
-        self.optimizer.zero_grad()
         with torch.autocast(**self._autocast):
             step = self.em(x, y, self.task)
+        self.optimizer.zero_grad()  # not before: a mini-batch that is refused changes nothing
         step.loss.backward()
         self.optimizer.step()
         return step._replace(loss=step.loss.detach())
@@ -138,7 +138,7 @@ class CapturedStep:
                 return self.eager(x, y)
             self._recorded = present
         # on the host, so never inside the graph
-        self.em._rollback.begin(self.task, False, self.em.net.shared)
+        self._begin()
         for parameter, grad in self._grads:
             if parameter.grad is not grad:
                 parameter.grad = grad
@@ -159,17 +159,29 @@ class CapturedStep:
     def _record(self) -> None:
         """Captures the graph; runs nothing on the device, so that a failure changes nothing."""
         stream = torch.cuda.current_stream()
-        self.em._rollback.begin(self.task, False, self.em.net.shared)
+        self._begin()
+        grads = [(p, p.grad) for p in self.em.net.parameters()]
         self.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         try:
             # a loader's thread that pins memory must not end the capture
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = self.eager(self._x, self._y)
+        except Exception:
+            for parameter, grad in grads:
+                parameter.grad = grad
+            raise
         finally:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
         self._grads = [(p, p.grad) for p in self.em.net.parameters() if p.grad is not None]
         self._graph, self._result = graph, result
+
+    def _begin(self) -> None:
+        """Tells the roll-back whose step comes, if it is one of training."""
+        if not self.em._keeps_state():
+            return
+        rollback = self.em._rollback
+        rollback.begin(self.task, False, rollback.before(self.task, False, self.em.net.shared))
 
     def _give_up(self, why: str) -> None:
         message = f"capture: the step of task {self.task!r} cannot be captured: {why}"
@@ -182,10 +194,11 @@ class CapturedStep:
         """What a graph holds on to: addresses, and values that are on the host."""
         groups = self.optimizer.param_groups
         states = self.optimizer.state.values()
+        prior = self.em._prior
         return (
             self.em.training,
             [(w.data_ptr(), w.requires_grad) for w in self._weights],
-            [buffer.data_ptr() for buffer in self.em._prior.buffers()],
+            [buffer.data_ptr() for buffer in (*prior.buffers(), *prior.states.all_buffers())],
             [[_mark(value) for value in state.values()] for state in states],
             [[_mark(group[key]) for key in group if key != "params"] for group in groups],
             [[id(parameter) for parameter in group["params"]] for group in groups],

@@ -6,12 +6,15 @@ A configuration says, stage by stage, whether the `shared` branch (True) or the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lasem_fast._numbers import is_whole
 
 Configuration = tuple[bool, ...]
 
@@ -65,6 +68,11 @@ class ConfigSpace:
         Raises:
             TypeError, ValueError: no configuration, one given twice, or one that does not fit.
         """
+        if not isinstance(configs, Iterable) or getattr(configs, "ndim", 1) == 0:
+            raise TypeError(
+                f"configs: expected a sequence of configurations, got {type(configs).__name__} "
+                f"{configs!r}"
+            )
         configs = list(configs)
         if not configs:
             raise ValueError("configs: expected at least one configuration, got none")
@@ -83,7 +91,7 @@ class ConfigSpace:
         depth = _checked_depth(depth)
         rows = [parse_config(c, depth) for c in configs]
         if len(set(rows)) != len(rows):
-            twice = next(r for r in rows if rows.count(r) > 1)
+            twice = next(row for row, number in Counter(rows).items() if number > 1)
             raise ValueError(f"configs: expected distinct configurations, got {list(twice)} twice")
         space = cls.__new__(cls)
         space._setup(torch.tensor(sorted(rows, reverse=True)), None)
@@ -100,7 +108,10 @@ class ConfigSpace:
 
     def __getitem__(self, row: int) -> Configuration:
         """The configuration of a row, as a tuple of d booleans."""
-        return self._rows[row]
+        return self._rows[self._checked_row(row)]
+
+    def __iter__(self) -> Iterator[Configuration]:
+        return iter(self._rows)
 
     def __contains__(self, config: Any) -> bool:
         try:
@@ -136,7 +147,7 @@ class ConfigSpace:
 
     def label(self, row: int) -> str:
         """The paper's name of a row: its shared stages, 1-based, as in ``"{2,4}"``."""
-        shared = (str(i + 1) for i, bit in enumerate(self._rows[row]) if bit)
+        shared = (str(i + 1) for i, bit in enumerate(self[row]) if bit)
         return "{" + ",".join(shared) + "}"
 
     def index(self, config: Any) -> int:
@@ -148,11 +159,8 @@ class ConfigSpace:
         Raises:
             TypeError, ValueError: not a configuration of this depth, or one outside the space.
         """
-        if _is_row(config):
-            row = int(config)
-            if not 0 <= row < len(self):
-                raise ValueError(f"config: expected a row in 0..{len(self) - 1}, got {row}")
-            return row
+        if is_whole(config):
+            return self._checked_row(config, "config")
         bits = parse_config(config, self.depth)
         if bits not in self._index:
             raise ValueError(
@@ -181,8 +189,18 @@ class ConfigSpace:
         """Every second stage shared: {2,4,...}."""
         return tuple(i % 2 == 1 for i in range(self.depth))
 
+    def _checked_row(self, row: Any, argument: str = "row") -> int:
+        if not is_whole(row):
+            raise TypeError(
+                f"{argument}: expected a row in 0..{len(self) - 1}, got {type(row).__name__} "
+                f"{row!r}"
+            )
+        if not 0 <= int(row) < len(self):
+            raise ValueError(f"{argument}: expected a row in 0..{len(self) - 1}, got {int(row)}")
+        return int(row)
+
     def _checked_count(self, k: int) -> int:
-        if not _is_row(k) or not 0 <= int(k) <= self.depth:
+        if not is_whole(k) or not 0 <= int(k) <= self.depth:
             raise ValueError(f"k: expected a number of stages in 0..{self.depth}, got {k!r}")
         return int(k)
 
@@ -192,14 +210,14 @@ def parse_config(config: Any, depth: int) -> Configuration:
 
     A row number is one of the full space of that depth.
     """
-    if _is_row(config):
+    if is_whole(config):
         row = int(config)
         if not 0 <= row < 2**depth:
             raise ValueError(f"config: expected a row in 0..{2**depth - 1}, got {row}")
         return tuple(not (row >> (depth - 1 - i)) & 1 for i in range(depth))
     if isinstance(config, AbstractSet):
         stages = set(config)
-        if not all(_is_row(s) and 1 <= int(s) <= depth for s in stages):
+        if not all(is_whole(s) and 1 <= int(s) <= depth for s in stages):
             raise ValueError(f"config: expected a set of stages in 1..{depth}, got {config!r}")
         return tuple(i + 1 in stages for i in range(depth))
     if not _is_bits(config):
@@ -208,36 +226,28 @@ def parse_config(config: Any, depth: int) -> Configuration:
             f"{type(config).__name__} {config!r}"
         )
     values = config.tolist() if hasattr(config, "tolist") else list(config)
-    if len(values) != depth or not all(v in (0, 1) for v in values):
+    if len(values) != depth or not all(map(_is_bit, values)):
         raise ValueError(f"config: expected {depth} booleans, one per stage, got {values!r}")
     return tuple(bool(v) for v in values)
 
 
-def _is_row(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    # numpy integers and 0-d integer tensors index like ints.
-    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0 and _indexable(value)
-
-
-def _indexable(value: Any) -> bool:
+def _is_bit(value: Any) -> bool:
     try:
-        value.__index__()
-    except (TypeError, RuntimeError):
+        return value in (0, 1)
+    except (RuntimeError, ValueError):  # an array or a tensor of several values
         return False
-    return True
 
 
 def _is_bits(config: Any) -> bool:
     if isinstance(config, (str, bytes, AbstractSet)):
         return False
     if hasattr(config, "tolist"):
-        return getattr(config, "ndim", 0) == 1
+        return getattr(config, "ndim", 0) == 1 and not getattr(config, "is_meta", False)
     return isinstance(config, Sequence)
 
 
 def _checked_depth(depth: Any) -> int:
-    if not _is_row(depth):
+    if not is_whole(depth):
         raise TypeError(f"depth: expected a number of stages, got {type(depth).__name__} {depth!r}")
     if int(depth) < 1:
         raise ValueError(f"depth: expected at least 1 stage, got {int(depth)}")
@@ -245,7 +255,7 @@ def _checked_depth(depth: Any) -> int:
 
 
 def _checked_groups(groups: Any, depth: int) -> tuple[int, ...]:
-    if not isinstance(groups, Sequence) or not all(_is_row(g) for g in groups):
+    if not isinstance(groups, Sequence) or not all(is_whole(g) for g in groups):
         raise TypeError(f"groups: expected a sequence of group sizes, got {groups!r}")
     sizes = tuple(int(g) for g in groups)
     if any(g < 1 for g in sizes) or sum(sizes) != depth:

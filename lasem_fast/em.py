@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _checks, _dispatch
+from lasem_fast import _checks, _dispatch, _first_look, choices
+from lasem_fast._untrained import Untrained
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.likelihoods import Likelihood, as_likelihood
 from lasem_fast.net import TransferNet
 from lasem_fast.network import Network
 from lasem_fast.posterior import Evidence, evidence, expected_nll, posterior_of
 from lasem_fast.priors import Prior, as_prior
+from lasem_fast.ranks import Ranks
 from lasem_fast.rollback import Rollback
+from lasem_fast.saved import all_or_nothing, lasting, packed, unpacked
+from lasem_fast.tree import Tree
 
 
 class EMStep(NamedTuple):
@@ -50,20 +56,30 @@ class LASEM(nn.Module):
         likelihood: ``"joint"`` (Eq. 2), ``"mean"`` (the authors' release), or a
             :class:`~lasem_fast.likelihoods.Likelihood`, for example ``Gaussian(sigma)``.
         prior: ``"count"`` (Eq. 1), ``"mean_posterior"``, ``"uniform"``, ``"historic"``, a tensor
-            ``[C]`` of probabilities, or a :class:`~lasem_fast.priors.Prior`.
+            ``[C]`` of probabilities, or a :class:`~lasem_fast.priors.Prior`, of which the LASEM
+            takes a copy: what it counts is its own.
         backend: ``"auto"``, or one of :func:`lasem_fast.backends` by name.
         validate: on a device, also run the checks that read values (label range, finiteness) and
             leave out configurations that overflow; this waits for the device at every step. On the
-            CPU they always run, except inside ``torch.compile``. Where they do not run, a bad step
-            has a NaN loss.
+            CPU they always run, except inside ``torch.compile`` and ``torch.func`` transforms.
+            Where they do not run, a bad step has a NaN loss.
         redraw_unclaimed: at the end of a task, once no other task is under way, draw those shared
             stages anew that no task has kept so far, so that the next task finds them untrained
-            (the authors' release). Draws from PyTorch's random state, which has to be the same in
-            all processes of a distributed run.
+            (the authors' release).
 
     Raises:
         TypeError, ValueError: an argument is not as described.
         RuntimeError: the backend asked for cannot run here.
+
+    ``parameters()`` and ``buffers()`` are the net's and the prior's own, and do not change from one
+    step to the next: what a task's prior counts and what the roll-back keeps is saved, moved and
+    copied with the module, but not listed. So ``torch.optim.swa_utils.AveragedModel(em)`` averages
+    the weights at any time between two ``add_task`` or ``end_task`` calls; its copy of the prior
+    stands still, so ask ``em`` itself for :meth:`best_config`.
+
+    Under ``DistributedDataParallel`` the prior is that of the first process, in all of them, and so
+    is every choice at the end of a task; a task that was added after wrapping is refused. A LASEM
+    that is compiled does not see that it is wrapped, and does none of this.
 
     Source: LASEM (Lee, Behpour, Eaton, ICML 2021), Algorithm 1.
     """
@@ -88,14 +104,19 @@ class LASEM(nn.Module):
         self.validate = bool(validate)
         self.redraw_unclaimed = bool(redraw_unclaimed)
         self.net = net
-        self.register_buffer("_bits", self.space.bits, persistent=False)
+        # numbers, because AveragedModel(use_buffers=True) averages all buffers
+        self.register_buffer("_bits", self.space.bits.float(), persistent=False)
         # one constant for every step: a kernel less on a device
         self.register_buffer("_nothing_dropped", torch.zeros(()), persistent=False)
         self._prior = as_prior(prior)
         self._prior.check(len(self.space))
         self._rollback = Rollback()
+        self._ranks = Ranks()
         self._evaluator = _dispatch.evaluator(self.backend, self.space.configs)
         self._score_operations = _dispatch.operations(self.backend).scores
+        # by task and mode: the stages that were seen to write to their input
+        self._seen: dict[tuple[str, bool, bool], frozenset[int]] = {}
+        self._untrained = Untrained()
 
     @classmethod
     def reference(
@@ -124,6 +145,17 @@ class LASEM(nn.Module):
         For a task that has ended there is nothing left to infer: the loss is the one of its
         configuration, whose posterior is 1, and the prior stays as it is.
 
+        A call counts as a step of training if the LASEM is in training mode and gradients are
+        enabled: then the prior takes the posterior in, and the roll-back remembers the shared
+        weights before the task. Any other call (after ``em.eval()``, under ``torch.no_grad()`` or
+        ``torch.inference_mode()``, inside ``torch.func`` transforms) returns the same and changes
+        no state, a validation loss for example. The mode is that of the LASEM itself, whatever
+        that of layers inside the net.
+
+        The first mini-batch of a task is also looked at: a stage of your own whose output for one
+        sample depends on the others is refused by name, and one that writes to its input is given
+        copies from then on.
+
         Args:
             x: the mini-batch ``[N, ...]``.
             y: the targets: int64 class labels ``[N]``, or what the likelihood asks for.
@@ -135,16 +167,58 @@ class LASEM(nn.Module):
             An :class:`EMStep`; call ``backward()`` on its ``loss``.
 
         Raises:
-            TypeError, ValueError: an argument is not as described. Weights, prior and snapshots
-                are then as before.
+            TypeError, ValueError: an argument is not as described, or the net cannot be evaluated
+                as one tree. Weights, prior, snapshots and random state are then as before.
+            RuntimeError: a stage begins to write to its input after the first mini-batch.
+
+        Warns:
+            UserWarning: once per task, if its own parameters stay as they are while others train.
         """
         config = self._check_call(x, y, task, posterior)
-        if config is not None:
-            step = self._fixed_step(x, y, task, config)
+        keeps_state = self._keeps_state()
+        if keeps_state:
+            self._meet_ranks(task)
+            before = self._rollback.before(task, config is not None, self.net.shared)
+        if torch.compiler.is_compiling():
+            step = self._step(x, y, task, posterior, config)
         else:
-            step = self._search_step(x, y, task, posterior)
-        self._rollback.begin(task, config is not None, self.net.shared)
+            if keeps_state:
+                self._untrained.look(self.net, task)
+            step = self._step_or_as_before(x, y, task, posterior, config)
+        if keeps_state:
+            if self._ranks.several and posterior is None and config is None:
+                self._ranks.take_from_first(self._prior.states[task].buffers())
+            self._rollback.begin(task, config is not None, before)
         return step
+
+    def _keeps_state(self) -> bool:
+        """Whether this call is a step of training (see :meth:`forward`)."""
+        return self.training and torch.is_grad_enabled() and not _transformed()
+
+    def _step(
+        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
+    ) -> EMStep:
+        if config is not None:
+            return self._fixed_step(x, y, task, config)
+        known = task in self._prior.states
+        step = self._search_step(x, y, task, posterior)
+        if not (known or self._keeps_state()):
+            self._forget_prior(task)
+        return step
+
+    def _step_or_as_before(
+        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
+    ) -> EMStep:
+        """A step; one that fails leaves the random state and the prior as they were."""
+        known = task in self._prior.states
+        random_state = _RandomState(x.device)
+        try:
+            return self._step(x, y, task, posterior, config)
+        except BaseException:
+            random_state.restore()
+            if not known:
+                self._forget_prior(task)
+            raise
 
     def evaluate(self, x: Tensor, task: str) -> Tensor:
         """The logits ``[C, N, K]`` of all configurations, differentiable; changes no state.
@@ -153,9 +227,10 @@ class LASEM(nn.Module):
             TypeError, ValueError: ``x`` does not fit, or the task is unknown or has ended.
         """
         _checks.check_batch(x)
+        _checks.check_has_values(x, x, self.net)
         _checks.check_open_task(task, self.net)
         _checks.check_independent_samples(self.net, task)
-        return self._run(self._evaluator.logits, self._network(task), x)
+        return self._run(self._present(self._evaluator).logits, self._network(task, x), x)
 
     def prior(self, task: str) -> Tensor:
         """The present prior P(c) of a task, ``[C]``."""
@@ -178,10 +253,15 @@ class LASEM(nn.Module):
     def end_task(self, task: str, config: Any = None) -> Configuration:
         """Ends a task: chooses its configuration, rolls back and drops what that does not use.
 
-        Shared weights of the stages that the configuration does not share get back the values from
-        before the task; where mini-batches of other tasks came in between, the changes that those
-        made stay. Specific branches and adapters that it does not use are dropped. With
-        ``redraw_unclaimed``, shared stages that no task has kept are then drawn anew.
+        The shared stages that the configuration does not share get back their weights and buffers
+        from before the task, bit for bit; where mini-batches of other tasks came in between, the
+        changes that those made stay (:mod:`lasem_fast.rollback` says how). Specific branches and
+        adapters that it does not use are dropped. Gradients are freed of all that is the task's
+        own and of what was rolled back. With ``redraw_unclaimed``, shared stages that no task has
+        kept are then drawn anew.
+
+        Under ``DistributedDataParallel`` all processes have to call this, on ``ddp.module``; the
+        first one's configuration is everybody's.
 
         Args:
             task: a task that has not ended.
@@ -193,16 +273,23 @@ class LASEM(nn.Module):
         Raises:
             TypeError, ValueError: the task is unknown or has ended, or ``config`` is not in the
                 space.
+            RuntimeError: a shared stage has lost parameters that would have to be put back.
         """
         _checks.check_open_task(task, self.net)
-        if config is None:
-            chosen = self.best_config(task)
-        else:
-            chosen = self.space[self.space.index(config)]
-        self._rollback.end(task, chosen, self.net.shared)
-        self.net.keep(task, chosen)
-        if self.redraw_unclaimed and self._rollback.is_idle:
-            self.net.redraw_unclaimed()
+        chosen = self.best_config(task) if config is None else config
+        row = self._ranks.of_first(self.space.index(chosen), self._bits.device)
+        chosen = self.space[row]
+        # drawing anew runs an initialiser, which may fail
+        with all_or_nothing(self) if self.redraw_unclaimed else nullcontext():
+            self._rollback.end(task, chosen, self.net.shared)
+            self.net.keep(task, chosen)
+            for shared, kept in zip(self.net.shared, chosen, strict=True):
+                if not kept:
+                    shared.zero_grad()
+            if self.redraw_unclaimed and self._rollback.is_idle:
+                self.net.redraw_unclaimed()
+                if self._ranks.several:
+                    self._ranks.take_from_first(p.data for p in self.net.shared.parameters())
         return chosen
 
     def _check_call(
@@ -210,6 +297,7 @@ class LASEM(nn.Module):
     ) -> Configuration | None:
         _checks.check_batch(x)
         _checks.check_target(y, x)
+        _checks.check_has_values(x, y, self.net)
         config = self.net.config(task)
         _checks.check_independent_samples(self.net, task)
         if posterior is not None:
@@ -228,25 +316,37 @@ class LASEM(nn.Module):
 
     def _reads_values(self, x: Tensor) -> bool:
         on_host = x.device.type == "cpu" or self.validate
-        return on_host and not torch.compiler.is_compiling()
+        return on_host and not torch.compiler.is_compiling() and not _transformed()
 
-    def _network(self, task: str) -> Network:
-        return Network(self.net.branches(task), self.net.heads[task], task)
+    def _network(self, task: str, x: Tensor) -> Network:
+        network = Network(self.net.branches(task), self.net.heads[task], task)
+        if not self._reads_values(x) or self.backend == "reference":
+            return network
+        key = (task, self.training, len(x) > 1)
+        if key not in self._seen:
+            self._seen[key] = self._run(_first_look.look, network, x)
+        return network.protected(self._seen[key])
 
-    def _run(self, evaluate: Any, network: Network, x: Tensor) -> Any:
+    def _run(self, evaluate: Callable[[Network, Tensor], Any], network: Network, x: Tensor) -> Any:
         """Evaluates; an error that the input's shape or dtype explains becomes one that says so."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _transformed():
             return evaluate(network, x)
         try:
             return evaluate(network, x)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             reason = _checks.misfit(network, x)
             if reason is None:
                 raise
             raise ValueError(reason) from error
 
+    def _present(self, evaluator: Any) -> Any:
+        """The evaluator to use now: in PyTorch's own operations inside torch.func transforms."""
+        if isinstance(evaluator, Tree) and _transformed():
+            return Tree(evaluator.plan, _dispatch.operations("torch"))
+        return evaluator
+
     def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
-        network = self._network(task)
+        network = self._network(task, x)
         one_pass = frozen is not None
         e_output, m_output = self._outputs(self._evaluator, network, x, y, one_pass)
         if e_output is m_output and frozen is None:
@@ -265,13 +365,16 @@ class LASEM(nn.Module):
         else:
             posterior = self._frozen(frozen, m_step, rows)
         loss = expected_nll(posterior if rows is None else posterior[rows], m_step.nll)
-        return EMStep(
+        step = EMStep(
             loss=self._with_auxiliary(loss, posterior, task),
             posterior=posterior,
             log_likelihood=log_likelihood,
             nll=_spread(e_step.nll.detach(), rows, usable, torch.inf),
             dropped_mass=self._nothing_dropped,
         )
+        if frozen is None and self._keeps_state():  # last, when nothing can fail any more
+            self._prior.update(task, posterior, usable.any())
+        return step
 
     def _scored_step(self, output: Tensor, y: Tensor, task: str) -> EMStep | None:
         """The step through a backend's posterior head.
@@ -282,40 +385,39 @@ class LASEM(nn.Module):
         # what an operation on a device has counted could not be taken back after the checks
         if not self._score_operations or (reads_values and output.device.type != "cpu"):
             return None
-        known = task in self._prior.states
-        self._start_prior(task)
+        if _transformed():
+            return None
+        counts = self._keeps_state()
+        self._log_prior(task)
         for operation in self._score_operations:
-            scores = operation(output, y, self.likelihood, self._prior, task)
+            scores = operation(output, y, self.likelihood, self._prior, task, counts)
             if scores is None:
                 continue
             # one value that is not finite makes the sum so, and the loss alone may hide it
             if reads_values and not math.isfinite((scores.nll.sum() + scores.loss).item()):
                 break
-            if not scores.counted:
-                self._prior.update(task, scores.posterior, torch.isfinite(scores.nll).any())
-            return EMStep(
+            step = EMStep(
                 loss=self._with_auxiliary(scores.loss, scores.posterior, task),
                 posterior=scores.posterior,
                 log_likelihood=scores.log_likelihood,
                 nll=scores.nll,
                 dropped_mass=self._nothing_dropped,
             )
-        if not known:
-            self._prior.forget(task)
+            if counts and not scores.counted:
+                self._prior.update(task, scores.posterior, torch.isfinite(scores.nll).any())
+            return step
         return None
 
     def _infer(self, task: str, log_likelihood: Tensor, usable: Tensor, x: Tensor) -> Tensor:
-        """The E-step's posterior; the prior takes it in."""
-        known = task in self._prior.states
-        posterior = posterior_of(self._log_prior(task), log_likelihood)
+        """The E-step's posterior."""
+        log_prior = self._log_prior(task)
+        posterior = posterior_of(log_prior, log_likelihood)
         if self._reads_values(x) and not bool(torch.isfinite(posterior).all()):
-            if not known:
-                self._prior.forget(task)
+            _checks.check_log_prior_values(log_prior)
             raise ValueError(
                 f"prior: expected probability above 0 for a configuration with a finite loss on "
                 f"this mini-batch, got 0 for all {int(usable.sum())} of them"
             )
-        self._prior.update(task, posterior, usable.any())
         return posterior
 
     def _frozen(self, posterior: Tensor, m_step: Evidence, rows: Tensor | None) -> Tensor:
@@ -335,6 +437,7 @@ class LASEM(nn.Module):
         self, evaluator: Any, network: Network, x: Tensor, y: Tensor, one_pass: bool
     ) -> tuple[Tensor, Tensor]:
         """Outputs ``[C, N, ...]`` for the E-step and the M-step; one object if they are equal."""
+        evaluator = self._present(evaluator)
         if one_pass:
             e_output = m_output = self._run(evaluator.logits, network, x)
         else:
@@ -369,7 +472,7 @@ class LASEM(nn.Module):
         """A plain training step of the configuration that an ended task kept."""
         row = self.space.index(config)
         evaluator = _dispatch.evaluator(self.backend, [config])
-        outputs = self._outputs(evaluator, self._network(task), x, y, one_pass=True)
+        outputs = self._outputs(evaluator, self._network(task, x), x, y, one_pass=True)
         _, m_step = self._evidence(*outputs, y)
         if self._reads_values(x) and not bool(torch.isfinite(m_step.nll).all()):
             raise ValueError(
@@ -400,35 +503,93 @@ class LASEM(nn.Module):
 
     def _log_prior(self, task: str) -> Tensor:
         self._start_prior(task)
-        return self._prior.log_prob(task)
+        log_prior = self._prior.log_prob(task)
+        _checks.check_log_prior(log_prior, len(self.space))
+        return log_prior
+
+    def _forget_prior(self, task: str) -> None:
+        if task in self._prior.states:
+            self._prior.forget(task)
 
     def _start_prior(self, task: str) -> None:
         """Makes the prior's buffers for a task that is seen for the first time."""
         if task not in self._prior.states:
             device = next(self.net.parameters()).device
-            self._prior.start(task, len(self.space), device)
+            with lasting():
+                self._prior.start(task, len(self.space), device)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What is searched and which buffers exist, so that they can be made before loading."""
+    def _meet_ranks(self, task: str) -> None:
+        """Under DDP, takes over what the first process has when it calls for the first time."""
+        if torch.compiler.is_compiling():
+            return
+        if self._ranks.note_call(task, (p for _, p in self.net.named_task_parameters(task))):
+            self._ranks.check_alike(self._structure())
+            for made_later in (self._prior.states, self._rollback):
+                self._ranks.take_from_first(made_later.all_buffers())
+
+    def _structure(self) -> dict[str, Any]:
         return {
             "space": self.space.bits.tolist(),
             "prior_tasks": list(self._prior.states),
             "rollback": self._rollback.structure(),
         }
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Makes the buffers that a saved state has values for."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; if it is refused, all is as before."""
+        with choices.process().unless_refused(), all_or_nothing(self):
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def get_extra_state(self) -> Tensor:
+        """What is searched and which buffers exist, so that they can be made before loading.
+
+        With them the choices in force (:mod:`lasem_fast.choices`).
+        """
+        return packed({**self._structure(), "choices": choices.in_force()})
+
+    def set_extra_state(self, state: Any) -> None:
+        """Makes the buffers that a saved state has values for; its choices come into force."""
+        state = unpacked(state, "space", "prior_tasks", "rollback")
         if state["space"] != self.space.bits.tolist():
             raise ValueError(
                 f"state_dict: expected one saved with the same space, {self.space}, got one with "
                 f"{len(state['space'])} configurations of other stages"
             )
+        missing = [task for task in state["prior_tasks"] if task not in self.net.tasks]
+        if missing:
+            raise ValueError(
+                f"state_dict: expected the tasks {list(self.net.tasks)} that this net has, got "
+                f"{missing} as well; call add_task for them before load_state_dict"
+            )
+        saved = choices.checked(state.get("choices", {}), "state_dict: choices")
         for task in [t for t in self._prior.states if t not in state["prior_tasks"]]:
             self._prior.forget(task)
         for task in state["prior_tasks"]:
-            if task not in self._prior.states:
-                self._log_prior(task)
+            self._start_prior(task)
         self._rollback.restore_structure(state["rollback"], self.net.shared)
+        choices.process().restore(saved)
+
+
+class _RandomState:
+    """PyTorch's random state on the host and on a device, to go back to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.host = torch.get_rng_state()
+        self.device = device if device.type == "cuda" else None
+        if self.device is not None and torch.cuda.is_current_stream_capturing():
+            self.device = None  # a graph keeps its own
+        self.on_device = None if self.device is None else torch.cuda.get_rng_state(self.device)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.host)
+        if self.on_device is not None:
+            torch.cuda.set_rng_state(self.on_device, self.device)
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform (vmap, grad, jacrev) runs this."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:

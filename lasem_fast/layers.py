@@ -6,13 +6,14 @@ weights can be concatenated), which layers draw random numbers, mix samples or w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
@@ -122,7 +123,8 @@ def _is_core(module: nn.Module) -> bool:
 def _may_go_before(module: nn.Module) -> bool:
     known = type(module) in _ELEMENTWISE | _ANY_POOL | {nn.Flatten, nn.Unflatten}
     indices = getattr(module, "return_indices", False)
-    keeps_batch = getattr(module, "start_dim", 1) >= 1
+    first = getattr(module, "start_dim", getattr(module, "dim", 1))
+    keeps_batch = isinstance(first, int) and first >= 1
     in_place = getattr(module, "inplace", False)
     return known and keeps_batch and not in_place and not indices and not is_random(module)
 
@@ -155,15 +157,31 @@ def active_random_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if m.training and is_random(m)]
 
 
-def layers_that_mix_samples(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and layers whose output for one sample depends on the rest of the folded batch."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm):
-            if layer.training or layer.running_mean is None:
-                yield name, layer
-        elif isinstance(layer, _InstanceNorm):
-            if layer.training and layer.track_running_stats:
-                yield name, layer
+def mixes_samples(layer: nn.Module) -> bool:
+    """Whether a layer's output for one sample depends on the rest of the folded batch."""
+    if isinstance(layer, _BatchNorm):
+        return layer.training or layer.running_mean is None
+    return isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats
+
+
+def keeps_samples_apart(module: nn.Module) -> bool:
+    """Whether a module is made of PyTorch's layers that are known to treat samples independently.
+
+    Hooks are not looked at.
+    """
+    if type(module) is nn.Sequential:
+        return all(keeps_samples_apart(child) for child in module)
+    return type(module) in {nn.Linear, *_CONVOLUTIONS} or _may_go_before(module)
+
+
+def iterates(layer: nn.Module) -> bool:
+    """Whether a layer's spectral norm moves on with every call."""
+    if not layer.training:
+        return False
+    hooks = layer._forward_pre_hooks
+    return isinstance(layer, _SpectralNorm) or (
+        bool(hooks) and any(isinstance(hook, SpectralNorm) for hook in hooks.values())
+    )
 
 
 def may_write_input(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 One run is one method on one sequence: the search (`lasem`), or one of the paper's two static
 comparators, transfer at all stages (`all`) and no transfer (`none`). Two runs with the same
-arguments, on the CPU with the same number of threads, are equal bit for bit. Methods that are given
+arguments, on the CPU with the same number of threads, are equal bit for bit, if none of them
+measures its ways anew (`lasem_fast.choices`; by default nothing is timed). Methods that are given
 the same seed see the same initial weights at the start, the same new heads and specific branches
 at each task, and the same mini-batches.
 """
@@ -12,40 +13,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasem_fast import metrics
+from lasem_fast import choices, metrics
+from lasem_fast._run_checks import (
+    check_fit,
+    check_functions,
+    check_numbers,
+    checked_device,
+    checked_head,
+    checked_net,
+    evaluating,
+    own_copies,
+)
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em import LASEM
 from lasem_fast.net import TransferNet
+from lasem_fast.records import RunRecord, TaskRecord
+from lasem_fast.task_data import Task, check_tasks
 
 METHODS = ("lasem", "all", "none")
 _EVALUATION_BATCH = 1024
-
-Split = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: inputs ``[N, ...]`` and int64 labels ``[N]`` in ``0..n_classes-1``, per split."""
-
-    name: str
-    train: Split
-    valid: Split
-    test: Split
-    n_classes: int
-    note: str = ""
-
-    def to(self, device: torch.device | str) -> Task:
-        """The same task with its tensors on ``device``."""
-        splits = ((x.to(device), y.to(device)) for x, y in (self.train, self.valid, self.test))
-        return Task(self.name, *splits, n_classes=self.n_classes, note=self.note)
 
 
 @dataclass(frozen=True)
@@ -64,70 +57,24 @@ class Progress:
     test: float
 
 
-@dataclass
-class TaskRecord:
-    """One task of a run. Lists over epochs (E) belong to the task's own training.
+class SequenceError(RuntimeError):
+    """A task of a sequence failed; what was found until then is not lost with it.
 
-    Losses and accuracies are of the configuration that was best at that moment, except ``loss``
-    under the search, which is the posterior-weighted loss.
+    Raised from the error itself, which is its ``__cause__``.
+
+    Attributes:
+        record: the :class:`RunRecord` of the tasks that had ended before.
+        unfinished: the :class:`TaskRecord` of the task that failed, with the epochs that it had
+            finished; configuration and prior are empty.
     """
 
-    name: str
-    note: str
-    config: list[bool]  # [d], the one kept (search) or prescribed (static)
-    label: str
-    loss: list[float] = field(default_factory=list)  # [E], mean over mini-batches
-    valid: list[float] = field(default_factory=list)  # [E]
-    test: list[float] = field(default_factory=list)  # [E]
-    peak: float = float("nan")  # `metrics.peak_accuracy`
-    learning_curve_area: float = float("nan")  # `metrics.learning_curve_area`
-    posterior: list[list[float]] = field(default_factory=list)  # [E][C], mean over mini-batches
-    prior: list[float] = field(default_factory=list)  # [C], at the end of the task
+    def __init__(self, message: str, record: RunRecord, unfinished: TaskRecord) -> None:
+        super().__init__(message)
+        self.record = record
+        self.unfinished = unfinished
 
-
-@dataclass
-class RunRecord:
-    """A run: JSON-able through `to_dict`, where what a run does not have is None, never NaN.
-
-    ``matrix[i][j]``: test accuracy on task j after task i has ended, roll-back included; None
-    above the diagonal. ``curves``: while task ``task`` (from 0) is trained, after ``epoch`` (from
-    1), the accuracies on all tasks seen so far. Those of earlier tasks are measured with the
-    shared weights of that moment, before any roll-back. ``seconds``: wall clock by phase.
-    """
-
-    method: str
-    seed: int
-    epochs: int
-    batch_size: int
-    configurations: list[str]  # [C] labels of the rows of posteriors and priors; [] if static
-    tasks: list[TaskRecord] = field(default_factory=list)
-    matrix: list[list[float | None]] = field(default_factory=list)
-    curves: list[dict[str, Any]] = field(default_factory=list)
-    share_frequency: list[float] = field(default_factory=list)  # [d]
-    parameters: int = 0  # numbers that have to be kept for all tasks, heads included
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def accuracy_matrix(self) -> metrics.Floats:
-        """``R`` of `lasem_fast.metrics`: ``[T, T]``, NaN above the diagonal."""
-        return np.array(self.matrix, dtype=np.float64)
-
-    def summary(self) -> dict[str, float | None]:
-        """The run in one number per measure; None where a single task leaves it undefined."""
-        R = self.accuracy_matrix()
-        peaks = [task.peak for task in self.tasks]
-        values = {
-            "peak_accuracy": float(np.mean(peaks)),
-            "learning_curve_area": float(np.mean([t.learning_curve_area for t in self.tasks])),
-            "average_accuracy": metrics.average_accuracy(R),
-            "backward_transfer": metrics.backward_transfer(R),
-            "forgetting": metrics.forgetting(R),
-            "forgetting_ratio_to_end": metrics.forgetting_ratio(R[-1], R.diagonal()),
-            "forgetting_ratio_to_peak": metrics.forgetting_ratio(R[-1], peaks),
-        }
-        return {name: value if value == value else None for name, value in values.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "summary": self.summary()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.record, self.unfinished)  # so that it can be pickled
 
 
 def train_sequence(
@@ -144,8 +91,13 @@ def train_sequence(
     em_options: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[Progress], None] | None = None,
+    on_task: Callable[[RunRecord], None] | None = None,
 ) -> RunRecord:
     """Train one network on ``tasks``, one after the other.
+
+    Everything that can be checked beforehand, values of all splits of all tasks included, is
+    checked before anything is trained. Objects in ``em_options`` that learn, such as a
+    :class:`~lasem_fast.priors.Prior`, are copied: every run begins with them as they were given.
 
     Args:
         make_net: gives a new net without tasks. Called once, after seeding.
@@ -162,75 +114,134 @@ def train_sequence(
         em_options: keyword arguments for `LASEM`.
         device: where to train.
         on_epoch: called after every epoch.
+        on_task: called after every task with the record so far, for example to save its
+            ``to_dict()``. What it or ``on_epoch`` raises ends the run as it is.
 
     Raises:
-        ValueError: an argument is not as described.
+        TypeError, ValueError: an argument is not as described; nothing has been trained.
+        RuntimeError: the device, or the backend that ``em_options`` names, cannot be used here.
+        SequenceError: a task failed; its ``record`` holds the tasks that had ended before.
     """
-    _check(tasks, method, epochs, batch_size, evaluate_earlier_every)
-    device = torch.device(device)
+    tasks = check_tasks(tasks)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_functions(make_net=make_net, make_head=make_head, optimizer=optimizer)
+    check_numbers(
+        seed, epochs=epochs, batch_size=batch_size, evaluate_earlier_every=evaluate_earlier_every
+    )
+    em_options = own_copies(em_options)
+    device = checked_device(device)
     tasks = [task.to(device) for task in tasks]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         # One seed for the net and one per task, so that a task begins alike in every method.
         seeds = _seeds(seed, 1 + len(tasks))
         torch.manual_seed(seeds[0])
-        net = make_net().to(device)
+        net = checked_net(make_net()).to(device)
         learner: _Search | _Static
         if method == "lasem":
-            learner = _Search(LASEM(net, **(em_options or {})))
+            learner = _Search(LASEM(net, **em_options))
         else:
             space = ConfigSpace(net.depth)
             learner = _Static(net, space, space.all if method == "all" else space.bottom(0))
         record = RunRecord(method, seed, epochs, batch_size, learner.labels)
-        seconds = {"train": 0.0, "evaluate": 0.0}
-
-        for number, task in enumerate(tasks):
-            torch.manual_seed(seeds[1 + number])
-            batches = torch.Generator().manual_seed(seeds[1 + number])
-            net.add_task(task.name, make_head(task).to(device))
-            stepper = optimizer(net.task_parameters(task.name))
-            entry = TaskRecord(task.name, task.note, [], "")
-
-            for epoch in range(1, epochs + 1):
-                with _timed(seconds, "train", device):
-                    loss, posterior = _epoch(learner, task, stepper, batch_size, batches)
-                entry.loss.append(loss)
-                if posterior is not None:
-                    entry.posterior.append(posterior)
-                earlier = epoch % evaluate_earlier_every == 0 or epoch == epochs
-                seen = tasks[: number + 1] if earlier else [task]
-                with _timed(seconds, "evaluate", device):
-                    valid = [learner.accuracy(t.name, *t.valid) for t in seen]
-                    test = [learner.accuracy(t.name, *t.test) for t in seen]
-                entry.valid.append(valid[-1])
-                entry.test.append(test[-1])
-                if earlier:
-                    curve = {"task": number, "epoch": epoch, "valid": valid, "test": test}
-                    record.curves.append(curve)
+        record.seconds = {"train": 0.0, "evaluate": 0.0}
+        run = _Run(
+            net, learner, tasks, record, make_head, optimizer, evaluate_earlier_every, device
+        )
+        for number in range(len(tasks)):
+            entry = TaskRecord(tasks[number].name, tasks[number].note, [], "")
+            training = run.task(number, entry, seeds[1 + number])
+            while True:
+                with _failure_told(record, entry, number, len(tasks)):
+                    progress = next(training, None)
+                if progress is None:
+                    break
+                # out of the context: what a callback raises is its caller's own
                 if on_epoch is not None:
-                    label = learner.label(learner.config(task.name))
-                    on_epoch(
-                        Progress(
-                            method, task.name, number + 1, len(tasks), epoch, epochs, label,
-                            loss, valid[-1], test[-1],
-                        )
-                    )  # fmt: skip
-
-            entry.peak = metrics.peak_accuracy(entry.valid, entry.test)
-            entry.learning_curve_area = metrics.learning_curve_area(entry.test)
-            entry.prior = learner.prior(task.name)
-            config = learner.end(task.name)
-            entry.config, entry.label = list(config), learner.label(config)
-            record.tasks.append(entry)
-            with _timed(seconds, "evaluate", device):
-                row = [learner.accuracy(t.name, *t.test) for t in tasks[: number + 1]]
-            record.matrix.append(row + [None] * (len(tasks) - len(row)))
-
-    shared = metrics.share_frequency([entry.config for entry in record.tasks])
-    record.share_frequency = shared.tolist()
-    kept = {p for task in tasks for p in net.task_parameters(task.name)}
-    record.parameters = sum(p.numel() for p in kept)
-    record.seconds = seconds
+                    on_epoch(progress)
+            if on_task is not None:
+                on_task(record)
     return record
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a run that all its tasks have in common."""
+
+    net: TransferNet
+    learner: _Search | _Static
+    tasks: list[Task]
+    record: RunRecord
+    make_head: Callable[[Task], nn.Module]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    evaluate_earlier_every: int
+    device: torch.device
+
+    def task(self, number: int, entry: TaskRecord, seed: int) -> Iterator[Progress]:
+        """Trains one task, epoch by epoch, and records it."""
+        learner, record, seconds = self.learner, self.record, self.record.seconds
+        task, name, epochs = self.tasks[number], self.tasks[number].name, record.epochs
+        torch.manual_seed(seed)
+        batches = torch.Generator().manual_seed(seed)
+        self.net.add_task(name, checked_head(self.make_head(task)).to(self.device))
+        check_fit(self.net, task)
+        stepper = self.optimizer(self.net.task_parameters(name))
+        if not isinstance(stepper, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer: expected a function that returns a torch.optim.Optimizer, got one "
+                f"that returns {type(stepper).__name__}"
+            )
+        curves = []
+        for epoch in range(1, epochs + 1):
+            with _timed(seconds, "train", self.device):
+                loss, posterior = _epoch(learner, task, stepper, record.batch_size, batches)
+            entry.loss.append(loss)
+            if posterior is not None:
+                entry.posterior.append(posterior)
+            earlier = epoch % self.evaluate_earlier_every == 0 or epoch == epochs
+            seen = self.tasks[: number + 1] if earlier else [task]
+            with _timed(seconds, "evaluate", self.device):
+                valid = [learner.accuracy(t.name, *t.valid) for t in seen]
+                test = [learner.accuracy(t.name, *t.test) for t in seen]
+            entry.valid.append(valid[-1])
+            entry.test.append(test[-1])
+            if earlier:
+                curves.append({"task": number, "epoch": epoch, "valid": valid, "test": test})
+            yield Progress(
+                record.method, name, number + 1, len(self.tasks), epoch, epochs,
+                learner.label(learner.config(name)), loss, valid[-1], test[-1],
+            )  # fmt: skip
+
+        entry.peak = metrics.peak_accuracy(entry.valid, entry.test)
+        entry.learning_curve_area = metrics.learning_curve_area(entry.test)
+        entry.prior = learner.prior(name)
+        config = learner.end(name)
+        entry.config, entry.label = list(config), learner.label(config)
+        ended = self.tasks[: number + 1]
+        with _timed(seconds, "evaluate", self.device):
+            row = [learner.accuracy(t.name, *t.test) for t in ended]
+        record.add(entry, row, curves)
+        kept = {p for t in ended for p in self.net.task_parameters(t.name)}
+        record.parameters = sum(p.numel() for p in kept)
+        record.choices = choices.in_force()
+
+
+@contextmanager
+def _failure_told(
+    record: RunRecord, entry: TaskRecord, number: int, n_tasks: int
+) -> Iterator[None]:
+    """Turns an error into a `SequenceError` with the record so far."""
+    try:
+        yield
+    except Exception as error:
+        ended = ", ".join(repr(task.name) for task in record.tasks) or "none"
+        raise SequenceError(
+            f"task {entry.name!r} ({number + 1} of {n_tasks}) failed after {len(entry.test)} of "
+            f"{record.epochs} epochs: {type(error).__name__}: {error} (ended before: {ended}; see "
+            f"this error's .record)",
+            record,
+            entry,
+        ) from error
 
 
 class _Search:
@@ -298,7 +309,6 @@ def _epoch(
 ) -> tuple[float, list[float] | None]:
     """One pass over the training data: mean loss and mean posterior [C] over mini-batches."""
     x, y = task.train
-    learner.module.train()
     losses, posteriors = [], []
     for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch_size):
         optimizer.zero_grad()
@@ -314,10 +324,11 @@ def _epoch(
 
 @torch.no_grad()
 def _accuracy(net: TransferNet, task: str, config: Configuration, x: Tensor, y: Tensor) -> float:
-    net.eval()
     right = torch.zeros((), dtype=torch.int64, device=y.device)
-    for part, labels in zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True):
-        right += (net(part, task, config=config).argmax(1) == labels).sum()
+    parts = zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True)
+    with evaluating(net):
+        for part, labels in parts:
+            right += (net(part, task, config=config).argmax(1) == labels).sum()
     return right.item() / len(y)
 
 
@@ -334,18 +345,3 @@ def _timed(seconds: dict[str, float], phase: str, device: torch.device) -> Itera
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds[phase] += time.perf_counter() - start
-
-
-def _check(tasks: Sequence[Task], method: str, epochs: int, batch_size: int, every: int) -> None:
-    names = [task.name for task in tasks]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"tasks must be at least one, with different names, got {names}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    for name, value in (
-        ("epochs", epochs),
-        ("batch_size", batch_size),
-        ("evaluate_earlier_every", every),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasem_fast._numbers import finite_number
+
 
 class Likelihood:
     """Base class; subclass it for a likelihood of your own."""
@@ -80,9 +82,7 @@ class Gaussian(Likelihood):
     """
 
     def __init__(self, sigma: float = 1.0) -> None:
-        if not (isinstance(sigma, (int, float)) and 0 < sigma < math.inf):
-            raise ValueError(f"sigma: expected a finite number above 0, got {sigma!r}")
-        self.sigma = float(sigma)
+        self.sigma = finite_number(sigma, "sigma")
 
     def check_target(self, y: Tensor, output: Tensor, *, values: bool) -> None:
         if not y.is_floating_point():

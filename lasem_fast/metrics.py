@@ -4,7 +4,8 @@
 ``i`` has ended; the lower triangle with the diagonal must be finite. What lies above the diagonal
 is NaN in a multi-head run: a task has no head before it begins. Only `forward_transfer` reads it.
 
-Everything here is NumPy in, ``float`` or ``float64`` array out.
+Everything here is NumPy (or what `numpy.asarray` takes) in, ``float`` or ``float64`` array out.
+What is not as described is a ``ValueError`` that names the argument.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def forward_transfer(R: ArrayLike, untrained: ArrayLike) -> float:
     the measure to take. NaN for a single task.
     """
     R = _matrix(R)
-    untrained = _vector(untrained, len(R), "untrained")
+    untrained = _vector(untrained, len(R), "untrained", read_from=1)
     ahead = R.diagonal(offset=1)
     if not np.isfinite(ahead).all():
         raise ValueError(
-            "forward_transfer needs R[j-1, j], accuracies on tasks that have not begun; "
-            "R has none of them (a multi-head run): use gain(R, alone)"
+            "R: expected accuracies R[j-1, j] on tasks that have not begun, got NaN or infinity "
+            "(a multi-head run has none of them: use gain(R, alone))"
         )
     return float((ahead - untrained[1:]).mean()) if len(R) > 1 else float("nan")
 
@@ -68,13 +69,13 @@ def gain(R: ArrayLike, alone: ArrayLike) -> float:
     reference. NaN for a single task.
     """
     R = _matrix(R)
-    alone = _vector(alone, len(R), "alone")
+    alone = _vector(alone, len(R), "alone", read_from=1)
     return float((R.diagonal() - alone)[1:].mean()) if len(R) > 1 else float("nan")
 
 
 def peak_epoch(valid: ArrayLike) -> int:
     """Epoch (0-based) of the first strictly best validation accuracy; ``valid``: ``[E]``."""
-    return int(_per_epoch(valid, "valid").argmax())
+    return int(_per(valid, "valid").argmax())
 
 
 def peak_accuracy(valid: ArrayLike, test: ArrayLike) -> float:
@@ -92,7 +93,7 @@ def learning_curve_area(test: ArrayLike) -> float:
 
     The learning curve area of A-GEM (Chaudhry et al., 2019), per epoch in place of per mini-batch.
     """
-    return float(_per_epoch(test, "test").mean())
+    return float(_per(test, "test").mean())
 
 
 def retention(final: ArrayLike, reference: ArrayLike) -> Floats:
@@ -101,10 +102,10 @@ def retention(final: ArrayLike, reference: ArrayLike) -> Floats:
     The paper's catastrophic forgetting ratio is the mean of this (near 1: little forgotten). It
     leaves the reference open: the accuracy at the end of the task's own training, or the peak.
     """
-    reference = np.asarray(reference, dtype=np.float64)
+    reference = _per(reference, "reference", "tasks")
     final = _vector(final, reference.size, "final")
     if not (reference > 0).all():
-        raise ValueError(f"reference accuracies must be above 0, got {reference.tolist()}")
+        raise ValueError(f"reference: expected accuracies above 0, got {reference.tolist()}")
     return final / reference
 
 
@@ -115,30 +116,58 @@ def forgetting_ratio(final: ArrayLike, reference: ArrayLike) -> float:
 
 def share_frequency(configurations: ArrayLike) -> Floats:
     """``[d]`` fraction of the tasks that share each stage, from configurations ``[T, d]``."""
-    bits = np.asarray(configurations, dtype=np.float64)
+    bits = _floats(configurations, "configurations")
     if bits.ndim != 2 or bits.size == 0:
-        raise ValueError(f"configurations must have shape [tasks, stages], got {bits.shape}")
+        raise ValueError(
+            f"configurations: expected shape [tasks, stages], got shape {list(bits.shape)}"
+        )
+    if not ((bits == 0) | (bits == 1)).all():
+        raise ValueError("configurations: expected bits (True where shared), got other numbers")
     return bits.mean(axis=0)
 
 
+def _floats(values: ArrayLike, name: str) -> Floats:
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind not in "biuf":  # a complex number would lose its imaginary part
+            raise TypeError(f"dtype {array.dtype}")
+        return array.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name}: expected real numbers as an array, got {type(values).__name__} ({reason})"
+        ) from error
+
+
 def _matrix(R: ArrayLike) -> Floats:
-    R = np.asarray(R, dtype=np.float64)
+    R = _floats(R, "R")
     if R.ndim != 2 or R.shape[0] != R.shape[1] or R.size == 0:
-        raise ValueError(f"R must be a square matrix [tasks, tasks], got shape {R.shape}")
+        raise ValueError(f"R: expected a square matrix [tasks, tasks], got shape {list(R.shape)}")
     if not np.isfinite(R[np.tril_indices(len(R))]).all():
-        raise ValueError("R must be finite on and below its diagonal")
+        raise ValueError("R: expected finite values on and below the diagonal, got NaN or infinity")
     return R
 
 
-def _per_epoch(values: ArrayLike, name: str) -> Floats:
-    values = np.asarray(values, dtype=np.float64)
+def _per(values: ArrayLike, name: str, what: str = "epochs") -> Floats:
+    """A non-empty vector, finite."""
+    values = _floats(values, name)
     if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"{name} must be a non-empty vector [epochs], got shape {values.shape}")
+        raise ValueError(
+            f"{name}: expected a non-empty vector [{what}], got shape {list(values.shape)}"
+        )
+    return _finite(values, name)
+
+
+def _vector(values: ArrayLike, n: int, name: str, read_from: int = 0) -> Floats:
+    """``[n]``, finite from the first entry that is read."""
+    values = _floats(values, name)
+    if values.shape != (n,):
+        raise ValueError(f"{name}: expected shape [{n}], got {list(values.shape)}")
+    _finite(values[read_from:], name)
     return values
 
 
-def _vector(values: ArrayLike, n: int, name: str) -> Floats:
-    values = np.asarray(values, dtype=np.float64)
-    if values.shape != (n,):
-        raise ValueError(f"{name} must have shape ({n},), got {values.shape}")
+def _finite(values: Floats, name: str) -> Floats:
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
     return values

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from lasem_fast import _checks
 from lasem_fast.configs import Configuration, parse_config
+from lasem_fast.network import Network
+from lasem_fast.saved import all_or_nothing, packed, unpacked
 from lasem_fast.task_modules import TaskModules
 from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
 
@@ -43,7 +46,8 @@ class TransferNet(nn.Module):
         self, stages: Iterable[nn.Module], transfer: str | TransferMechanism = "hps"
     ) -> None:
         super().__init__()
-        stages = list(stages) if isinstance(stages, Iterable) else stages
+        if isinstance(stages, Iterable) and getattr(stages, "ndim", 1) > 0:
+            stages = list(stages)
         _checks.check_stages(stages)
         self.mechanism = _mechanism(transfer)
         self.shared = nn.ModuleList(self.mechanism.shared_modules(stages))
@@ -66,6 +70,11 @@ class TransferNet(nn.Module):
     def add_task(self, task: str, head: nn.Module) -> list[nn.Parameter]:
         """Adds a task: its head, and a specific branch with new weights for every stage.
 
+        The branch is a copy of the shared one, layer by layer in its mode, with weights that the
+        mechanism's ``init`` draws: by default each layer's ``reset_parameters()``, trainable even
+        where the shared stage is frozen. A frozen parameter of a module without such a rule is a
+        constant and copied; a trainable one is refused.
+
         Args:
             task: a name that no other task has.
             head: maps the last stage's output ``[N, ...]`` to ``[N, K]``.
@@ -74,12 +83,14 @@ class TransferNet(nn.Module):
             The task's new parameters, ready for ``optimizer.add_param_group({"params": ...})``.
 
         Raises:
-            TypeError, ValueError: the name is not new, or ``head`` is not a module of its own.
+            TypeError, ValueError: the name is not new, ``head`` is not a module of its own, or
+                nothing says how to draw a trainable parameter anew.
         """
         _checks.check_new_task(task, self._configs)
         _checks.check_head(head, self)
-        specific = [self._like_stage(self.mechanism.new_specific(s), s) for s in self.shared]
-        adapters = [self._like_stage(self.mechanism.new_adapters(s), s) for s in self.shared]
+        with torch.inference_mode(False), _random_state_kept_on_error(self.parameters()):
+            specific = [self._new_specific(i) for i in range(self.depth)]
+            adapters = [self._new_adapters(i) for i in range(self.depth)]
         self.heads[task] = head
         self.specific[task] = nn.ModuleList(specific)
         self.adapters[task] = nn.ModuleList(adapters)
@@ -88,9 +99,20 @@ class TransferNet(nn.Module):
         new = (self.specific[task], self.adapters[task], head)
         return [p for module in new for p in module.parameters()]
 
-    @staticmethod
-    def _like_stage(module: nn.Module | None, stage: nn.Module) -> nn.Module | None:
-        return None if module is None else module.train(stage.training)
+    def _new_specific(self, stage: int) -> nn.Module:
+        shared = self.shared[stage]
+        try:
+            specific = self.mechanism.new_specific(shared)
+        except ValueError as error:
+            raise ValueError(f"stages[{stage}]: {error}") from error
+        if specific.training != shared.training:
+            specific.train(shared.training)  # a copy has the modes of its model, layer by layer
+        return specific
+
+    def _new_adapters(self, stage: int) -> nn.Module | None:
+        shared = self.shared[stage]
+        adapters = self.mechanism.new_adapters(shared)
+        return None if adapters is None else adapters.train(shared.training)
 
     def config(self, task: str) -> Configuration | None:
         """The configuration kept for a task, or None while the task has not ended."""
@@ -154,10 +176,27 @@ class TransferNet(nn.Module):
 
         Raises:
             TypeError, ValueError: an unknown task, a configuration that does not fit, none for a
-                task that has not ended, or one that needs branches dropped at its end.
+                task that has not ended, or one that needs branches dropped at its end; ``x`` is
+                nothing that the network can take.
         """
-        h = x
-        for branch in self.path(task, config):
+        path = self.path(task, config)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if x.dim() < 1:
+            raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
+        if torch.compiler.is_compiling():
+            return self._output(path, x, task)
+        try:
+            return self._output(path, x, task)
+        except (RuntimeError, IndexError) as error:
+            network = Network([(branch, branch) for branch in path], self.heads[task], task)
+            reason = _checks.misfit(network, x)
+            if reason is None:
+                raise
+            raise ValueError(reason) from error
+
+    def _output(self, path: list[Branch], h: Tensor, task: str) -> Tensor:
+        for branch in path:
             h = branch(h)
         return self.heads[task](h)
 
@@ -183,13 +222,19 @@ class TransferNet(nn.Module):
         return [pair[0 if bit else 1] for pair, bit in zip(branches, bits, strict=True)]
 
     def keep(self, task: str, config: Any) -> None:
-        """Ends a task with this configuration and drops the branches that it does not use."""
+        """Ends a task with this configuration and drops the branches that it does not use.
+
+        The gradients of all that is the task's own are freed, whether it is dropped or kept.
+        """
         bits = parse_config(config, self.depth)
         if self.config(task) is not None:
             raise ValueError(f"task: expected one that has not ended, got {task!r}, which has")
+        for own in (self.specific, self.adapters, self.heads):
+            own[task].zero_grad()
+        adapters = self.adapters[task]
+        without = {i for i, bit in enumerate(bits) if not bit and adapters[i] is not None}
+        self._without_adapters[task] = self._without_adapters[task] | without
         for stage, bit in enumerate(bits):
-            if not bit and self.adapters[task][stage] is not None:
-                self._without_adapters[task].add(stage)
             (self.specific if bit else self.adapters)[task][stage] = None
         self._configs[task] = bits
 
@@ -204,12 +249,21 @@ class TransferNet(nn.Module):
         frozen = nn.Sequential(*modules, _baked(Branch(self.heads[task])))
         return frozen.eval().requires_grad_(False)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The tasks in order and the configurations that ended ones were given."""
-        return {"configs": {t: None if c is None else list(c) for t, c in self._configs.items()}}
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; if it is refused, the net is as before."""
+        with all_or_nothing(self):
+            return super().load_state_dict(state_dict, strict, assign)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def get_extra_state(self) -> Tensor:
+        """The tasks in order and the configurations that ended ones were given."""
+        configs = {t: None if c is None else list(c) for t, c in self._configs.items()}
+        return packed({"configs": configs})
+
+    def set_extra_state(self, state: Any) -> None:
         """Brings the branches to where they were saved; the tasks themselves must be there."""
+        state = unpacked(state, "configs")
         missing = [task for task in state["configs"] if task not in self._configs]
         if missing:
             raise ValueError(
@@ -225,11 +279,11 @@ class TransferNet(nn.Module):
         """Gives an ended task new modules for the branches that it dropped."""
         if self._configs[task] is None:
             return
-        for i, stage in enumerate(self.shared):
+        for i in range(self.depth):
             if self.specific[task][i] is None:
-                self.specific[task][i] = self._like_stage(self.mechanism.new_specific(stage), stage)
+                self.specific[task][i] = self._new_specific(i)
             if self.adapters[task][i] is None:
-                self.adapters[task][i] = self._like_stage(self.mechanism.new_adapters(stage), stage)
+                self.adapters[task][i] = self._new_adapters(i)
         self._configs[task] = None
         self._without_adapters[task] = set()
 
@@ -244,6 +298,21 @@ def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
     if transfer not in MECHANISMS:
         raise ValueError(f"transfer: expected one of {sorted(MECHANISMS)}, got {transfer!r}")
     return MECHANISMS[transfer]()
+
+
+@contextmanager
+def _random_state_kept_on_error(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Puts PyTorch's random state, of the parameters' devices too, back if an error comes."""
+    cuda = {p.device.index for p in parameters if p.device.type == "cuda"}
+    states = {index: torch.cuda.get_rng_state(index) for index in cuda}
+    state = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(state)
+        for index, kept in states.items():
+            torch.cuda.set_rng_state(kept, index)
+        raise
 
 
 def _named(module: nn.Module | None, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:

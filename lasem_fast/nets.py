@@ -16,14 +16,15 @@ Source: LASEM, section 5 and appendix; the authors' release (github.com/Lifelong
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._numbers import finite_number, is_whole, whole_number
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.initialisers import release_
 from lasem_fast.net import TransferNet
@@ -56,6 +57,10 @@ class SkipLayer(nn.Module):
         self, conv: nn.Conv2d, pool: nn.Module, *, begins: bool = False, ends: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        if not isinstance(pool, nn.Module):
+            raise TypeError(f"pool: expected an nn.Module, got {type(pool).__name__}")
         self.conv = conv
         self.pool = pool
         self.begins = begins
@@ -90,6 +95,9 @@ class Architecture:
             :class:`~lasem_fast.transfer.DeconvolutionalFactorization`.
         skips: pairs of 0-based layers (first, last): what enters ``first`` is added behind the
             ReLU of ``last``. They do not overlap.
+
+    Raises:
+        TypeError, ValueError: an attribute is not as described.
     """
 
     transfer: str | TransferMechanism
@@ -102,6 +110,31 @@ class Architecture:
     groups: tuple[int, ...] | None = None
     deconvolution: tuple[DeconvSizes, ...] | None = None
     skips: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.mechanism()  # refuses what is none
+        for name in ("input_shape", "kernels", "channels", "pools", "hidden"):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, Sequence) or isinstance(sizes, (str, bytes)):
+                raise TypeError(f"{name}: expected a sequence of sizes, got {sizes!r}")
+            for size in sizes:
+                whole_number(size, name)
+        whole_number(self.batch_size, "batch_size")
+        if len(self.input_shape) != 3 or self.input_shape[1] != self.input_shape[2]:
+            raise ValueError(
+                f"input_shape: expected channels, height and the same width, got "
+                f"{self.input_shape!r}"
+            )
+        if not self.kernels or not all(kernel % 2 for kernel in self.kernels):
+            raise ValueError(f"kernels: expected odd sides, at least one, got {self.kernels!r}")
+        for name in ("channels", "pools"):
+            if len(getattr(self, name)) != self.depth:
+                raise ValueError(
+                    f"{name}: expected one entry for each of the {self.depth} layers, got "
+                    f"{getattr(self, name)!r}"
+                )
+        _check_skips(self.skips, self.depth)
+        self.space()  # refuses groups that do not fit
 
     @property
     def depth(self) -> int:
@@ -125,6 +158,7 @@ class Architecture:
 
         The release flattens channels last; the order of features is the first layer's matter only.
         """
+        classes = whole_number(classes, "classes")
         widths = [self.features, *self.hidden]
         layers: list[nn.Module] = [nn.Flatten(), nn.Dropout(_DROPOUT)]
         for inputs, outputs in pairwise(widths):
@@ -139,14 +173,15 @@ class Architecture:
 
     def mechanism(self) -> TransferMechanism:
         """The transfer mechanism, with the release's initial weights for specific branches."""
-        if self.transfer == "hps":
-            return HardParameterSharing(init=release_)
-        if self.transfer == "tf":
-            return TensorFactorization(init=release_)
-        if self.transfer == "dfcnn":
-            return DeconvolutionalFactorization(self.deconvolution, init=release_)
         if isinstance(self.transfer, TransferMechanism):
             return self.transfer
+        name = self.transfer if isinstance(self.transfer, str) else ""
+        if name == "hps":
+            return HardParameterSharing(init=release_)
+        if name == "tf":
+            return TensorFactorization(init=release_)
+        if name == "dfcnn":
+            return DeconvolutionalFactorization(self.deconvolution, init=release_)
         raise ValueError(
             f"transfer: expected 'hps', 'tf', 'dfcnn' or a TransferMechanism, got {self.transfer!r}"
         )
@@ -183,6 +218,7 @@ def same_pool(side: int, window: int) -> nn.Module:
     comes first; ``nn.MaxPool2d`` pads that half on both sides and adds the odd one at the end by
     ``ceil_mode``. Equal exactly, for every side and window.
     """
+    side, window = whole_number(side, "side"), whole_number(window, "window")
     if window == 1:
         return nn.Identity()
     missing = -side % window
@@ -199,7 +235,7 @@ def cifar100(
         transfer: ``"hps"``, ``"tf"``, ``"dfcnn"`` or a mechanism.
         width: factor on the numbers of channels and hidden units (rounded, at least 1).
     """
-    _check_layers(layers, (4, 6, 8))
+    layers = _checked_layers(layers, (4, 6, 8))
     return _architecture(
         transfer,
         width,
@@ -220,7 +256,7 @@ def office_home(
     layers: int = 4, transfer: str | TransferMechanism = "hps", width: float = 1.0
 ) -> Architecture:
     """Office-Home with 4, 6 or 8 layers (images of 128 x 128 in 3 channels); see cifar100."""
-    _check_layers(layers, (4, 6, 8))
+    layers = _checked_layers(layers, (4, 6, 8))
     kernels = {4: (11, 5, 3, 3), 6: (11, 5, 3, 3, 3, 3), 8: (7, 7, 5, 5, 3, 3, 3, 3)}
     channels = {
         4: (64, 256, 256, 256),
@@ -256,7 +292,7 @@ def stl10(
 
     The 9 layers are searched in groups of three. Under tf the head has one hidden layer less.
     """
-    _check_layers(layers, (6, 9))
+    layers = _checked_layers(layers, (6, 9))
     run = layers // 3
     pools = ((1,) * (run - 1) + (3,)) * 3
     deconvolution = {
@@ -306,7 +342,7 @@ def residual17(
     searched: the skip is what entered its first layer, whichever branches led there. The release
     has no dfcnn sizes for it; they are derived.
     """
-    if groups not in _RESIDUAL_GROUPS:
+    if not is_whole(groups) or int(groups) not in _RESIDUAL_GROUPS:
         raise ValueError(f"groups: expected one of {sorted(_RESIDUAL_GROUPS)}, got {groups!r}")
     return _architecture(
         transfer,
@@ -317,7 +353,7 @@ def residual17(
         pools=tuple(2 if i in (0, 5, 9, 13) else 1 for i in range(17)),
         hidden=(1000,),
         batch_size=10,
-        groups=_RESIDUAL_GROUPS[groups],
+        groups=_RESIDUAL_GROUPS[int(groups)],
         deconvolution=None,
         skips=((1, 2), (3, 4), (7, 8), (11, 12), (15, 16)),
     )
@@ -332,8 +368,7 @@ def _architecture(
     deconvolution: tuple[DeconvSizes, ...] | None,
     **rest: object,
 ) -> Architecture:
-    if not (isinstance(width, (int, float)) and 0 < width < math.inf):
-        raise ValueError(f"width: expected a finite factor above 0, got {width!r}")
+    width = finite_number(width, "width")
 
     def scaled(n: int) -> int:
         return max(1, round(n * width))
@@ -358,6 +393,20 @@ def _sizes(
     return tuple(DeconvSizes(*k, *t) for k, t in zip(knowledge, task, strict=True))
 
 
-def _check_layers(layers: int, known: tuple[int, ...]) -> None:
-    if layers not in known:
+def _checked_layers(layers: Any, known: tuple[int, ...]) -> int:
+    if not is_whole(layers) or int(layers) not in known:
         raise ValueError(f"layers: expected one of {known}, got {layers!r}")
+    return int(layers)
+
+
+def _check_skips(skips: Any, depth: int) -> None:
+    pairs = isinstance(skips, Sequence) and all(
+        isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_whole, pair)) for pair in skips
+    )
+    ordered = sorted(tuple(pair) for pair in skips) if pairs else [(depth, depth)]
+    apart = all(a[1] < b[0] for a, b in pairwise(ordered))
+    if not apart or not all(0 <= first <= last < depth for first, last in ordered):
+        raise ValueError(
+            f"skips: expected pairs of layers first <= last in 0..{depth - 1} that do not overlap, "
+            f"got {skips!r}"
+        )

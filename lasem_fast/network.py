@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,11 +19,26 @@ class Network(NamedTuple):
         stages: for every stage its branches, `shared` first; None for one that was dropped.
         head: maps the last stage's output to the logits.
         task: the task's name, for messages.
+        head_writes_input: whether the head was seen to change its input tensor in place.
     """
 
     stages: list[Sequence[Branch | None]]
     head: nn.Module
     task: str
+    head_writes_input: bool = False
+
+    def protected(self, writers: Container[int]) -> Network:
+        """The same network, of which the stages at these positions write to their input.
+
+        The head's position is the depth.
+        """
+        if not writers:
+            return self
+        stages = [
+            [b and b._replace(writes_input=True) for b in branches] if i in writers else branches
+            for i, branches in enumerate(self.stages)
+        ]
+        return self._replace(stages=stages, head_writes_input=len(stages) in writers)
 
     def modules(self, first: int = 0) -> list[nn.Module]:
         """The branches' modules from stage ``first`` on, and the head."""

@@ -23,7 +23,7 @@ class Scores(NamedTuple):
         posterior: P(c | X, y) ``[C]``; 0 where it overflowed.
         nll: mean of -log P(y_i | x_i, c) ``[C]``; inf where it overflowed.
         loss: scalar, the sum of ``posterior * nll`` with the posterior held constant; the only
-            output with a gradient. NaN if every configuration overflowed.
+            output with a gradient. NaN if a configuration overflowed.
         counted: whether the operation has updated the prior itself.
     """
 
@@ -41,9 +41,9 @@ through every branch."""
 HeadOperation = Callable[[nn.Module, Fold, int], "Tensor | None"]
 """``(head, h, rows) -> logits [rows * N, K]``, rows outermost."""
 
-ScoreOperation = Callable[[Tensor, Tensor, "Likelihood", "Prior", str], "Scores | None"]
-"""``(logits [C, N, K], y, likelihood, prior, task) -> scores``: the posterior head of one
-mini-batch."""
+ScoreOperation = Callable[[Tensor, Tensor, "Likelihood", "Prior", str, bool], "Scores | None"]
+"""``(logits [C, N, K], y, likelihood, prior, task, count) -> scores``: the posterior head of one
+mini-batch; without ``count`` the prior stays as it is."""
 
 
 class Operations(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lasem_fast._numbers import finite_number
 
 
 class TFRMSprop(Optimizer):
@@ -30,19 +31,18 @@ class TFRMSprop(Optimizer):
         eps: above 0.
 
     Raises:
-        ValueError: an argument is not as described.
+        TypeError, ValueError: an argument is not as described.
         RuntimeError: in ``step``, a gradient is sparse.
     """
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-4, decay: float = 0.9, eps: float = 1e-10
     ) -> None:
-        if not 0 <= float(lr) < math.inf:
-            raise ValueError(f"lr: expected a finite number of at least 0, got {lr!r}")
-        if not 0 <= decay <= 1:
+        one = isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta
+        finite_number(lr.item() if one else lr, "lr", zero=True)
+        if finite_number(decay, "decay", zero=True) > 1:
             raise ValueError(f"decay: expected a number in 0..1, got {decay!r}")
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
+        finite_number(eps, "eps")
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
 
     @torch.no_grad()
@@ -55,6 +55,8 @@ class TFRMSprop(Optimizer):
         Returns:
             What the closure returned, or None.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure: expected a function or None, got {type(closure).__name__}")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -54,7 +54,10 @@ class Level:
     def merge_order(self) -> tuple[int, ...]:
         """Where each row stands when the branches' rows are put one branch after another."""
         stacked = [row for branch in self.used_branches for row in self.rows_of(branch)]
-        return tuple(stacked.index(row) for row in range(len(stacked)))
+        order = [0] * len(stacked)
+        for place, row in enumerate(stacked):
+            order[row] = place
+        return tuple(order)
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,23 @@ class Plan:
     @classmethod
     def of(cls, branches: list[list[int]]) -> Plan:
         """The plan of configurations given as branch numbers ``[C][d]``, in any order."""
-        levels = []
-        rows = {(): 0}
-        for stage in range(len(branches[0])):
-            prefixes = sorted({tuple(config[: stage + 1]) for config in branches})
-            parents = tuple(rows[prefix[:-1]] for prefix in prefixes)
-            levels.append(Level(parents, tuple(p[-1] for p in prefixes), len(rows)))
-            rows = {prefix: i for i, prefix in enumerate(prefixes)}
-        return cls(tuple(levels), tuple(rows[tuple(config)] for config in branches))
+        configs = [tuple(config) for config in branches]
+        parents: list[list[int]] = [[] for _ in configs[0]]
+        taken: list[list[int]] = [[] for _ in configs[0]]
+        leaves: dict[tuple[int, ...], int] = {}
+        before: tuple[int, ...] = ()
+        for config in sorted(configs):
+            pairs = zip(config, before, strict=False)
+            # the first stage that it does not share with its neighbour: new rows from there on
+            new = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(before))
+            for stage in range(new, len(config)):
+                parents[stage].append(len(parents[stage - 1]) - 1 if stage else 0)
+                taken[stage].append(config[stage])
+            leaves[config] = len(parents[-1]) - 1
+            before = config
+        widths = [1, *map(len, parents)]
+        levels = map(Level, map(tuple, parents), map(tuple, taken), widths)
+        return cls(tuple(levels), tuple(leaves[config] for config in configs))
 
     @classmethod
     def of_configs(cls, configs: Sequence[Configuration]) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,25 @@ def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
     log_prob = likelihood.log_prob(output, y)
+    _check_returned(log_prob, output.shape[:2], f"{type(likelihood).__name__}.log_prob")
     nll = -log_prob.mean(dim=1)
     value = likelihood.reduce(log_prob.detach())
+    _check_returned(value, output.shape[:1], f"{type(likelihood).__name__}.reduce")
     return Evidence(torch.where(torch.isfinite(nll), value, -torch.inf), nll)
+
+
+def _check_returned(value: Any, shape: torch.Size, method: str) -> None:
+    """What a likelihood of the user's own returns."""
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+    elif value.shape != shape or not value.is_floating_point():
+        got = f"{value.dtype} of shape {list(value.shape)}"
+    else:
+        return
+    raise TypeError(
+        f"likelihood: expected {method} to return a floating-point tensor of shape {list(shape)}, "
+        f"got {got}"
+    )
 
 
 def posterior_of(log_prior: Tensor, log_likelihood: Tensor) -> Tensor:

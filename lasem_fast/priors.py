@@ -6,30 +6,43 @@ That count is what the end of a task chooses by, unless the prior says otherwise
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.task_modules import TaskModules
+from lasem_fast._numbers import finite_number, whole_number
+from lasem_fast.task_modules import UnlistedTaskModules
 
 
 class Prior(nn.Module):
     """Base class: a prior that never changes, uniform unless ``log_prob`` is overridden.
 
     A subclass may keep more buffers per task (``start``), learn from posteriors (``update``) and
-    choose by something else than wins (``score``). Everything stays on the device.
+    choose by something else than wins (``score``). Everything stays on the device, and keeps its
+    dtype when the module around it is cast. The buffers of the tasks are not among ``buffers()``
+    (see :class:`~lasem_fast.task_modules.Unlisted`).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.states = TaskModules()
+        self.states = UnlistedTaskModules()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prior:
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     def check(self, n_configs: int) -> None:
         """Raises ValueError if this prior cannot serve a space of ``n_configs`` configurations."""
 
     def start(self, task: str, n_configs: int, device: torch.device) -> None:
         """Makes the buffers of a task that is seen for the first time."""
+        n_configs = whole_number(n_configs, "n_configs")
         state = nn.Module()
         state.register_buffer("wins", torch.zeros(n_configs, dtype=torch.int64, device=device))
         self.states[task] = state
@@ -70,11 +83,16 @@ class Fixed(Prior):
 
     def __init__(self, probabilities: Tensor) -> None:
         super().__init__()
+        if not isinstance(probabilities, Tensor):
+            raise TypeError(
+                f"prior: expected a floating-point tensor [C], got {type(probabilities).__name__} "
+                f"{probabilities!r}"
+            )
         p = probabilities.detach().clone()  # checked as given, kept in double precision
-        if p.dim() != 1 or not p.is_floating_point():
+        if p.dim() != 1 or not p.is_floating_point() or p.is_meta or p.layout != torch.strided:
             raise ValueError(
                 f"prior: expected a floating-point tensor [C], got {p.dtype} of shape "
-                f"{list(p.shape)}"
+                f"{list(p.shape)} ({p.layout}, on {p.device})"
             )
         if not bool(torch.isfinite(p).all()) or bool((p < 0).any()) or not bool(p.sum() > 0):
             raise ValueError(
@@ -103,9 +121,7 @@ class Count(Prior):
 
     def __init__(self, initial: float = 1.0) -> None:
         super().__init__()
-        if not (isinstance(initial, (int, float)) and 0 < initial < float("inf")):
-            raise ValueError(f"initial: expected a finite number above 0, got {initial!r}")
-        self.initial = float(initial)
+        self.initial = finite_number(initial, "initial")
 
     def log_prob(self, task: str) -> Tensor:
         counts = self.states[task].wins.double() + self.initial
@@ -160,13 +176,13 @@ _BY_NAME = {
 
 
 def as_prior(prior: Any) -> Prior:
-    """A prior by name, as a tensor of probabilities ``[C]`` or as an object.
+    """A prior by name, as a tensor of probabilities ``[C]`` or as an object, which is copied.
 
     Raises:
         TypeError, ValueError: none of these.
     """
     if isinstance(prior, Prior):
-        return prior
+        return copy.deepcopy(prior)
     if isinstance(prior, Tensor):
         return Fixed(prior)
     if not isinstance(prior, str):

@@ -27,9 +27,11 @@ class NaiveLoop:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
         outputs = []
         for config in self.configs:
-            h = x
-            for branches, shared in zip(network.stages, config, strict=True):
-                h = branches[SHARED if shared else SPECIFIC](h)
+            h = x.clone()  # a stage may write to its input
+            for i, (branches, shared) in enumerate(zip(network.stages, config, strict=True)):
+                branch = branches[SHARED if shared else SPECIFIC]
+                h = branch(h)
+                _checks.check_is_tensor(h, branch.module, f"stage {i + 1}")
             logits = network.head(h)
             _checks.check_logits(logits, 1, x.shape[0], network.task)
             outputs.append(logits)

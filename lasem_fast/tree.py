@@ -26,11 +26,13 @@ class Tree:
     Args:
         plan: what to evaluate.
         operations: a backend's operations on whole levels and on the leaves.
+        cut: the stage that the plan has been split at, if it has been: two levels are one stage.
     """
 
-    def __init__(self, plan: Plan, operations: Operations) -> None:
+    def __init__(self, plan: Plan, operations: Operations, cut: int | None = None) -> None:
         self.plan = plan
         self.operations = operations
+        self.cut = cut
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
@@ -50,7 +52,7 @@ class Tree:
         if cut < depth and (halves := _split(network.stages[cut])) is not None:
             stages = [*network.stages[:cut], *halves, *network.stages[cut + 1 :]]
             network = network._replace(stages=stages)
-            return Tree(self.plan.split(cut), self.operations)._twice(network, x, cut + 1)
+            return Tree(self.plan.split(cut), self.operations, cut)._twice(network, x, cut + 1)
         return self._twice(network, x, cut)
 
     def _twice(self, network: Network, x: Tensor, cut: int) -> tuple[Tensor, Tensor]:
@@ -66,15 +68,15 @@ class Tree:
         """Runs the stages ``first .. stop - 1`` on a level's rows."""
         for i in range(first, stop):
             if self.plan.continues(i):
-                h = self._continue(network.stages[i], h, self.plan.levels[i])
+                h = self._continue(network.stages[i], h, self.plan.levels[i], i)
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
                 merge = not goes_on or _is_parameter_free(network.stages[i + 1])
-                h = self._branch_out(network.stages[i], h, self.plan.levels[i], merge)
+                h = self._branch_out(network.stages[i], h, self.plan.levels[i], merge, i)
         return h
 
     def _branch_out(
-        self, branches: Sequence[Branch | None], h: Fold, level: Level, merge: bool
+        self, branches: Sequence[Branch | None], h: Fold, level: Level, merge: bool, stage: int
     ) -> Fold:
         """A level whose rows go through different branches of the same input."""
         used = [branches[b] for b in level.used_branches]
@@ -87,21 +89,38 @@ class Tree:
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
             rows = rows_of(h, level.width, level.parents_of(b))
-            parts.append(_call(branch, rows))
+            parts.append(self._call(branch, rows, stage))
         return Stacks(parts, level)
 
-    def _continue(self, branches: Sequence[Branch | None], h: Fold, level: Level) -> Fold:
+    def _continue(
+        self, branches: Sequence[Branch | None], h: Fold, level: Level, stage: int
+    ) -> Fold:
         """A level whose rows go on in the branch that they came from."""
         used = [branches[b] for b in level.used_branches]
         if not isinstance(h, Stacks):
             h = folded(h)
             if _is_parameter_free(branches):
-                return _call(used[0], h)
+                return self._call(used[0], h, stage)
             h = Stacks(
                 [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
             )
-        parts = [_call(branch, part) for branch, part in zip(used, h.parts, strict=True)]
+        parts = [
+            self._call(branch, part, stage) for branch, part in zip(used, h.parts, strict=True)
+        ]
         return Stacks(parts, level)
+
+    def _call(self, branch: Branch, h: Tensor, stage: int) -> Tensor:
+        """The branch's output; ``h`` stays as it is, because others read it too."""
+        where = f"stage {stage + 1 if self.cut is None or stage <= self.cut else stage}"
+        if branch.writes_input or may_write_input(branch.module):
+            h = h.clone()
+            version = None
+        else:
+            version = _checks.version_of(h)
+        out = branch(h)
+        _checks.check_stage_output(out, h.shape[0], branch.module, where)
+        _checks.check_input_as_it_was(version, h, branch.module, where)
+        return out
 
     def _finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
@@ -118,16 +137,15 @@ class Tree:
                 _checks.check_logits(logits, leaves, samples, network.task)
                 return logits.unflatten(0, (leaves, samples))
         h = folded(h)
-        if may_write_input(network.head):
+        if network.head_writes_input or may_write_input(network.head):
             h = h.clone()
+        version = _checks.version_of(h)
         logits = network.head(h)
         _checks.check_logits(logits, leaves, samples, network.task)
+        if not (network.head_writes_input or may_write_input(network.head)):
+            where = f"the head of task {network.task!r}"
+            _checks.check_input_as_it_was(version, h, network.head, where)
         return logits.unflatten(0, (samples, leaves)).transpose(0, 1)
-
-
-def _call(branch: Branch, h: Tensor) -> Tensor:
-    """The branch's output; ``h`` stays as it is, because others read it too."""
-    return branch(h.clone() if may_write_input(branch.module) else h)
 
 
 def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:
@@ -167,4 +185,5 @@ def _part(branch: Branch, start: int, stop: int | None) -> Branch:
     module = branch.module[start:stop]
     layers = dict(module.named_children())
     tensors = {k: t for k, t in branch.tensors.items() if k.partition(".")[0] in layers}
-    return Branch(module, tensors)
+    # which part writes is not known
+    return Branch(module, tensors, branch.writes_input)

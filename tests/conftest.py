@@ -7,6 +7,7 @@ import torch
 from isas import has
 
 from lasem_fast import _ops as ops
+from lasem_fast import choices
 
 try:
     from hypothesis import HealthCheck, Phase, settings
@@ -31,9 +32,26 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch):
-    monkeypatch.setenv("LASEM_FAST_CHOICES", "first")  # no test depends on what was faster
+    monkeypatch.delenv("LASEM_FAST_CHOICES", raising=False)  # nothing is timed
     torch.set_num_threads(1)  # nets here are tiny; threads only wait for one another
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unset(tmp_path, monkeypatch):
+    """The choices of a new process, whose cache is this file of the test's own."""
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    choices.process.cache_clear()
+    yield tmp_path / "cache" / "lasem_fast" / "measurements.json"
+    choices.process.cache_clear()
+
+
+@pytest.fixture
+def measuring(unset, monkeypatch):
+    """As ``unset``, of a process that measures."""
+    monkeypatch.setenv("LASEM_FAST_CHOICES", "measure")
+    return unset
 
 
 @pytest.fixture(params=["avx2", "avx512"])

@@ -40,6 +40,7 @@ def brute_force(
     posterior=None,
     logits=logits_of,
     penalty=None,
+    gradients=True,
 ):
     """Loss, posterior and gradients of one mini-batch, without configurations that overflow.
 
@@ -78,7 +79,9 @@ def brute_force(
         (p * c for p, c, ok in zip(posterior.tolist(), costs, usable, strict=True) if ok),
         start=0 * sum(p.sum() for p in named.values()),
     )
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    grads = [None] * len(named)
+    if gradients:
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     zero = {n: torch.zeros_like(p) for n, p in named.items()}
     return Truth(
         loss=loss.detach(),

@@ -154,6 +154,18 @@ class TestArguments:
                 call(x, y)
 
 
+def test_a_mini_batch_that_is_refused_leaves_the_gradients():
+    em, optimizer = _made()
+    captured = _captured(em, optimizer)
+    x, y = _batches(1)[0]
+    captured(x, y)
+    grads = {p: p.grad.clone() for p in em.net.task_parameters("a")}
+    for call in (captured, captured.eager):
+        with pytest.raises(ValueError, match="y: expected class labels"):
+            call(x, y + 7)
+        assert all(torch.equal(p.grad, grad) for p, grad in grads.items())
+
+
 def test_results_can_be_kept():
     step = _captured(*_made())(*_batches(1)[0])
     kept = step.clone()

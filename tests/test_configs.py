@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +56,11 @@ def test_a_list_is_put_into_nested_loop_order():
     assert {1, 2} not in space
 
 
+def test_a_space_is_a_sequence_of_its_configurations():
+    space = lf.ConfigSpace(2)
+    assert list(space) == space.configs == [space[i] for i in range(len(space))]
+
+
 def test_static_configurations():
     space = lf.ConfigSpace(4)
     named = [space.all, space.top(1), space.top(3), space.bottom(2), space.bottom(0)]
@@ -81,6 +87,13 @@ def test_static_configurations():
         (lambda: lf.ConfigSpace(3).index(True), TypeError, "got bool"),
         (lambda: lf.ConfigSpace(3).index(1.0), TypeError, "got float"),
         (lambda: lf.ConfigSpace(4, groups=[2, 2]).index({1}), ValueError, "outside it"),
+        (lambda: lf.ConfigSpace(3)[8], ValueError, "row: expected a row in 0..7, got 8"),
+        (lambda: lf.ConfigSpace(3)["a"], TypeError, "row: expected a row in 0..7, got str"),
+        (lambda: lf.ConfigSpace(3).label(8), ValueError, "row: expected a row in 0..7, got 8"),
+        (lambda: lf.ConfigSpace(3).label(None), TypeError, "row: expected a row"),
+        (lambda: lf.ConfigSpace(2).index(torch.empty(2, device="meta")), TypeError, "config: exp"),
+        (lambda: lf.ConfigSpace(2).index([torch.ones(2), 1]), ValueError, "expected 2 booleans"),
+        (lambda: lf.ConfigSpace.from_configs(3), TypeError, "configs: expected a sequence"),
         (lambda: lf.ConfigSpace(3).top(4), ValueError, "k: expected"),
         (lambda: lf.ConfigSpace.from_configs([]), ValueError, "configs: expected at least one"),
         (lambda: lf.ConfigSpace.from_configs([{1}]), ValueError, "depth: expected"),
@@ -122,3 +135,16 @@ def test_plan_takes_any_set_of_prefixes_and_more_than_two_branches():
     assert plan.levels[1].rows_of(1) == (2, 3) and plan.levels[1].parents_of(1) == (1, 2)
     assert plan.levels[1].merge_order() == (0, 3, 1, 2)
     assert not plan.levels[1].is_full
+
+
+def test_a_plan_of_many_configurations_takes_no_time_that_counts():
+    configs = lf.ConfigSpace(15).configs
+    del configs[12345]
+    start = time.process_time()
+    plan = Plan.of_configs(configs)
+    order = plan.levels[-1].merge_order()
+    assert time.process_time() - start < 2  # 0.3 s; 10 s where the time is quadratic
+    assert plan.leaves == tuple(range(2**15 - 1)) and len(plan.levels[13]) == 2**14
+    shared = plan.levels[-1].rows_of(0)
+    assert [order[row] for row in shared] == list(range(len(shared)))
+    assert sorted(order) == list(range(2**15 - 1))

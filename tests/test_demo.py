@@ -1,7 +1,9 @@
 """The demo: its data are what they claim, a run is reproducible, errors say what to do."""
 
 import gzip
+import io
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from lasem_fast.__main__ import COMMANDS, main
-from lasem_fast.demo import data, model, plots, timing
+from lasem_fast.demo import data, model, plots, results, run, timing
 from lasem_fast.lifelong import RunRecord, TaskRecord
 from lasem_fast.net import TransferNet
 
@@ -222,22 +224,22 @@ def test_plots_of_any_number_of_tasks(tmp_path, n_tasks):
 
 
 def test_quick_run_is_reproducible(tmp_path, capsys):
-    results = []
+    found = []
     for name in ("first", "second"):
         assert main(["demo", "--quick", "--tasks", "2", "--out", str(tmp_path / name)]) == 0
         for plot in ("posterior.png", "share_frequency.png"):
             assert (tmp_path / name / plot).stat().st_size > 0
         result = json.loads((tmp_path / name / "run.json").read_text())
         assert set(result.pop("timing")["milliseconds"]) == {"em", "naive", "plain"}
-        for run in result["runs"].values():
-            assert run.pop("seconds")["train"] > 0
-        results.append(result)
-    assert results[0] == results[1]
-    assert results[0]["config"]["tasks"] == 2
-    assert list(results[0]["runs"]) == ["lasem", "all", "none"]
-    assert results[0]["comparison"]["none"]["forgetting"] == 0
+        for record in result["runs"].values():
+            assert record.pop("seconds")["train"] > 0
+        found.append(result)
+    assert found[0] == found[1]
+    assert found[0]["config"]["tasks"] == 2
+    assert list(found[0]["runs"]) == ["lasem", "all", "none"]
+    assert found[0]["comparison"]["none"]["forgetting"] == 0
     printed = capsys.readouterr().out
-    for task in results[0]["runs"]["lasem"]["tasks"]:
+    for task in found[0]["runs"]["lasem"]["tasks"]:
         assert task["label"] in printed
     assert "nothing shared" in printed
     assert "the naive loop" in printed
@@ -251,14 +253,89 @@ def test_quick_run_is_reproducible(tmp_path, capsys):
         (["--tasks", "211"], "n_tasks must be in [1, 210]"),
         (["--backend", "abacus"], "abacus"),
         (["--device", "abacus"], "abacus"),
-        (["--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
+        (["--device", "meta"], "expected a device that PyTorch can use here"),
+        (["--epochs", "0"], "argument --epochs: expected at least 1, got 0"),
+        (
+            ["--threads", "1000000"],
+            "argument --threads: expected at most 1024 threads, got 1000000",
+        ),
+        (["--epochs", "many"], "argument --epochs: expected a whole number, got 'many'"),
+        (["--seed", "-1"], "argument --seed: expected a number in 0..2^63 - 1, got -1"),
+        (["--root", "here"], "--root: expected only together with --data fashion-mnist"),
+        (["--out", __file__], "--out: expected a folder that can be written, got"),
+        (["--out", f"{__file__}/below"], "--out: expected a folder that can be written, got"),
     ],
 )
-def test_wrong_options_end_with_a_message(options, message, capsys):
+def test_wrong_options_end_with_a_message_before_training(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(run, "train_sequence", None)
     with pytest.raises(SystemExit) as end:
         main(["demo", *options])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+SHORT = ["demo", "--tasks", "1", "--epochs", "1"]
+
+
+def test_a_terminal_of_ascii_is_no_reason_to_fail(tmp_path, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main([*SHORT, "--out", str(tmp_path)]) == 0
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue().decode("ascii")
+    assert "nothing shared" in printed and "posterior.png" in printed
+
+
+def test_a_folder_that_is_gone_in_the_end_loses_nothing(tmp_path, monkeypatch, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+
+    def time_steps(*args, **options):
+        assert json.loads((out / "unfinished.json").read_text())["runs"].keys() == {
+            "lasem", "all", "none"
+        }  # fmt: skip
+        shutil.rmtree(out)
+        out.touch()
+        return timing_of(*args, **{**options, "rounds": 1})
+
+    timing_of = timing.time_steps
+    monkeypatch.setattr(timing, "time_steps", time_steps)
+    monkeypatch.setattr(results.tempfile, "mkdtemp", lambda prefix: other.mkdir() or str(other))
+    assert main([*SHORT, "--out", str(out)]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "cannot be written" in printed and "share_frequency.png in" in printed
+    assert json.loads((other / "run.json").read_text())["comparison"]
+    assert {path.name for path in other.iterdir()} == {
+        "run.json", "posterior.png", "share_frequency.png"
+    }  # fmt: skip
+
+
+def test_where_no_file_can_be_written_the_results_are_printed(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results, "_write_json", full)
+    assert main([*SHORT, "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert json.JSONDecoder().raw_decode(printed[printed.index('{"config"') :])[0]["runs"]
+    assert "No space left on device" in printed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_had_ended_is_kept_when_the_run_breaks_off(error, tmp_path, monkeypatch, capsys):
+    def time_steps(*args, **options):
+        raise error
+
+    monkeypatch.setattr(timing, "time_steps", time_steps)
+    (tmp_path / "run.json").write_text("of an earlier run")
+    if error is KeyboardInterrupt:
+        assert main([*SHORT, "--out", str(tmp_path)]) == 130
+    else:
+        with pytest.raises(error):
+            main([*SHORT, "--out", str(tmp_path)])
+    told = capsys.readouterr().err
+    assert f"{error.__name__} before the end; the tasks that had ended are in" in told
+    assert json.loads((tmp_path / "unfinished.json").read_text())["runs"]["none"]["tasks"]
+    assert (tmp_path / "run.json").read_text() == "of an earlier run"
 
 
 @pytest.mark.parametrize(("module", "project"), COMMANDS["demo"].needs)

@@ -38,3 +38,10 @@ def test_without_a_device_triton_says_why_it_cannot_run():
     with pytest.raises(RuntimeError, match="backend 'triton': not available: there is no CUDA"):
         lf.LASEM(net, backend="triton")
     assert lf.LASEM(net).backend != "triton"
+
+
+def test_only_what_exists_is_listed():
+    assert set(lf.backends()) == {"reference", "torch", "cpp", "triton"}
+    net = lf.TransferNet([torch.nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"backend: expected one of .*got 'cuda'; 'triton' is"):
+        lf.LASEM(net, backend="cuda")

@@ -390,3 +390,197 @@ def test_backends_say_what_is_there():
         if says != "available":
             with pytest.raises(RuntimeError, match=f"backend '{name}': {says[:20]}"):
                 lf.LASEM(small_net(1), backend=name)
+
+
+@pytest.mark.parametrize("prior", ["count", "mean_posterior"])
+def test_a_first_call_in_inference_mode_does_not_spoil_the_next(prior):
+    em = lf.LASEM(small_net(2), prior=prior)
+    state = lf.LASEM(small_net(2), prior=prior)
+    _train(state, "a", 1)
+    with torch.inference_mode():
+        em(*batch(), "a")
+        em.prior("a")
+    _train(em, "a", 2)
+    with torch.inference_mode():
+        em.load_state_dict(state.state_dict())
+    _train(em, "a", 2)
+    em.end_task("a", set())
+
+
+def test_a_first_call_that_fails_leaves_no_prior_behind_and_a_later_one_no_count():
+    class Fails(lf.transfer.HardParameterSharing):
+        fails = True
+
+        def auxiliary_loss(self, shared, adapters):
+            if self.fails:
+                raise ArithmeticError("no such loss")
+
+    net = lf.TransferNet(list(small_net(2).shared), Fails())
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).double())
+    for backend in ("auto", "torch", "reference"):
+        em = lf.LASEM(net, backend=backend)
+        for _ in range(2):
+            before = _state(em)
+            with pytest.raises(ArithmeticError):
+                em(*batch(), "a")
+            assert _same_state(before, em.state_dict())
+            net.mechanism.fails = False
+            _train(em, "a", 1)
+            net.mechanism.fails = True
+
+
+def test_what_is_made_later_is_not_listed_but_moves_and_saves():
+    em = lf.LASEM(small_net(2, tasks=("a", "b")), prior="mean_posterior")
+    before = [name for name, _ in em.named_buffers()]
+    for i, task in enumerate("abab"):
+        _train(em, task, 1, seed=i)
+    assert [name for name, _ in em.named_buffers()] == before
+    saved = "".join(em.state_dict())
+    assert "_prior.states.task_b.total" in saved and "_rollback.changes.task_a" in saved
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_made_before_the_first_step(use_buffers):
+    em = lf.LASEM(small_net(2, tasks=("a", "b")))
+    averaged = torch.optim.swa_utils.AveragedModel(em, use_buffers=use_buffers)
+    seen = []
+    for i, task in enumerate("aabab"):
+        _train(em, task, 1, seed=i)
+        averaged.update_parameters(em)
+        seen.append([p.detach().clone() for p in em.net.parameters()])
+    for got, *values in zip(averaged.module.net.parameters(), *seen, strict=True):
+        assert_equals(got.detach(), torch.stack(values).mean(0), "mean weight")
+    x, _ = batch()
+    assert averaged.module.net(x, "a", config=em.best_config("a")).shape == (4, 3)
+
+
+class _Broken(lf.priors.Prior):
+    def __init__(self, values):
+        super().__init__()
+        self.values = torch.tensor(values)
+
+    def log_prob(self, task):
+        return self.values
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize(
+    ("values", "error", "words"),
+    [
+        ([0.0, torch.inf, 0.0, 0.0], ValueError, "prior: expected .* below infinity, got 1 that"),
+        ([0.0, torch.nan, 0.0, 0.0], ValueError, "prior: expected .* below infinity, got 1 that"),
+        ([0.0, 0.0], ValueError, r"prior: expected log_prob to give shape \[4\]"),
+        ([0, 0, 0, 0], TypeError, "prior: expected log_prob to give a floating-point tensor"),
+    ],
+)
+def test_a_prior_that_is_no_probability_is_refused(backend, values, error, words):
+    em = lf.LASEM(small_net(2), prior=_Broken(values), backend=backend)
+    before = _state(em)
+    with pytest.raises(error, match=words):
+        em(*batch(), "a")
+    assert _same_state(before, em.state_dict())
+
+
+@pytest.mark.parametrize("value", [complex("nan"), complex(0, float("inf"))])
+def test_complex_weights_that_are_not_finite_are_refused(value):
+    net = small_net(2)
+    net.shared[0][0].extra = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    lf.LASEM(net)(*batch(), "a")
+    with torch.no_grad():
+        net.shared[0][0].extra[1] = value
+    with pytest.raises(ValueError, match=r"net: expected finite weights, .*shared.0.0.extra"):
+        lf.LASEM(net)(*batch(), "a")
+
+
+def _without_state(em, x, y, kind):
+    if kind == "evaluation":
+        em.eval()
+        step = em(x, y, "a")
+        em.train()
+        return step
+    with torch.no_grad() if kind == "no_grad" else torch.inference_mode():
+        return em(x, y, "a")
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("prior", ["count", "mean_posterior", "historic"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_validation_loss_changes_no_state(kind, prior, backend):
+    x, y = batch(dtype=torch.float32)
+    em = lf.LASEM(small_net(2, dtype=torch.float32), prior=prior, backend=backend)
+    twin = copy.deepcopy(em)
+    for started in (False, True):
+        before = _state(em)
+        step = _without_state(em, x, y, kind)
+        assert _same_state(before, em.state_dict()) and em._rollback.is_idle is not started
+        expected = twin(x, y, "a")
+        assert torch.equal(step.posterior, expected.posterior)
+        assert torch.equal(step.loss, expected.loss)
+        em(x, y, "a").loss.backward()  # a first call under inference_mode poisons nothing
+        assert _same_state(em.state_dict(), twin.state_dict())
+    em.end_task("a", {1})
+    before = _state(em)
+    _without_state(em, x, y, kind)
+    assert _same_state(before, em.state_dict())
+
+
+def test_a_frozen_posterior_in_a_validation_loss_changes_no_state():
+    em = lf.LASEM(small_net(2))
+    with torch.no_grad():
+        em(*batch(), "a", posterior=torch.ones(4, dtype=torch.float64) / 4)
+    assert em._rollback.is_idle and "a" not in em._prior.states
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), BAD_CALLS)
+def test_a_refused_call_draws_no_random_numbers(arguments, error, words):
+    em = lf.LASEM(small_net(2, extra=(lambda: nn.Dropout(0.5),)))
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        em(*arguments(*batch()))
+    assert torch.equal(state, torch.get_rng_state()) and "a" not in em._prior.states
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+def test_an_index_out_of_range_is_refused_in_words(backend):
+    net = lf.TransferNet([nn.Embedding(10, 3), nn.Linear(3, 3)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+    x, y = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    lf.LASEM(net, backend=backend)(x, y, "a")
+    x[2, 1] = 12
+    with pytest.raises(ValueError, match=r"x: expected .*stage 1 \(Embedding.*from 0 to 12"):
+        lf.LASEM(net, backend=backend)(x, y, "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (lambda x, y: (x.to_sparse(), y), TypeError, "x: expected a dense tensor, got .*sparse"),
+        (lambda x, y: (x, y.to_sparse()), TypeError, "y: expected a dense tensor, got .*sparse"),
+        (lambda x, y: (x.to("meta"), y), ValueError, "x: expected a tensor with values|y: .*meta"),
+        (lambda x, y: (x.to("meta"), y.to("meta")), ValueError, "x: .* got one on the meta device"),
+    ],
+)
+def test_tensors_without_plain_values_are_refused(arguments, error, words):
+    em = lf.LASEM(small_net(2))
+    with pytest.raises(error, match=words):
+        em(*arguments(*batch()), "a")
+
+
+def _old_spectral_norm(layer):
+    # its weight can be copied only while it carries no graph
+    with torch.no_grad():
+        return nn.utils.spectral_norm(layer)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, _old_spectral_norm])
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+def test_spectral_norm_in_training_mode_is_refused_by_name(norm, backend):
+    stages = [nn.Conv2d(2, 3, 3, padding=1), norm(nn.Conv2d(3, 3, 1))]
+    as_it_is = lf.transfer.HardParameterSharing(init=lambda stage: None)
+    net = lf.TransferNet(stages, transfer=as_it_is)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    em = lf.LASEM(net.double(), backend=backend)
+    with pytest.raises(ValueError, match=r"net: expected layers .*shared.1.*spectral norm"):
+        em(*batch(), "a")
+    em.eval()
+    em(*batch(), "a").loss.backward()

@@ -122,8 +122,95 @@ dist.destroy_process_group()
 """
 
 
-def test_distributed_data_parallel_averages_the_gradients(tmp_path, request):
-    command = [sys.executable, "-c", _DDP, str(request.path.parent), str(tmp_path / "store")]
+_DDP_START = """
+import sys, torch, torch.distributed as dist, lasem_fast as lf
+from torch.nn.parallel import DistributedDataParallel as DDP
+sys.path.insert(0, sys.argv[1])
+from nets import batch, small_net
+torch.set_num_threads(1)
+store, rank = "file://" + sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+
+def gathered(value):
+    found = [None, None]
+    dist.all_gather_object(found, value)
+    return found
+
+def digits(state):
+    return {k: t.tolist() for k, t in state.items()}
+"""
+
+# Each process has samples, initial weights and random numbers of its own.
+_DDP_CHOICES = (
+    _DDP_START
+    + """
+def run(steps, saved=None, start=0):
+    torch.manual_seed(rank)
+    em = lf.LASEM(small_net(2, tasks=("a", "b")), prior="historic", redraw_unclaimed=True)
+    if saved is not None:
+        em.load_state_dict(saved)
+    ddp = DDP(em, find_unused_parameters=True)
+    for i in range(start, steps):
+        optimizer = torch.optim.SGD(em.net.parameters(), lr=0.1)
+        ddp(*batch(seed=2 * i + rank), task="ab"[i % 2]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return em, ddp
+
+em, ddp = run(6)
+states = gathered(digits(em.state_dict()))
+assert states[0] == states[1]
+wins = em._prior.states["a"].wins
+wins.zero_()
+wins[rank] = 5
+assert em.best_config("a") == em.space[rank]
+assert gathered(em.end_task("a")) == [em.space[0]] * 2
+assert gathered(em.end_task("b", rank)) == [em.space[0]] * 2
+states = gathered(digits(em.net.state_dict()))
+assert states[0] == states[1]
+
+em, ddp = run(6)
+assert em.end_task("b", {1}) and ddp is not None
+whole = digits(em.state_dict())
+half = run(3)[0].state_dict()
+dist.broadcast_object_list(half := [half], 0)
+em, ddp = run(6, half[0], 3)
+em.end_task("b", {1})
+assert digits(em.state_dict()) == whole
+
+em.net.add_task("c", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 3)).double())
+before = digits(em.state_dict())
+try:
+    ddp(*batch(), task="c")
+    raise SystemExit("no error")
+except RuntimeError as error:
+    assert "wrap the LASEM anew" in str(error), error
+assert digits(em.state_dict()) == before
+ddp = DDP(em, find_unused_parameters=True)
+ddp(*batch(seed=rank), task="c").loss.backward()
+states = gathered(digits(em.state_dict()))
+assert states[0] == states[1]
+grads = gathered([None if p.grad is None else p.grad.tolist() for p in em.net.parameters()])
+assert grads[0] == grads[1]
+
+other = lf.LASEM(small_net(2))
+if rank:
+    other(*batch(), "a")
+try:
+    DDP(other, find_unused_parameters=True)(*batch(), task="a")
+    raise SystemExit("no error")
+except RuntimeError as error:
+    assert "the same tasks under way in all processes" in str(error), error
+dist.destroy_process_group()
+other.end_task("a")
+"""
+)
+
+
+@pytest.mark.parametrize("script", [_DDP, _DDP_CHOICES], ids=["gradients", "choices"])
+def test_distributed_data_parallel(script, tmp_path, request):
+    """Gradients are averaged; prior, choice and roll-back are those of the first process."""
+    command = [sys.executable, "-c", script, str(request.path.parent), str(tmp_path / "store")]
     ranks = [
         subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, text=True) for r in (0, 1)
     ]
@@ -146,3 +233,36 @@ def test_import_does_not_import_triton():
     assert not [
         name for name in done.stdout.split() if name.split(".")[0] in ("triton", "matplotlib")
     ]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_function_transforms(backend):
+    net = small_net(2, dtype=torch.float32)
+    em = lf.LASEM(net, backend=backend, prior="uniform")
+    x, y = batch(dtype=torch.float32)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(em(leaf, y, "a").loss, leaf)
+    state = copy.deepcopy(em._prior.states["a"].wins)
+    torch.testing.assert_close(torch.func.grad(lambda z: em(z, y, "a").loss)(x).detach(), expected)
+    many = torch.vmap(lambda z: em.evaluate(z, "a"))(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(many[1], em.evaluate(2 * x, "a"))
+    jacobian = torch.func.jacrev(lambda z: em.evaluate(z, "a").sum((0, 1)))(x)
+    torch.testing.assert_close(
+        jacobian[0].detach(), torch.autograd.grad(em.evaluate(leaf, "a").sum((0, 1))[0], leaf)[0]
+    )
+    assert torch.equal(em._prior.states["a"].wins, state)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_overflow_inside_compile_shows_as_a_nan_loss(backend):
+    torch._dynamo.reset()
+    net = small_net(2, dtype=torch.float32)
+    with torch.no_grad():
+        for stage in net.specific["a"]:
+            for p in stage.parameters():
+                p *= 1e30
+    em = lf.LASEM(net, backend=backend)
+    x, y = batch(dtype=torch.float32)
+    assert bool(torch.isfinite(em(x, y, "a").loss))
+    step = torch.compile(em, backend="aot_eager")(x, y, "a")
+    assert bool(step.loss.isnan()) and float(step.posterior[3]) == 0

@@ -1,6 +1,8 @@
 """The training run over a sequence: reproducible, the same conditions for all, a true record."""
 
 import json
+import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from torch import nn
 
 from lasem_fast import ConfigSpace, TransferNet
-from lasem_fast.lifelong import METHODS, Task, train_sequence
+from lasem_fast.lifelong import METHODS, SequenceError, Task, train_sequence
+from lasem_fast.priors import Count, MeanPosterior
 
 FEATURES, HIDDEN, CLASSES, DEPTH = 4, 6, 3, 2
 EPOCHS, TASKS = 3, 3
@@ -184,13 +187,208 @@ def test_progress_is_told_after_every_epoch():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "some"}, "method must be one of lasem, all, none, got 'some'"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"evaluate_earlier_every": 0}, "evaluate_earlier_every must be at least 1"),
-        ({"tasks": make_tasks(1) * 2}, r"different names, got \['t0', 't0'\]"),
+        ({"method": "some"}, "method: expected one of lasem, all, none, got 'some'"),
+        ({"method": ["lasem"]}, "method: expected one of"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"epochs": 2.5}, "epochs: expected an int, got 2.5"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"evaluate_earlier_every": 0}, "evaluate_earlier_every: expected at least 1"),
+        ({"seed": -1}, "seed: expected a number in 0"),
+        ({"seed": None}, "seed: expected an int, got None"),
+        ({"optimizer": "Adam"}, "optimizer: expected a function, got str"),
+        ({"tasks": make_tasks(1) * 2}, r"tasks: expected different names, got \['t0', 't0'\]"),
+        ({"tasks": ["t0"]}, r"tasks: expected a sequence of Task, got \['str'\]"),
+        ({"em_options": {"backed": "torch"}}, r"em_options: expected some of .*, got \['backed'\]"),
+        ({"em_options": 3}, "em_options: expected a dict of LASEM's arguments, got int"),
+        ({"device": "abacus"}, "device: expected one that PyTorch can use here, got 'abacus'"),
+        ({"device": "meta"}, "device: expected one that PyTorch can use here, got 'meta'"),
     ],
 )
-def test_wrong_arguments_are_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        run(**changes)
+def test_wrong_arguments_are_named_before_anything_is_made(changes, message):
+    built = []
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=f"^{message}"):
+        run(**changes, make_net=lambda: built.append(0))
+    assert not built
+
+
+def test_no_tasks():
+    with pytest.raises(ValueError, match="tasks: expected at least one task, got none"):
+        train_sequence(make_net, make_head, [])
+
+
+X, Y = torch.zeros(6, FEATURES), torch.tensor([0, 1, 2, 0, 1, 2])
+WITH_NAN = torch.full((6, FEATURES), float("nan"))
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (
+            (X, Y.unsqueeze(1)),
+            r"expected y of shape \[6\], one label per sample of x, got \[6, 1\]",
+        ),
+        ((X, Y[:5]), r"expected y of shape \[6\], one label per sample of x, got \[5\]"),
+        ((X, Y.float()), r"expected y to be class labels of torch.int64, got torch.float32"),
+        ((X, Y + 1), r"expected labels in 0..2 \(n_classes is 3\), got labels from 1 to 3"),
+        ((X, -Y), r"expected labels in 0..2 \(n_classes is 3\), got labels from -2 to 0"),
+        ((X[:0], Y[:0]), r"expected x to hold at least one sample \[N, ...\], got shape \[0, 4\]"),
+        ((X[0, 0], Y), r"expected x to hold at least one sample \[N, ...\], got shape \[\]"),
+        ((WITH_NAN, Y), r"expected finite values in x, got 24 that are NaN or infinite"),
+        ((X.to_sparse(), Y), r"expected x to be a dense tensor, got layout torch.sparse_coo"),
+        ((X.to("meta"), Y), r"expected x to be a dense tensor, got one without values \(meta\)"),
+        ((X, Y.tolist()), r"expected a pair of tensors \(x, y\), got \(Tensor, list\)"),
+        (None, r"expected a pair of tensors \(x, y\), got NoneType"),
+    ],
+)
+def test_data_of_all_tasks_are_checked_before_anything_is_trained(split, pair, message):
+    tasks = make_tasks()
+    tasks[-1] = replace(tasks[-1], **{split: pair})
+    built = []
+    with pytest.raises((TypeError, ValueError), match=f"^{split} of task 't2': {message}"):
+        run(tasks=tasks, make_net=lambda: built.append(0))
+    assert not built
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": 7}, r"tasks\[1\]: expected a name \(str\), got 7"),
+        ({"name": ""}, r"tasks\[1\]: expected a name, got an empty string"),
+        ({"n_classes": 0}, "n_classes of task 't1': expected at least 1, got 0"),
+        ({"n_classes": 3.0}, "n_classes of task 't1': expected an int, got 3.0"),
+    ],
+)
+def test_names_and_classes_are_checked(change, message):
+    tasks = make_tasks()
+    tasks[1] = replace(tasks[1], **change)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        run(tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (nn.Linear(2, 2), "expected a function that returns a TransferNet, .* returns Linear"),
+        ("used", r"expected a new net without tasks at every call, got one with .* \['t0'\]"),
+    ],
+)
+def test_nets_that_are_none_or_not_new(made, message):
+    if made == "used":
+        made = make_net()
+        made.add_task("t0", nn.Linear(HIDDEN, CLASSES))
+    with pytest.raises((TypeError, ValueError), match=f"^make_net: {message}"):
+        run(make_net=lambda: made)
+
+
+@pytest.mark.parametrize("prior", [Count, MeanPosterior])
+def test_a_prior_that_is_given_is_the_same_for_every_run(prior):
+    mine = prior()
+    options = {"prior": mine}
+    first = without_times(run(em_options=options))
+    assert first == without_times(run(em_options=options))
+    assert first == without_times(run(em_options={"prior": prior()}))
+    assert options == {"prior": mine} and not list(mine.states)
+
+
+# Failures
+
+
+def failing_net() -> TransferNet:
+    """Cannot take numbers beyond 100, which only a late task has."""
+
+    class Picky(nn.Module):
+        def forward(self, h: torch.Tensor) -> torch.Tensor:
+            if (h > 100).any():
+                raise KeyError("too large")
+            return h
+
+    net = make_net()
+    net.shared[0].append(Picky())
+    return net
+
+
+def test_a_failure_does_not_lose_the_tasks_before_it():
+    tasks = make_tasks()
+    x, y = tasks[2].train
+    tasks[2] = replace(tasks[2], train=(torch.cat([x, x[:1] + 1e3]), torch.cat([y, y[:1]])))
+    with pytest.raises(
+        SequenceError, match=r"'t2' \(3 of 3\) failed after 0 of 3 epochs"
+    ) as failure:
+        run(tasks=tasks, make_net=failing_net)
+    error = failure.value
+    assert isinstance(error.__cause__, KeyError) and "KeyError: 'too large'" in str(error)
+    assert "ended before: 't0', 't1'" in str(error)
+    alone = run(tasks=tasks[:2], make_net=failing_net)
+    assert without_times(error.record) == without_times(alone)
+    assert (error.unfinished.name, error.unfinished.test) == ("t2", [])
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.record, again.unfinished.name) == (str(error), error.record, "t2")
+
+
+def test_a_failure_in_the_first_task_has_an_empty_record():
+    with pytest.raises(SequenceError, match="ended before: none") as failure:
+        run(optimizer=lambda parameters: None)
+    assert "optimizer: expected a function that returns" in str(failure.value)
+    plain = failure.value.record.to_dict()
+    assert plain["tasks"] == plain["matrix"] == [] and set(plain["summary"].values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("head", "split", "message"),
+    [
+        (lambda task: nn.Linear(HIDDEN, 2), None, r"outputs \[N, 3\] for task 't0', got \[1, 2\]"),
+        (lambda task: None, None, "make_head: expected a function that returns an nn.Module"),
+        (make_head, "test", r"test of task 't0': expected samples that the network can take, got "),
+    ],
+)
+def test_what_does_not_fit_is_found_before_the_task_is_trained(head, split, message):
+    tasks = make_tasks(1)
+    if split:
+        x, y = tasks[0].test
+        tasks[0] = replace(tasks[0], test=(x[:, 1:], y))
+    told = []
+    with pytest.raises(SequenceError, match=message):
+        train_sequence(make_net, head, tasks, on_epoch=told.append)
+    assert not told
+
+
+def test_the_record_so_far_is_told_after_every_task():
+    told = []
+
+    def on_task(record) -> None:
+        told.append(json.loads(json.dumps(without_times(record), allow_nan=False)))
+
+    record = run(on_task=on_task)
+    assert [len(plain["matrix"]) for plain in told] == [1, 2, 3]
+    assert told[-1] == without_times(record)
+    assert told[1]["matrix"] == [row[:2] for row in record.matrix[:2]]
+
+
+def test_errors_of_the_callers_own_functions_come_as_they_are():
+    class Enough(Exception):
+        pass
+
+    def stop(now: object) -> None:
+        raise Enough
+
+    for callback in ("on_epoch", "on_task"):
+        with pytest.raises(Enough):
+            run(**{callback: stop})
+
+
+def test_a_ratio_to_an_accuracy_of_zero_is_none():
+    tasks = [replace(task, test=(task.test[0], 2 - task.test[1])) for task in make_tasks(1)]
+    record = run(tasks=tasks)
+    record.matrix = [[0.0]]
+    assert record.summary()["forgetting_ratio_to_end"] is None
+
+
+def test_frozen_layers_stay_frozen():
+    norm = nn.BatchNorm1d(HIDDEN).eval()
+
+    def build() -> TransferNet:
+        return TransferNet([nn.Sequential(nn.Linear(FEATURES, HIDDEN), norm, nn.ReLU())])
+
+    run(method="all", make_net=build, tasks=make_tasks(1), epochs=2)
+    assert int(norm.num_batches_tracked) == 0

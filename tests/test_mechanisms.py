@@ -314,6 +314,10 @@ def test_derived_sizes_and_given_ones():
             lambda: _net("dfcnn", stages=[nn.Linear(2, 2)]),
             r"type Conv2d, got Linear with 'weight' at stages\[0\]",
         ),
+        (
+            lambda: _net("tf", stages=[nn.utils.spectral_norm(nn.Linear(2, 2))]),
+            r"got Linear with 'weight_orig' at stages\[0\]",
+        ),
         (lambda: _net("dfcnn", stages=[nn.Conv2d(2, 2, 2)]), r"odd side, got 2 x 2 at stages\[0\]"),
         (lambda: _net("dfcnn", stages=[nn.Conv2d(2, 2, (1, 3))]), "square kernels .* got 1 x 3"),
         (

@@ -92,16 +92,31 @@ def test_share_frequency():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: metrics.average_accuracy([0.5, 0.5]), r"square matrix .* got shape \(2,\)"),
+        (
+            lambda: metrics.average_accuracy([0.5, 0.5]),
+            r"R: expected a square matrix .* got shape \[2\]",
+        ),
         (lambda: metrics.average_accuracy(np.empty((0, 0))), "square matrix"),
-        (lambda: metrics.forgetting([[0.5, 0.0], [NAN, 0.5]]), "finite on and below"),
-        (lambda: metrics.gain(MULTI_HEAD, [0.5]), r"alone must have shape \(3,\), got \(1,\)"),
-        (lambda: metrics.peak_epoch([]), "valid must be a non-empty vector"),
-        (lambda: metrics.learning_curve_area([[0.5]]), "test must be a non-empty vector"),
-        (lambda: metrics.peak_accuracy([0.5, 0.5], [0.5]), r"test must have shape \(2,\)"),
+        (
+            lambda: metrics.forgetting([[0.5, 0.0], [NAN, 0.5]]),
+            "R: expected finite values on and below",
+        ),
+        (lambda: metrics.gain(MULTI_HEAD, [0.5]), r"alone: expected shape \[3\], got \[1\]"),
+        (lambda: metrics.peak_epoch([]), "valid: expected a non-empty vector"),
+        (lambda: metrics.learning_curve_area([[0.5]]), "test: expected a non-empty vector"),
+        (lambda: metrics.peak_accuracy([0.5, 0.5], [0.5]), r"test: expected shape \[2\]"),
         (lambda: metrics.retention([0.5], [0.0]), "above 0"),
-        (lambda: metrics.retention([0.5, 0.5], [0.5]), r"final must have shape \(1,\)"),
+        (lambda: metrics.retention([0.5, 0.5], [0.5]), r"final: expected shape \[1\]"),
         (lambda: metrics.share_frequency([True]), r"\[tasks, stages\]"),
+        (lambda: metrics.share_frequency([[2, 0]]), "configurations: expected bits"),
+        (lambda: metrics.share_frequency([[1], [1, 0]]), "configurations: expected real numbers"),
+        (lambda: metrics.average_accuracy("all"), "R: expected real numbers .* got str"),
+        (lambda: metrics.average_accuracy(None), "R: expected real numbers .* got NoneType"),
+        (lambda: metrics.average_accuracy([[1j]]), "R: expected real numbers .* got list"),
+        (lambda: metrics.peak_epoch([0.5, NAN]), "valid: expected finite values, got NaN"),
+        (lambda: metrics.retention([NAN], [0.5]), "final: expected finite values, got NaN"),
+        (lambda: metrics.retention([], []), "reference: expected a non-empty vector"),
+        (lambda: metrics.gain(MULTI_HEAD, [0.5, NAN, 0.5]), "alone: expected finite values"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -119,6 +119,110 @@ def test_a_mechanism_with_an_initialiser_of_its_own():
     assert all(bool((p == 0.25).all()) for p in net.specific["a"].parameters())
 
 
+def _uncopied():
+    stage = nn.Linear(2, 2)
+    stage.cache = stage.weight * 2
+    return stage
+
+
+class Scaled(nn.Module):
+    """A bare parameter beside a layer."""
+
+    def __init__(self, requires_grad=True):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 3.0), requires_grad=requires_grad)
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, h):
+        return self.linear(h) * self.scale
+
+
+def test_new_branches_of_attention_and_parametrised_layers_have_new_weights():
+    stages = [
+        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    ]
+    net = lf.TransferNet(stages)
+    with torch.no_grad():
+        for p in net.parameters():  # trained
+            p.add_(0.125)
+    net.add_task("a", nn.Flatten())
+    for shared, own in zip(net.shared.parameters(), net.specific["a"].parameters(), strict=True):
+        assert bool((shared != own).all())
+
+
+def test_a_trainable_parameter_that_nothing_draws_is_refused():
+    net = lf.TransferNet([nn.Linear(2, 2), Scaled()])
+    before = list(net.state_dict())
+    state = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=r"stages\[1\]: .* got none for 'scale' of Scaled .*reset_par.*init="
+    ):
+        net.add_task("a", nn.Identity())
+    assert list(net.state_dict()) == before and net.tasks == ()
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def init(module):
+        assert lf.initialisers.redraw_(module) in ([], ["scale"])
+        if isinstance(module, Scaled):
+            nn.init.constant_(module.scale, 5.0)
+
+    net = lf.TransferNet(
+        [nn.Linear(2, 2), Scaled()], transfer=lf.transfer.HardParameterSharing(init)
+    )
+    net.add_task("a", nn.Identity())
+    assert bool(net.specific["a"][1].scale == 5.0)
+    assert not torch.equal(net.specific["a"][1].linear.weight, net.shared[1].linear.weight)
+
+
+def test_a_frozen_parameter_without_a_rule_is_a_constant():
+    net = lf.TransferNet([Scaled(requires_grad=False)])
+    net.add_task("a", nn.Identity())
+    own = net.specific["a"][0]
+    assert bool(own.scale == 3.0) and not own.scale.requires_grad
+    assert own.linear.weight.requires_grad
+    net = lf.TransferNet([Scaled().requires_grad_(False)])
+    with pytest.raises(ValueError, match="'scale' of Scaled"):  # the constant of what is trained?
+        net.add_task("a", nn.Identity())
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("layers", [1, 2], ids=["some layers frozen", "whole stage frozen"])
+def test_the_specific_branch_of_a_frozen_stage_is_trainable(backend, layers):
+    stages = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.GroupNorm(1, 3))]
+    stages[0][:layers].requires_grad_(False)
+    net = lf.TransferNet([*stages, nn.Conv2d(3, 3, 3, padding=1)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    x, y = torch.randn(2, 3, 6, 6), torch.tensor([0, 2])
+    lf.LASEM(net, backend=backend)(x, y, "a").loss.backward()
+    assert all(p.grad is not None for p in net.specific["a"].parameters())
+    assert net.shared[0][0].weight.grad is None and net.shared[1].weight.grad is not None
+
+
+def test_redrawing_leaves_frozen_weights_alone():
+    stages = [
+        nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).requires_grad_(False),
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+    ]
+    stages[1][0].requires_grad_(False)
+    net = lf.TransferNet(stages)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net.redraw_unclaimed()
+    redrawn = [name for name, p in net.named_parameters() if not torch.equal(p, before[name])]
+    assert redrawn == ["shared.1.1.weight", "shared.1.1.bias"]
+    assert not any(p.requires_grad for m in (stages[0], stages[1][0]) for p in m.parameters())
+
+
+@pytest.mark.parametrize("transfer", ["hps", "tf"])
+def test_modes_are_copied_layer_by_layer(transfer):
+    stage = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False), nn.Dropout())
+    stage[1].eval()
+    net = lf.TransferNet([stage], transfer=transfer)
+    net.add_task("a", nn.Linear(2, 2))
+    assert [m.training for m in net.specific["a"][0]] == [True, False, True]
+    lf.LASEM(net)(torch.randn(3, 2), torch.tensor([0, 1, 1]), "a")
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -130,6 +234,18 @@ def test_a_mechanism_with_an_initialiser_of_its_own():
             "stages: expected a sequence of nn.Module",
         ),
         (lambda: lf.TransferNet([nn.LazyLinear(3)]), ValueError, r"stages\[0\].*lazy"),
+        (lambda: lf.TransferNet([nn.Linear(2, 2, device="meta")]), ValueError, "the meta device"),
+        (
+            lambda: lf.TransferNet([torch.inference_mode()(lambda: nn.Linear(2, 2))()]),
+            ValueError,
+            "made under torch.inference_mode",
+        ),
+        (
+            lambda: lf.TransferNet([_uncopied()]).add_task("a", nn.ReLU()),
+            ValueError,
+            r"stages\[0\]: expected a module that copy.deepcopy can copy, got Linear",
+        ),
+        (lambda: lf.transfer.HardParameterSharing(init=3), TypeError, "init: expected a function"),
         (
             lambda: lf.TransferNet([nn.ReLU()], transfer="x"),
             ValueError,
@@ -145,6 +261,17 @@ def test_a_mechanism_with_an_initialiser_of_its_own():
         (lambda: small_net(1).add_task(1, nn.ReLU()), TypeError, "task: expected a name"),
         (lambda: small_net(1).add_task("", nn.ReLU()), ValueError, "empty"),
         (lambda: small_net(1).add_task("b", 3), TypeError, "head: expected an nn.Module"),
+        (lambda: lf.TransferNet(torch.tensor(1)), TypeError, "stages: expected a sequence"),
+        (lambda: small_net(1).branches("b"), ValueError, r"task: expected one of \['a'\], got 'b'"),
+        (lambda: small_net(1).heads[3], TypeError, "task: expected a name"),
+        (lambda: small_net(1).auxiliary_losses("b"), ValueError, "task: expected one of"),
+        (lambda: small_net(1)(3, "a", 0), TypeError, "x: expected a tensor, got int"),
+        (lambda: small_net(1)(torch.tensor(3), "a", 0), ValueError, "x: expected a batch"),
+        (
+            lambda: small_net(1)(torch.zeros(2, 5, 6, 6).double(), "a", 0),
+            ValueError,
+            r"x: expected samples that the network can take.* stage 1 ",
+        ),
         (
             lambda: (n := small_net(1)).add_task("b", n.heads["a"]),
             ValueError,

@@ -182,12 +182,35 @@ def test_glorot_limits_of_generated_layers():
         (lambda: lf.nets.cifar100(5), r"layers: expected one of \(4, 6, 8\), got 5"),
         (lambda: lf.nets.stl10(4), r"layers: expected one of \(6, 9\), got 4"),
         (lambda: lf.nets.residual17(3), r"groups: expected one of \[4, 5, 6, 7, 8\], got 3"),
-        (lambda: lf.nets.cifar100(width=0), "width: expected a finite factor above 0, got 0"),
+        (lambda: lf.nets.cifar100(width=0), "width: expected a finite number above 0, got 0"),
+        (lambda: lf.nets.cifar100(torch.ones(2)), "layers: expected one of"),
+        (lambda: lf.nets.residual17({4}), "groups: expected one of"),
+        (lambda: lf.nets.cifar100().head(0), "classes: expected a whole number of at least 1"),
+        (lambda: lf.nets.same_pool(7, 0), "window: expected a whole number of at least 1, got 0"),
         (lambda: lf.nets.cifar100(transfer="x").net(), "transfer: expected 'hps', 'tf'"),
     ],
 )
 def test_bad_arguments_are_refused_in_words(call, words):
     with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: lf.nets.cifar100().head("ten"), "classes: expected a whole number"),
+        (lambda: lf.nets.cifar100(width="wide"), "width: expected a finite number above 0"),
+        (lambda: lf.nets.same_pool(7.5, 2), "side: expected a whole number"),
+        (lambda: lf.nets.SkipLayer(nn.Linear(1, 1), nn.Identity()), "conv: expected an nn.Conv2d"),
+        (lambda: lf.nets.SkipLayer(nn.Conv2d(1, 1, 1), None), "pool: expected an nn.Module"),
+        (lambda: lf.initialisers.release_([nn.Linear(1, 1)]), "module: expected an nn.Module"),
+        (lambda: lf.initialisers.glorot_uniform_(torch.ones(2), "2", 2), "fan_in: expected a"),
+        (lambda: lf.transfer.DeconvolutionalFactorization(3), "sizes: expected a sequence"),
+        (lambda: lf.transfer.TensorFactorization(aux_weight="x"), "aux_weight: expected a finite"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused_in_words(call, words):
+    with pytest.raises(TypeError, match=words):
         call()
 
 
@@ -200,3 +223,22 @@ def test_reference_backend_agrees_on_a_generated_residual_net():
         for backend in ("torch", "reference")
     ]
     assert_equals(*outputs, "logits")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"kernels": (2, 3, 3, 3)}, "kernels"),
+        ({"channels": (3,)}, "channels"),
+        ({"pools": (0, 1, 1, 1)}, "pools"),
+        ({"hidden": 1}, "hidden"),
+        ({"batch_size": None}, "batch_size"),
+        ({"transfer": "lora"}, "transfer"),
+        ({"input_shape": (3, 32, 31)}, "input_shape"),
+        ({"skips": ((1, 2), (2, 3))}, "skips"),
+        ({"groups": (1, 2)}, "groups"),
+    ],
+)
+def test_architectures_that_do_not_fit_are_named(change, name):
+    with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+        replace(lf.nets.cifar100(4), **change)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, record, report, run
+from bench import cases, measured, record, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +45,7 @@ def test_both_stages_pass_and_leave_results(rehearsal):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== tests: passed" in done.stdout and "== bench: passed" in done.stdout
     assert " passed" in (out / "tests.txt").read_text()
-    results = report.Results.load(out / "bench.json")
+    results = measured.Results.load(out / "bench.json")
     assert results.rows() == [cases.smoke("cpu")[0].id]
     assert "lasem_fast torch" in results.columns() and not results.refused
     assert "| ms (times the base learner) |" in (out / "bench.md").read_text()
@@ -59,10 +59,10 @@ def test_results_name_no_folder(rehearsal):
 
 def test_a_second_call_goes_on_where_the_first_one_ended(rehearsal, capsys):
     _, out = rehearsal
-    before = report.Results.load(out / "bench.json").cells
+    before = measured.Results.load(out / "bench.json").cells
     arguments = ["--suite", "smoke", "--device", "cpu", "--out", str(out / "bench.json")]
     assert run.main(arguments) == run.FINISHED
-    assert report.Results.load(out / "bench.json").cells == before
+    assert measured.Results.load(out / "bench.json").cells == before
     assert cases.smoke("cpu")[0].id in capsys.readouterr().out
 
 

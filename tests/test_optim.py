@@ -134,3 +134,12 @@ def test_sparse_gradients_are_refused():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="expected dense gradients"):
         lf.optim.TFRMSprop(table.parameters()).step()
+
+
+@pytest.mark.parametrize("value", ["1", None, torch.ones(2), True])
+@pytest.mark.parametrize("name", ["lr", "decay", "eps"])
+def test_what_is_no_number_is_refused_in_words(name, value):
+    with pytest.raises(TypeError, match=f"{name}: expected a finite number"):
+        lf.optim.TFRMSprop([nn.Parameter(torch.ones(1))], **{name: value})
+    with pytest.raises(TypeError, match="closure: expected a function"):
+        lf.optim.TFRMSprop([nn.Parameter(torch.ones(1))]).step(1)

@@ -153,3 +153,80 @@ def test_a_users_prior_and_likelihood():
     assert_equals(
         step.posterior, (torch.tensor([0.0, -1, -2, -3]).double() + score).softmax(0), "posterior"
     )
+
+
+def test_a_prior_object_serves_two_lasems_without_carrying_counts():
+    prior = lf.priors.Count(2.0)
+    first, second = (lf.LASEM(small_net(2), prior=prior) for _ in range(2))
+    for i in range(3):
+        first(*batch(seed=i), "a")
+    assert not prior.states and second.prior("a").tolist() == [0.25] * 4
+    assert_equals(first.prior("a").sum(), torch.tensor(1.0).double(), "sum")
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+@pytest.mark.parametrize("prior", ["count", "mean_posterior", "tensor"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_cast_leaves_the_prior_s_digits_alone_and_the_next_step_runs(backend, prior, cast):
+    given = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    em = lf.LASEM(small_net(2), prior=given if prior == "tensor" else prior, backend=backend)
+    em(*batch(), "a")
+    before = em.prior("a")
+    dtypes = [b.dtype for b in em._prior.states["a"].buffers()]
+    getattr(em, cast)()
+    assert torch.equal(em.prior("a"), before)
+    assert [b.dtype for b in em._prior.states["a"].buffers()] == dtypes
+    x, y = batch(dtype=em.net.shared[0][0].weight.dtype)
+    step = em(x, y, "a")
+    step.loss.backward()
+    assert bool(step.posterior.isfinite().all())
+    expected = posterior_of(before.log(), step.log_likelihood)
+    assert torch.allclose(step.posterior, expected.to(step.posterior))
+
+
+def test_a_prior_moves_with_the_module():
+    em = lf.LASEM(small_net(2), prior="mean_posterior")
+    em(*batch(), "a")
+    em.to("meta", torch.bfloat16)
+    kept = em._prior.states["a"]
+    assert (kept.total.device.type, kept.total.dtype) == ("meta", torch.float64)
+    assert em._rollback.settled[0, "0.weight"].device.type == "meta"
+    assert em._rollback.settled[0, "0.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: lf.priors.Fixed(None), TypeError, "prior: expected a floating-point tensor"),
+        (lambda: lf.priors.Fixed(torch.ones(2, 2)), ValueError, r"tensor \[C\], got .* \[2, 2\]"),
+        (lambda: lf.priors.Fixed(torch.ones(2, device="meta")), ValueError, "on meta"),
+        (lambda: lf.priors.Count("1"), TypeError, "initial: expected a finite number above 0"),
+        (lambda: lf.priors.Count().log_prob("a"), ValueError, r"task: expected one of \[\]"),
+        (lambda: lf.priors.Count().forget("a"), ValueError, r"task: expected one of \[\]"),
+        (lambda: lf.likelihoods.Gaussian("1"), TypeError, "sigma: expected a finite number"),
+    ],
+)
+def test_bad_priors_and_likelihoods_are_refused_in_words(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("log_prob", "reduced", "message"),
+    [
+        (None, torch.zeros(2), "log_prob to return .* got NoneType"),
+        (torch.zeros(2), torch.zeros(2), r"log_prob to return .*\[2, 3\], got .*\[2\]"),
+        (torch.zeros(2, 3), 0.5, "reduce to return .* got float"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), "reduce to return .* got .*int64"),
+    ],
+)
+def test_what_a_likelihood_returns_is_checked(log_prob, reduced, message):
+    class Own(lf.likelihoods.Likelihood):
+        def log_prob(self, output, y):
+            return log_prob
+
+        def reduce(self, log_prob):
+            return reduced
+
+    with pytest.raises(TypeError, match=f"likelihood: expected Own.{message}"):
+        evidence(torch.zeros(2, 3, 4), torch.zeros(3), Own())

@@ -123,3 +123,55 @@ def test_pooled_sizes_are_pytorchs(size, window, padding, ceil):
 def test_rows_first_and_folded_are_the_same_rows(samples, rows, channels):
     h = torch.randn(samples * rows, channels, 2, 3)
     assert torch.equal(RowsFirst.of(h, rows).folded(), h)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("filter_size", "side", "pool", "way"),
+    [
+        (3, 9, 3, winograd.small_tile_level),  # 9 tiles of 25 products; of F(4x4), 9 of 36
+        (3, 8, 3, winograd.winograd_level),  # 9 of 25 against 4 of 36
+        (3, 9, 2, winograd.winograd_level),  # the small tile is for pools of 3
+        (3, 3, 1, winograd.winograd_level),  # 36 products against 81
+        (3, 2, 1, None),  # 36 against 36: a direct convolution is no dearer
+        (3, 1, 1, None),
+        (5, 2, 1, winograd.large_filter_level),
+        (5, 1, 1, None),  # 36 against 25
+    ],
+)
+def test_the_rule_takes_the_way_of_fewest_products(filter_size, side, pool, way):
+    conv = nn.Conv2d(2, 3, filter_size, padding="same")
+    pools = [nn.MaxPool2d(pool, ceil_mode=True)] if pool > 1 else []
+    stage, x = nn.Sequential(conv, nn.ReLU(), *pools), torch.randn(4, 2, side, side)
+    branches = [Branch(stage), Branch(stage)]
+    for h in (x, RowsFirst.of(x, 2)):
+        got = winograd.thrifty_level(branches, h, 2)
+        if way is None:
+            assert got is None
+        else:
+            assert torch.equal(got.data, way(branches, h, 2).data)
+
+
+def test_the_rule_leaves_what_is_no_convolution():
+    assert winograd.thrifty_level([Branch(nn.Linear(4, 4))] * 2, torch.randn(4, 4), 1) is None
+    conv = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.ReLU())
+    assert winograd.thrifty_level([Branch(conv)] * 2, _images(2), 1) is None
+
+
+@pytest.mark.parametrize("net_layout", [torch.contiguous_format, torch.channels_last])
+def test_layouts_of_weights_labels_and_bias_are_taken_as_they_come(net_layout):
+    conv = lambda i: nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.ReLU())  # noqa: E731
+    net = lf.TransferNet([conv(3), conv(8)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 4)))
+    net.heads["a"][1].bias = nn.Parameter(torch.zeros(8)[::2])
+    net = net.to(memory_format=net_layout)
+    x = torch.randn(5, 3, 6, 6).contiguous(memory_format=net_layout)
+    y = torch.randint(4, (10,))[::2]
+    steps = []
+    for backend in ("cpp", "torch"):
+        net.zero_grad()
+        step = lf.LASEM(net, backend=backend)(x, y, "a")
+        step.loss.backward()
+        steps.append([step.loss.detach(), *(p.grad for p in net.parameters())])
+    for got, want in zip(*steps, strict=True):
+        torch.testing.assert_close(got, want)

@@ -56,7 +56,8 @@ LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int6
                   padding);
   for (const auto& [name, out, conv] :
        {std::tuple{"out_h", out_h, s.conv_height}, std::tuple{"out_w", out_w, s.conv_width}})
-    STD_TORCH_CHECK(out >= 1 && out - 1 <= (conv - 1 + pool_pad) / pool, name,
+    // divided, not multiplied: out may be any integer
+    STD_TORCH_CHECK(out >= 1 && out - 1 <= (conv + pool_pad - 1) / pool, name,
                     " must be at least 1 and its last window must start inside the convolution's ",
                     conv, " outputs, got ", out);
   return s;

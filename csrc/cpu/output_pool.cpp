@@ -107,9 +107,15 @@ void release(void* data) {
 torch::stable::Tensor new_output(std::initializer_list<int64_t> sizes,
                                  torch::headeronly::ScalarType dtype, size_t element_size) {
   std::vector<int64_t> strides(sizes.size());
-  int64_t elements = 1;
-  for (size_t i = sizes.size(); i-- > 0; elements *= sizes.begin()[i]) strides[i] = elements;
-  const size_t bytes = std::max<size_t>(1, static_cast<size_t>(elements) * element_size);
+  int64_t elements = 1, bytes = 0;
+  bool fits = true;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = elements;
+    fits &= !__builtin_mul_overflow(elements, sizes.begin()[i], &elements);
+  }
+  fits &= !__builtin_mul_overflow(elements, static_cast<int64_t>(element_size), &bytes);
+  STD_TORCH_CHECK(fits, "the output must have less than 2^63 bytes");
+  bytes = std::max<int64_t>(1, bytes);
   void* data = allocate(bytes);
   if (poison) std::memset(data, 0xFF, bytes);
   return torch::stable::from_blob(

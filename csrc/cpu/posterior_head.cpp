@@ -88,18 +88,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(const Tensor& logits, con
   });
 
   const double norm = log_sum_exp(score.get(), configs);
-  double loss = 0;
+  // With nothing left to weigh, a NaN loss shows it.
+  double loss = norm == -kInf ? std::numeric_limits<double>::quiet_NaN() : 0;
   for (int64_t c = 0; c < configs; ++c) {
     const double posterior = norm == -kInf ? 0 : std::exp(score[c] - norm);
     const T rounded = static_cast<T>(posterior);
     likelihood_out.mutable_data_ptr<T>()[c] = static_cast<T>(likelihood[c]);
     nll_out.mutable_data_ptr<T>()[c] = static_cast<T>(nll[c]);
     posterior_out.mutable_data_ptr<T>()[c] = rounded;
-    if (rounded > 0) loss += posterior * nll[c];
+    // NaN for one that overflowed (0 * inf): its gradient is 0, but its activations are in those of
+    // the weights. Likewise for a prior of NaN or infinity.
+    loss += posterior * nll[c];
   }
-  // Nothing to weigh: a NaN loss shows it, and no gradient leaves.
-  *loss_out.mutable_data_ptr<T>() =
-      static_cast<T>(norm == -kInf ? std::numeric_limits<double>::quiet_NaN() : loss);
+  *loss_out.mutable_data_ptr<T>() = static_cast<T>(loss);
 
   const T* posterior = posterior_out.const_data_ptr<T>();
   torch::stable::parallel_for(0, configs, grain, [&](int64_t begin, int64_t end) {

@@ -34,4 +34,5 @@ def linear_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
         return None
     if bias is None:
         bias = weight.new_zeros(linear.out_features)
-    return head[2:](_ops.channels_last_linear(x.contiguous(), weight.contiguous(), bias))
+    logits = _ops.channels_last_linear(x.contiguous(), weight.contiguous(), bias.contiguous())
+    return head[2:](logits)

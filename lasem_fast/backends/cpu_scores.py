@@ -12,7 +12,7 @@ from lasem_fast.priors import Prior
 
 
 def scores(
-    logits: Tensor, y: Tensor, likelihood: Likelihood, prior: Prior, task: str
+    logits: Tensor, y: Tensor, likelihood: Likelihood, prior: Prior, task: str, count: bool = True
 ) -> Scores | None:
     """Likelihoods, posterior and loss of a classification mini-batch on the CPU.
 
@@ -23,6 +23,7 @@ def scores(
             :class:`~lasem_fast.likelihoods.Mean`.
         prior: any; it is not updated.
         task: whose prior it is.
+        count: of no account here.
 
     Returns:
         The scores; None for another likelihood, device or dtype.
@@ -34,4 +35,7 @@ def scores(
     if logits.dtype not in (torch.float32, torch.float64):
         return None
     mean = type(likelihood) is Mean
-    return Scores(*_ops.posterior_head(logits, y, prior.log_prob(task), mean_likelihood=mean))
+    log_prior = prior.log_prob(task)
+    if log_prior.dtype in (torch.float16, torch.bfloat16):
+        log_prior = log_prior.float()
+    return Scores(*_ops.posterior_head(logits, y, log_prior, mean_likelihood=mean))

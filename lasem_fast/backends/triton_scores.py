@@ -18,7 +18,7 @@ _KINDS = {Joint: "joint", Mean: "mean", Gaussian: "gaussian"}
 
 
 def scores(
-    logits: Tensor, y: Tensor, likelihood: Likelihood, prior: Prior, task: str
+    logits: Tensor, y: Tensor, likelihood: Likelihood, prior: Prior, task: str, count: bool = True
 ) -> Scores | None:
     """Likelihoods, posterior and loss of a mini-batch.
 
@@ -28,6 +28,7 @@ def scores(
         likelihood: :class:`~lasem_fast.likelihoods.Joint`, ``Mean`` or ``Gaussian``.
         prior: any; one whose ``update`` only counts wins is updated here, on a device.
         task: whose prior it is.
+        count: whether the prior may be updated.
 
     Returns:
         The scores; None for another likelihood, double precision, or a CPU without the interpreter.
@@ -40,12 +41,12 @@ def scores(
     if kind == "gaussian":
         logits, y = logits.flatten(2), y.flatten(1)
     wins = log_prior = initial = None
-    if type(prior).update is Prior.update and not _looked_at_first(logits):
+    if count and type(prior).update is Prior.update and not _looked_at_first(logits):
         wins = prior.states[task].wins
     if type(prior).log_prob is Count.log_prob and wins is not None:
         initial = prior.initial
     elif type(prior) is not Uniform:
-        log_prior = prior.log_prob(task)
+        log_prior = prior.log_prob(task).contiguous()
     out = posterior_head(
         logits, y, log_prior=log_prior, wins=wins, initial=initial, likelihood=kind,
         sigma=getattr(likelihood, "sigma", 1.0),

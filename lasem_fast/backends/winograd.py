@@ -42,7 +42,8 @@ def winograd_level(
     biases = tensors_in_force(branches, stages, "bias")
     if weights is None or biases is None or any(w.dtype != torch.float32 for w in weights):
         return None
-    weight = torch.stack(weights)
+    # channels-last weights are stacked as channels last
+    weight = torch.stack(weights).contiguous()
     bias = weight.new_zeros(weight.shape[:2]) if biases[0] is None else torch.stack(biases)
     x = RowsFirst.of(h if isinstance(h, RowsFirst) else folded(h), rows).data.contiguous()
     padding = _padding(first.core)
@@ -71,6 +72,43 @@ def small_tile_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirs
 def large_filter_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
     """:func:`winograd_level` of 5x5 filters, by F(2x2, 5x5)."""
     return winograd_level(branches, h, rows, tile=2, filter_size=5)
+
+
+def thrifty_level(branches: Sequence[Branch], h: Fold, rows: int) -> RowsFirst | None:
+    """A level by the tile that takes the fewest products.
+
+    A tile of F(m x m, r x r) takes (m + r - 1)^2 products for each pair of channels; None where a
+    direct convolution, r^2 for each of its outputs, takes no more: on images of 2 x 2, say, where
+    most of a tile lies outside.
+    """
+    stage = plain_stage(branches[0].module)
+    if stage is None or not _takes(h):
+        return None
+    for filter_size, ways in _WAYS.items():
+        if _fits(stage.core, filter_size):
+            grown = 2 * _padding(stage.core) - filter_size + 1
+            height, width = (n + grown for n in _image_size(h))
+            direct = height * width * filter_size**2
+            by_products = {
+                -(-height // m) * -(-width // m) * (m + filter_size - 1) ** 2: way
+                for m, way in ways
+            }
+            for products in sorted(by_products):
+                if products >= direct:
+                    break
+                if (out := by_products[products](branches, h, rows)) is not None:
+                    return out
+    return None
+
+
+# By filter size: the tile m and the operation; of equal ones the last is taken.
+_WAYS = {3: ((3, small_tile_level), (4, winograd_level)), 5: ((2, large_filter_level),)}
+
+
+def _image_size(h: Fold) -> tuple[int, int]:
+    if isinstance(h, RowsFirst):
+        return h.data.shape[2:4]
+    return (h if isinstance(h, Tensor) else h.parts[0]).shape[2:4]
 
 
 def _takes(h: Fold) -> bool:

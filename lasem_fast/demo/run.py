@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -22,8 +21,10 @@ from torch import nn
 
 import lasem_fast
 from lasem_fast import LASEM, TransferNet, metrics
-from lasem_fast.demo import data, model, plots, timing
+from lasem_fast.demo import data, model, timing
+from lasem_fast.demo.results import Results
 from lasem_fast.lifelong import METHODS, Progress, RunRecord, Task, train_sequence
+from lasem_fast.tools import arguments
 
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 16
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         images = _images(args)
         tasks = data.make_tasks(images, args.tasks, seed=args.seed)
         make_net, make_head = _factories(images.side)
-        _check_device_and_backend(args, make_net)
+        _check_backend(args, make_net)
+        results = Results(args.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
@@ -60,72 +62,85 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "em_options": {"backend": args.backend},
         "device": args.device,
     }
-    runs = {}
-    with _progress_bar(console) as bar:
-        for method in METHODS:
-            report = _reporter(bar, method, args.tasks * args.epochs)
-            runs[method] = train_sequence(
-                make_net, make_head, tasks, method=method, on_epoch=report, **options
-            )
-    times = timing.time_steps(
-        make_net, make_head, tasks[0],
-        batch_size=BATCH_SIZE, backend=args.backend, device=args.device,
-    )  # fmt: skip
+    runs: dict[str, RunRecord] = {}
+
+    def keep(run: RunRecord) -> None:
+        runs[run.method] = run
+        results.keep(_result(args, runs, {}))
+
+    try:
+        with _progress_bar(console) as bar:
+            for method in METHODS:
+                report = _reporter(bar, method, args.tasks * args.epochs)
+                train_sequence(
+                    make_net, make_head, tasks,
+                    method=method, on_epoch=report, on_task=keep, **options,
+                )  # fmt: skip
+        times = timing.time_steps(
+            make_net, make_head, tasks[0],
+            batch_size=BATCH_SIZE, backend=args.backend, device=args.device,
+        )  # fmt: skip
+    except (Exception, KeyboardInterrupt) as error:
+        if runs:
+            print(f"{type(error).__name__} before the end; {results.kept()}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 130  # as a shell has it
+        raise
     result = _result(args, runs, times)
+    # first of all: what follows may fail, and the results are there then
+    written = results.write(result, runs["lasem"])
 
     console.print(_task_table(runs["lasem"]))
     console.print(_method_table(result["comparison"]))
     console.print(_timing_lines(runs, times))
-    console.print(f"Written: {', '.join(_write(args.out, result, runs['lasem']))} in {args.out}")
-    return 0
+    console.print(written.message, markup=False, highlight=False)
+    return written.status
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train on a sequence of small, diverse image tasks three times: LASEM, "
-        "transfer at all stages, no transfer. The same options and seed give the same results.",
+        "transfer at all stages, no transfer. On one machine the same options and seed give the "
+        "same results, whatever else it does, unless LASEM_FAST_CHOICES=measure asks for timing.",
     )
     add = parser.add_argument
     add("--data", choices=("digits", "fashion-mnist"), default="digits",
         help="scikit-learn's 8 x 8 digits (default), or Fashion-MNIST from --root")  # fmt: skip
     add("--root", type=Path, help="folder of Fashion-MNIST's four idx files, gzipped or not")
-    add("--seed", type=int, default=0, help="of tasks, weights and mini-batches (default 0)")
-    add("--tasks", type=_positive, help=f"default {FULL['tasks']}")
-    add("--epochs", type=_positive, help=f"per task (default {FULL['epochs']})")
+    add(
+        "--seed",
+        type=arguments.seed,
+        default=0,
+        help="of tasks, weights and mini-batches (default 0)",
+    )
+    add("--tasks", type=arguments.positive, help=f"default {FULL['tasks']}")
+    add("--epochs", type=arguments.positive, help=f"per task (default {FULL['epochs']})")
     add("--quick", action="store_true",
         help=f"{QUICK['tasks']} tasks of {QUICK['epochs']} epochs: does it run?")  # fmt: skip
     add("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="default demo-run/")
-    add("--device", default="cpu", help="a PyTorch device (default cpu)")
+    add("--device", type=arguments.device, default="cpu", help="a PyTorch device (default cpu)")
     add("--backend", default="auto", help="of the EM step (default auto)")
-    add("--threads", type=_positive, default=1,
+    add("--threads", type=arguments.threads, default=1,
         help="CPU threads; the net is too small to gain from more than the default 1")  # fmt: skip
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def _images(args: argparse.Namespace) -> data.Images:
     if args.data == "digits":
+        if args.root is not None:
+            raise ValueError("--root: expected only together with --data fashion-mnist")
         return data.digits(args.seed)
     if args.root is None:
         raise ValueError("--data fashion-mnist needs --root, the folder of its four idx files")
     return data.fashion_mnist(args.root, args.seed)
 
 
-def _check_device_and_backend(
-    args: argparse.Namespace, make_net: Callable[[], TransferNet]
-) -> None:
+def _check_backend(args: argparse.Namespace, make_net: Callable[[], TransferNet]) -> None:
     """Raises ``ValueError`` before anything is trained; LASEM's own words say what is wrong."""
     try:
-        torch.empty(0, device=args.device)
         LASEM(make_net(), backend=args.backend)
-    except (AssertionError, RuntimeError) as error:  # the former for a PyTorch without CUDA
+    except RuntimeError as error:
         raise ValueError(str(error)) from error
 
 
@@ -168,15 +183,14 @@ def _result(
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    alone = runs["none"].accuracy_matrix().diagonal()
-    comparison = {}
-    for method, run in runs.items():
-        gain = metrics.gain(run.accuracy_matrix(), alone)
-        comparison[method] = {
+    comparison = {
+        method: {
             **run.summary(),
-            "gain_over_no_transfer": gain if gain == gain else None,
+            "gain_over_no_transfer": _gain(run, runs.get("none")),
             "parameters": run.parameters,
         }
+        for method, run in runs.items()
+    }
     return {
         "config": {**config, **settings},
         "versions": versions,
@@ -184,6 +198,14 @@ def _result(
         "runs": {method: run.to_dict() for method, run in runs.items()},
         "timing": times,
     }
+
+
+def _gain(run: RunRecord, alone: RunRecord | None) -> float | None:
+    """None for one task, and before both runs have ended."""
+    if alone is None or len(run.tasks) != len(alone.tasks):
+        return None
+    gain = metrics.gain(run.accuracy_matrix(), alone.accuracy_matrix().diagonal())
+    return gain if gain == gain else None
 
 
 def _task_table(run: RunRecord) -> Table:
@@ -199,11 +221,11 @@ def _task_table(run: RunRecord) -> Table:
     for heading in ("peak", "after\nlast", "forgetting\nratio"):
         table.add_column(heading, justify="right")
     R = run.accuracy_matrix()
-    ratios = metrics.retention(R[-1], R.diagonal())
-    for task, final, ratio in zip(run.tasks, R[-1], ratios, strict=True):
+    for task, learnt, final in zip(run.tasks, R.diagonal(), R[-1], strict=True):
         table.add_row(
-            task.name, task.note, task.label, _percent(task.peak), _percent(final), f"{ratio:.2f}"
-        )
+            task.name, task.note, task.label, _percent(task.peak), _percent(final),
+            _ratio(final / learnt if learnt > 0 else None),
+        )  # fmt: skip
     return table
 
 
@@ -227,8 +249,8 @@ def _method_table(comparison: dict[str, dict[str, float | None]]) -> Table:
             _percent(row["peak_accuracy"]),
             _percent(row["learning_curve_area"]),
             _percent(row["average_accuracy"]),
-            f"{row['forgetting_ratio_to_end']:.2f}",
-            f"{row['forgetting_ratio_to_peak']:.2f}",
+            _ratio(row["forgetting_ratio_to_end"]),
+            _ratio(row["forgetting_ratio_to_peak"]),
             f"{row['parameters']:,}",
         )
     return table
@@ -250,17 +272,12 @@ def _timing_lines(runs: dict[str, RunRecord], times: dict[str, Any]) -> str:
     )
 
 
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _write(out: Path, result: dict[str, Any], search: RunRecord) -> list[str]:
-    out.mkdir(parents=True, exist_ok=True)
-    names = ["run.json", "posterior.png", "share_frequency.png"]
-    (out / names[0]).write_text(json.dumps(result, indent=1, allow_nan=False, default=str) + "\n")
-    plots.plot_posterior(search, out / names[1])
-    plots.plot_share_frequency(search, out / names[2])
-    return names
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import lasem_fast
-from lasem_fast._choices import choices, machine
+from lasem_fast import _measurements, choices
+from lasem_fast.tools.choices import described
 
 _PACKAGES = ("numpy", "triton", "rich", "matplotlib", "pytest-benchmark", "scikit-learn")
 _CPU_FEATURES = (
-    "fma", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve",
+    "fma3", "avx2", "avx512_f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "neon", "sve",
     "bf16",
 )  # fmt: skip
 
@@ -48,7 +48,7 @@ def diagnose() -> dict[str, dict[str, Any]]:
         "PyTorch's build": _build(),
         "CPU": _cpu(),
         "CUDA": _cuda(),
-        "fastest way per level, as measured (LASEM_FAST_CHOICES)": _choices(),
+        "ways that levels take (LASEM_FAST_CHOICES)": _choices(),
     }
 
 
@@ -82,36 +82,23 @@ def _build() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    flags = _cpu_flags()
+    features = _measurements.cpu_features()
     return {
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "used by PyTorch": torch.backends.cpu.get_cpu_capability(),
-        "features": ", ".join(name for name in _CPU_FEATURES if name in flags) or "unknown",
+        "features": ", ".join(name for name in _CPU_FEATURES if features.get(name)) or "unknown",
     }
 
 
 def _choices() -> dict[str, str]:
-    """What was measured on this machine's devices so far."""
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    found = {}
-    for device in devices:
-        for subject, choice in choices().of(machine(device)).items():
-            facts = [f"{way} {ms:.3g} ms" for way, ms in choice.milliseconds.items()]
-            facts += [f"{way} refused: {why}" for way, why in choice.refused.items()]
-            found[f"{device.type}, {subject}"] = f"{choice.way} ({', '.join(facts) or 'only one'})"
-    return found or {"none": "nothing measured yet"}
-
-
-def _cpu_flags() -> set[str]:
+    """What decides, and what was measured on this machine's devices so far."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
-    return set(next(flags, "").split())
+        decides = str(choices.process())
+    except ValueError:  # its words hold a path
+        decides = "LASEM_FAST_CHOICES is not usable: `python -m lasem_fast choices show` says why"
+    return {"in force": decides, **described()}
 
 
 def _cuda() -> dict[str, Any]:

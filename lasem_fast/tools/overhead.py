@@ -20,10 +20,11 @@ from lasem_fast.em import LASEM
 from lasem_fast.layers import active_random_layers
 from lasem_fast.posterior import evidence, expected_nll, posterior_of
 from lasem_fast.priors import Count
-from lasem_fast.tools import subject
+from lasem_fast.tools import arguments, subject
 from lasem_fast.tools.calibration import synchronized_seconds
 from lasem_fast.tools.memory import measured_peak
 from lasem_fast.tools.subject import Subject
+from lasem_fast.tools.users_code import UsersError, told_in_one_line
 
 MIB = 2**20
 PHASES = ("E forward", "M forward", "posterior", "prior", "backward", "optimiser")
@@ -34,20 +35,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     subject.add_net_arguments(parser)
     add = parser.add_argument
-    add("--device", default="cpu", help="a PyTorch device (default cpu)")
+    add("--device", type=arguments.device, default="cpu", help="a PyTorch device (default cpu)")
     add("--backend", default="auto", help="of the EM step (default auto)")
-    add("--rounds", type=subject.positive, default=7,
+    add("--rounds", type=arguments.positive, default=7,
         help="each measures everything once; medians are shown (default 7)")  # fmt: skip
-    add("--threads", type=subject.positive, help="CPU threads (default: PyTorch's)")
+    add("--threads", type=arguments.threads, help="CPU threads (default: PyTorch's)")
     add("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        result = measure(
-            subject.load(args), device=args.device, backend=args.backend, rounds=args.rounds
-        )
-    except (ValueError, RuntimeError) as error:
+        with told_in_one_line(args.net):
+            result = measure(
+                subject.load(args), device=args.device, backend=args.backend, rounds=args.rounds
+            )
+    except UsersError as error:
         parser.error(str(error))
     if args.json:
         print(json.dumps(result, indent=1, allow_nan=False))

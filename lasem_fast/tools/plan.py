@@ -14,11 +14,12 @@ from rich.table import Table
 
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.plan import Plan
-from lasem_fast.tools import subject
+from lasem_fast.tools import arguments, subject
 from lasem_fast.tools.calibration import StageTime, naive_seconds, stage_times, tree_seconds
 from lasem_fast.tools.costs import MOST_CONFIGURATIONS, StepCost, step_cost
 from lasem_fast.tools.partition import best_partition
 from lasem_fast.tools.subject import Subject
+from lasem_fast.tools.users_code import UsersError, told_in_one_line
 
 MIB = 2**20
 
@@ -28,36 +29,43 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     subject.add_net_arguments(parser)
     add = parser.add_argument
-    add("--device", default="cpu", help="where to calibrate the times (default cpu)")
-    add("--partition", type=subject.positive, metavar="G",
+    add(
+        "--device",
+        type=arguments.device,
+        default="cpu",
+        help="where to calibrate the times (default cpu)",
+    )
+    add("--partition", type=arguments.positive, metavar="G",
         help="find the best partition into G groups (default: as many as fit)")  # fmt: skip
-    add("--max-seconds", type=_above_zero, help="budget per step, of the search for a partition")
-    add("--max-memory", type=_above_zero, metavar="MIB", help="budget of peak memory, likewise")
+    add(
+        "--max-seconds",
+        type=arguments.above_zero,
+        help="budget per step, of the search for a partition",
+    )
+    add(
+        "--max-memory",
+        type=arguments.above_zero,
+        metavar="MIB",
+        help="budget of peak memory, likewise",
+    )
     add("--json", action="store_true", help="print JSON in place of tables")
     args = parser.parse_args(argv)
     try:
-        looked_at = subject.load(args)
-        result = make_plan(
-            looked_at,
-            device=args.device,
-            partition=args.partition,
-            max_seconds=args.max_seconds,
-            max_memory=None if args.max_memory is None else args.max_memory * MIB,
-        )
-    except ValueError as error:
+        with told_in_one_line(args.net):
+            result = make_plan(
+                subject.load(args),
+                device=args.device,
+                partition=args.partition,
+                max_seconds=args.max_seconds,
+                max_memory=None if args.max_memory is None else args.max_memory * MIB,
+            )
+    except UsersError as error:
         parser.error(str(error))
     if args.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
         _print(result, Console())
     return 0
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {value}")
-    return value
 
 
 def make_plan(

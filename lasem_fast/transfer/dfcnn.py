@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasem_fast._numbers import is_whole
 from lasem_fast.initialisers import glorot_uniform_
 from lasem_fast.transfer.generated import Factors, GeneratingMechanism, Knowledge
 
@@ -90,6 +91,11 @@ class DeconvolutionalFactorization(GeneratingMechanism):
         init: Callable[[nn.Module], object] | None = None,
     ) -> None:
         super().__init__(init)
+        if sizes is not None and not isinstance(sizes, Sequence):
+            raise TypeError(
+                f"sizes: expected a sequence of DeconvSizes or None, got {type(sizes).__name__} "
+                f"{sizes!r}"
+            )
         self.sizes = None if sizes is None else [_checked(entry) for entry in sizes]
 
     def check_layer_count(self, count: int) -> None:
@@ -136,11 +142,11 @@ def _checked(entry: Any) -> DeconvSizes:
             f"sizes: expected entries of {len(DeconvSizes._fields)} sizes {DeconvSizes._fields}, "
             f"got {entry!r}"
         ) from None
-    if not all(isinstance(n, int) and n >= 1 for n in sizes) or sizes.filter % 2 == 0:
+    if not all(is_whole(n) and n >= 1 for n in sizes) or sizes.filter % 2 == 0:
         raise ValueError(
             f"sizes: expected whole numbers of at least 1 and an odd filter, got {sizes}"
         )
-    return sizes
+    return DeconvSizes(*map(int, sizes))
 
 
 def _derived(layer: nn.Conv2d) -> DeconvSizes:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
 from lasem_fast.initialisers import glorot_uniform_
-from lasem_fast.transfer.mechanism import Branch, TransferMechanism, inner_name
+from lasem_fast.transfer.mechanism import Branch, TransferMechanism, copy_of, inner_name
 
 
 class Knowledge(nn.Module):
@@ -57,7 +56,7 @@ class GeneratedStage(nn.Module):
 
     def __init__(self, stage: nn.Module, knowledge: dict[str, Knowledge]) -> None:
         super().__init__()
-        self.stage = copy.deepcopy(stage)
+        self.stage = copy_of(stage)
         self.layer_names = tuple(knowledge)
         self.knowledge = nn.ModuleList(knowledge.values())
         for name in self.layer_names:
@@ -71,13 +70,14 @@ class GeneratedStage(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draws the shared tensors of all layers anew."""
+        """Draws the shared tensors of all layers anew, but for frozen ones."""
         for knowledge in self.knowledge:
-            knowledge.reset_parameters()
+            if knowledge.tensor.requires_grad:
+                knowledge.reset_parameters()
 
     def with_weights(self) -> nn.Module:
         """A copy of the stage as the user gave it, with weights and biases of zero."""
-        stage = copy.deepcopy(self.stage)
+        stage = copy_of(self.stage)
         for name, knowledge in zip(self.layer_names, self.knowledge, strict=True):
             layer, shape = stage.get_submodule(name), knowledge.weight_shape
             layer.weight = nn.Parameter(knowledge.tensor.detach().new_zeros(shape))
@@ -127,7 +127,8 @@ class GeneratingMechanism(TransferMechanism, ABC):
     def _weighted_layers(self, stage: nn.Module, position: int) -> dict[str, nn.Module]:
         """The layers whose weights are generated, which must be all that has parameters."""
         found = {n: m for n, m in stage.named_modules() if type(m) in self.layer_types}
-        generated = {id(p) for layer in found.values() for p in layer.parameters()}
+        # what a layer has beside weight and bias (old-style weight_norm) is not generated
+        generated = {id(p) for layer in found.values() for p in (layer.weight, layer.bias)}
         for name, parameter in stage.named_parameters():
             if id(parameter) not in generated:
                 owner = name.rpartition(".")[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from lasem_fast.initialisers import redraw_
 
 
 class Branch(NamedTuple):
@@ -19,10 +22,12 @@ class Branch(NamedTuple):
             the module; empty where the module's own are meant. This is how a generated weight (a
             factorised kernel, an adapted linear layer) reaches the tree: generated once per step.
             A parameter that only ever comes from here is None in the module.
+        writes_input: whether the module was seen to change its input tensor in place.
     """
 
     module: nn.Module
     tensors: Mapping[str, Tensor] = {}
+    writes_input: bool = False
 
     def __call__(self, h: Tensor) -> Tensor:
         """The branch's output for ``h``."""
@@ -43,12 +48,20 @@ class TransferMechanism:
     a mechanism itself holds settings only, no tensors.
 
     Args:
-        init: called on every new module to give it its initial weights; None:
-            :func:`reset_parameters`.
+        init: called on every new module, a copy of the shared one, to give it its initial weights;
+            what it leaves alone stays as in the shared one. None: :func:`new_weights`.
+
+    Raises:
+        TypeError: ``init`` cannot be called.
     """
 
     def __init__(self, init: Callable[[nn.Module], object] | None = None) -> None:
-        self.init = reset_parameters if init is None else init
+        if init is not None and not callable(init):
+            raise TypeError(
+                f"init: expected a function of a module, or None, got {type(init).__name__} "
+                f"{init!r}"
+            )
+        self.init = new_weights if init is None else init
 
     def shared_modules(self, stages: list[nn.Module]) -> list[nn.Module]:
         """What is registered as ``net.shared``, one module per stage: the stages themselves.
@@ -58,13 +71,27 @@ class TransferMechanism:
         """
         return stages
 
+    @torch.no_grad()
     def reset_shared(self, shared: nn.Module) -> None:
-        """Draws a shared stage anew, in place, as if no task had ever trained it."""
+        """Draws a shared stage anew, in place, as if no task had ever trained it.
+
+        Frozen parameters, which no task trains, keep their values.
+        """
+        frozen = [(p, p.clone()) for p in shared.parameters() if not p.requires_grad]
+        if frozen and len(frozen) == len(list(shared.parameters())):
+            return
         self.init(shared)
+        for parameter, value in frozen:
+            parameter.copy_(value).requires_grad_(False)
 
     def new_specific(self, shared: nn.Module) -> nn.Module:
-        """The task's own branch of a stage: a module of the same form with new weights."""
-        specific = copy.deepcopy(shared)
+        """The task's own branch of a stage: a module of the same form with new weights.
+
+        The branch of a stage that is frozen as a whole is trainable.
+        """
+        specific = copy_of(shared)
+        if not any(p.requires_grad for p in specific.parameters()):
+            _make_trainable(specific.parameters())
         self.init(specific)
         return specific
 
@@ -89,12 +116,49 @@ class TransferMechanism:
         return None
 
 
-def reset_parameters(module: nn.Module) -> None:
-    """Calls ``reset_parameters`` of every layer that has it; other layers keep their values."""
-    for layer in module.modules():
-        reset = getattr(layer, "reset_parameters", None)
-        if callable(reset):
-            reset()
+def copy_of(stage: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ValueError: the stage cannot be copied.
+    """
+    try:
+        return copy.deepcopy(stage)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"expected a module that copy.deepcopy can copy, got {type(stage).__name__} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def new_weights(module: nn.Module) -> None:
+    """New weights by the layers' own rules, in place; what is drawn is trainable.
+
+    A parameter that no rule draws (see :func:`lasem_fast.initialisers.redraw_`) has to be frozen:
+    then it counts as a constant and stays as it is.
+
+    Raises:
+        ValueError: a trainable parameter is drawn by no rule.
+    """
+    left = set(redraw_(module))
+    _make_trainable(p for name, p in module.named_parameters() if name not in left)
+    for name, parameter in module.named_parameters():
+        if name in left and parameter.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            kind = type(module.get_submodule(owner)).__name__
+            raise ValueError(
+                f"expected a rule for new values of every trainable parameter, got none for "
+                f"{leaf!r} of {kind} ({name!r} of the stage); give {kind} a reset_parameters() "
+                f"method that draws it, or freeze it if it is a constant, or pass a function of "
+                f"the stage as init=, as in lf.transfer.HardParameterSharing(init=draw) "
+                f"(lf.initialisers.redraw_ draws what has a rule)"
+            )
+
+
+def _make_trainable(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(True)
 
 
 def inner_name(layer_name: str, name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._numbers import finite_number
 from lasem_fast.initialisers import glorot_uniform_
 from lasem_fast.transfer.generated import Factors, GeneratingMechanism, Knowledge
 
@@ -50,11 +51,7 @@ class TensorFactorization(GeneratingMechanism):
         self, aux_weight: float = 0.1, init: Callable[[nn.Module], object] | None = None
     ) -> None:
         super().__init__(init)
-        if not (isinstance(aux_weight, (int, float)) and 0 <= aux_weight < math.inf):
-            raise ValueError(
-                f"aux_weight: expected a finite number of at least 0, got {aux_weight!r}"
-            )
-        self.aux_weight = float(aux_weight)
+        self.aux_weight = finite_number(aux_weight, "aux_weight", zero=True)
 
     def new_knowledge(self, layer: nn.Module, number: int, where: str) -> Knowledge:
         out, inputs, *kernel = layer.weight.shape

@@ -162,9 +162,17 @@ def test_bad_configurations_are_left_out(bad, likelihood):
     log_prior = (wins.double() + 1).log()
     got = run(logits, y, wins=wins, initial=1.0, likelihood=likelihood)
     assert got[0][2] == -torch.inf and got[2][2] == torch.inf and got[1][2] == 0
-    assert not got[4][2].any()
-    assert_near(got, logits, y, log_prior, likelihood)
+    assert not got[4][2].any() and got[3].isnan()
+    loss = plain(logits, y, log_prior, likelihood, torch.float64)[3].float()
+    assert_near((*got[:3], loss, got[4]), logits, y, log_prior, likelihood)
     assert wins[2] == 9 and wins.sum() == 10
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_prior_that_is_no_probability_shows_and_is_not_counted(value):
+    wins, log_prior = torch.zeros(2, dtype=torch.int64), torch.tensor([0.0, value])
+    logits, y = torch.randn(2, 3, 4), torch.tensor([0, 1, 2])
+    assert run(logits, y, wins=wins, log_prior=log_prior)[3].isnan() and not wins.any()
 
 
 @pytest.mark.parametrize("cause", ["logits", "label too large", "label negative", "prior"])
@@ -266,3 +274,33 @@ def test_a_whole_step_equals_the_plain_backend(prior, likelihood):
         results.append((*step, em.prior("a"), em._prior.score("a"), grads))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.float(), want.float())
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_gradients_of_gradients(likelihood):
+    logits = torch.randn(4, 3, 5)
+    logits[2] = torch.nan
+    y = torch.randn(3, 5) if likelihood == "gaussian" else torch.tensor([0, 4, 2])
+
+    def both(leaf, loss):
+        (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        return first.detach(), torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    options = {"likelihood": likelihood, "sigma": SIGMA}
+    posterior = posterior_head(logits, y, **options)[1]
+    got = both(logits.clone().requires_grad_(), lambda z: posterior_head(z, y, **options)[3])
+    kept = [0, 1, 3]
+
+    def plain(dtype):
+        target = y.to(dtype) if likelihood == "gaussian" else y
+        return both(
+            logits.to(dtype).requires_grad_(),
+            lambda z: expected_nll(
+                posterior[kept], evidence(z[kept], target, LIKELIHOODS[likelihood]).nll
+            ),
+        )
+
+    for a, b, want in zip(got, plain(torch.float32), plain(torch.float64), strict=True):
+        assert not a[2].any()
+        # k = 2, or the rounding of the result itself
+        assert (a - want).norm() <= max(2 * (b - want).norm(), EPS * want.norm())

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from levels import draw, truth, usual
+from levels import draw, reference, truth, usual
 from nets import batch
 from oracle import brute_force
 from torch import nn
@@ -295,3 +295,23 @@ def test_a_whole_step_against_brute_force(seed):
         errors[backend] = float((got - want).norm() / want.norm())
     # k = 2: the same sums in another order
     assert errors["triton"] <= 2 * max(errors["torch"], torch.finfo(torch.float32).eps), errors
+
+
+@pytest.mark.parametrize("seed", [4, 9, 16])
+def test_gradients_of_gradients(seed):
+    case = draw(seed)
+    branches = len(case.weights)
+
+    def both(level, leaves):
+        y = level(leaves[0], leaves[1 : branches + 1], leaves[branches + 1 :])
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        return [*first, *second]
+
+    got = both(lambda *a: level(*a, case.geometry, dtype=torch.float32), leaves_of(case))
+    plain = both(lambda *a: reference(case, *a), leaves_of(case))
+    exact = both(lambda *a: reference(case, *a), leaves_of(case, torch.float64))
+    for a, b, want in zip(got, plain, exact, strict=True):
+        # k = 2, or the rounding of the result itself
+        allowed = max(2 * (b - want).norm(), torch.finfo(torch.float32).eps * want.norm())
+        assert (a - want).norm() <= allowed

@@ -1,0 +1,46 @@
+"""Numbers that are passed as arguments: what counts as one, and the messages."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value indexes like an int, as NumPy integers and 0-d integer tensors do."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
+        return False
+    try:
+        value.__index__()
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return "bool" not in str(getattr(value, "dtype", ""))
+
+
+def whole_number(value: Any, argument: str, least: int = 1) -> int:
+    """The value as an int.
+
+    Raises:
+        TypeError, ValueError: it is no whole number, or smaller than ``least``.
+    """
+    expected = f"{argument}: expected a whole number of at least {least}, got"
+    if not is_whole(value):
+        raise TypeError(f"{expected} {type(value).__name__} {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{expected} {int(value)}")
+    return int(value)
+
+
+def finite_number(value: Any, argument: str, *, zero: bool = False) -> float:
+    """The value as a float above 0, or with ``zero`` of at least 0.
+
+    Raises:
+        TypeError, ValueError: it is no number, not finite, or too small.
+    """
+    expected = f"{argument}: expected a finite number {'of at least' if zero else 'above'} 0, got"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{expected} {type(value).__name__} {value!r}")
+    if not (0 < value < math.inf or (zero and value == 0)):
+        raise ValueError(f"{expected} {value!r}")
+    return float(value)

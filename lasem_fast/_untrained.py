@@ -1,0 +1,93 @@
+"""Notices an optimiser that lacks a task's own parameters, without being given the optimiser."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lasem_fast.net import TransferNet
+
+# So many times something else has to move first: optimisers that take turns are no mistake.
+_PATIENCE = 3
+_SAMPLE = 16  # values of each parameter
+
+
+class Untrained:
+    """Watches each task's first steps, by the counts of in-place changes that tensors keep.
+
+    Between two calls of one task, an optimiser's step changes every parameter that it holds, with
+    a learning rate of 0 too. If the rest of the task's network has moved a few times and its head
+    or its own branches have never, nothing trains them. Accumulated gradients move nothing; frozen
+    parameters are not looked at; nor is what happens while other tasks are trained.
+    """
+
+    def __init__(self) -> None:
+        self._settled: set[str] = set()
+        self._last: tuple[str, dict[str, int]] | None = None
+        self._moved: dict[str, set[str]] = {}
+        self._moves: dict[str, int] = {}
+        self._samples: dict[str, dict[str, list[Tensor]]] = {}
+
+    def look(self, net: TransferNet, task: str) -> None:
+        """To be called before each step of a task.
+
+        Warns:
+            UserWarning: once per task, if parts of it stay as they were.
+        """
+        if task in self._settled:
+            self._last = None
+            return
+        parts = _trainable(net, task)
+        changes = {part: sum(p._version for p in own) for part, own in parts.items()}
+        if task not in self._samples:
+            self._samples[task] = {part: _sample(own) for part, own in parts.items()}
+        last, self._last = self._last, (task, changes)
+        if last is None or last[0] != task or last[1].keys() != changes.keys():
+            return
+        moved = {part for part, count in changes.items() if count != last[1][part]}
+        if not moved:
+            return
+        ever = self._moved.setdefault(task, set())
+        ever |= moved
+        self._moves[task] = self._moves.get(task, 0) + 1
+        still = [part for part in changes if part not in ever and part != "shared stages"]
+        if still and self._moves[task] < _PATIENCE:
+            return
+        self._settled.add(task)
+        samples = self._samples.pop(task)
+        # fused optimisers do not count what they change
+        still = [p for p in still if all(map(torch.equal, samples[p], _sample(parts[p])))]
+        if still:
+            warnings.warn(
+                f"optimizer: expected one that trains task {task!r}, but after "
+                f"{self._moves[task]} steps its {' and '.join(still)} have never changed; make it "
+                f"of net.task_parameters({task!r}), add what net.add_task returns to it, or freeze "
+                f"them with requires_grad_(False)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _sample(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Copies of some values of each."""
+    return [p.detach().flatten()[:_SAMPLE].clone() for p in parameters]
+
+
+def _trainable(net: TransferNet, task: str) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of each part of a task's network."""
+    parts: dict[str, nn.Module] = {
+        "shared stages": net.shared,
+        "head": net.heads[task],
+        "specific branches": net.specific[task],
+        "adapters": net.adapters[task],
+    }
+    found = {}
+    for part, module in parts.items():
+        trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+        if trainable:
+            found[part] = trainable
+    return found

@@ -1,0 +1,190 @@
+"""The first mini-batch of a task: stages that mix samples or write to their input, by name."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from nets import Residual, batch
+from oracle import assert_step_equals, brute_force
+from torch import nn
+
+import lasem_fast as lf
+
+FAST = ("torch", "auto")
+
+
+class Own(nn.Module):
+    """A stage of a user's own, with a weight, a buffer and a count of its calls."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.shift = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def reset_parameters(self):
+        nn.init.ones_(self.shift)
+
+    def forward(self, h):
+        self.calls += 1
+        self.seen += 1
+        return self.function(h, self.shift)
+
+
+def _net(stage, place="stage", dtype=torch.float64):
+    conv = nn.Conv2d(2, 3, 3, padding=1)
+    layers = [nn.Flatten(), nn.Linear(108, 3)]
+    if place == "head":
+        net = lf.TransferNet([conv, nn.Conv2d(3, 3, 1)])
+        net.add_task("a", nn.Sequential(stage, *layers))
+    else:
+        net = lf.TransferNet([conv, stage])
+        net.add_task("a", nn.Sequential(*layers))
+    return net.to(dtype)
+
+
+MIXING = {
+    "mean": lambda h, _: h - h.mean(0),
+    "roll": lambda h, _: h.roll(1, 0),
+    "what came before": lambda h, _: h.cumsum(0),
+    "largest": lambda h, _: h / h.abs().max(),
+    "number of samples": lambda h, _: h / h.shape[0],
+    "attention over the batch": lambda h, _: (
+        (h.flatten(1) @ h.flatten(1).T / 100).softmax(1) @ h.flatten(1)
+    ).view_as(h),
+}
+
+
+@pytest.mark.parametrize("place", ["stage", "head"])
+@pytest.mark.parametrize("kind", MIXING)
+@pytest.mark.parametrize("backend", FAST)
+def test_what_mixes_samples_is_refused_by_name(kind, place, backend):
+    em = lf.LASEM(_net(Own(MIXING[kind]), place), backend=backend)
+    where = "stage 2" if place == "stage" else "the head of task 'a'"
+    before = em.state_dict()
+    for call in (lambda: em(*batch(), "a"), lambda: em.evaluate(batch()[0], "a")):
+        with pytest.raises(ValueError, match=f"net: .*independently, got {where} .*Own"):
+            call()
+    assert list(before) == list(em.state_dict())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, shift: h + shift,
+        lambda h, _: h + torch.randn_like(h),
+        lambda h, _: h * random.random(),
+        lambda h, _: (h * 1e3).round() / 1e3,
+        lambda h, _: h.sort(dim=1).values,
+        lambda h, _: (h - h.mean((1, 2, 3), keepdim=True)) / h.std((1, 2, 3), keepdim=True),
+        lambda h, _: h.bfloat16().to(h.dtype),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_treats_samples_alone_is_not(function, dtype):
+    for seed in range(5):
+        x, y = batch(seed=seed, dtype=dtype)
+        lf.LASEM(_net(Own(function), dtype=dtype))(x, y, "a").loss.backward()
+
+
+def test_the_look_leaves_no_trace():
+    calls = []
+    net = _net(Own(lambda h, shift: h + shift * torch.randn_like(h).sign().abs()))
+    net.shared[1].register_forward_hook(lambda *_: calls.append(1))
+    state, python_state = torch.get_rng_state(), random.getstate()
+    em = lf.LASEM(net, backend="torch").eval()
+    em(*batch(), "a")
+    once = (net.shared[1].calls, float(net.shared[1].seen), len(calls))
+    used = torch.get_rng_state()
+    torch.set_rng_state(state)
+    em(*batch(), "a")  # the second call does not look
+    assert torch.equal(torch.get_rng_state(), used) and random.getstate() == python_state
+    assert once == (1, 1.0, 1) and net.shared[1].calls == 2
+
+
+def test_only_the_first_mini_batch_of_more_than_one_sample_is_looked_at(monkeypatch):
+    looks = []
+    look = lf._first_look.look
+    monkeypatch.setattr(lf._first_look, "look", lambda *a: looks.append(1) or look(*a))
+    em = lf.LASEM(_net(Own(lambda h, shift: h + shift)))
+    x, y = batch()
+    for samples in (1, 1, 4, 4, 1):
+        em(x[:samples], y[:samples], "a")
+    assert len(looks) == 2
+
+
+WRITING = {
+    "add_": lambda h, shift: h.add_(shift),
+    "a part": lambda h, shift: torch.cat([h[:, :1].mul_(2), h[:, 1:] * shift], 1),
+    "through a view": lambda h, shift: h.flatten(1).add_(shift).view_as(h),
+    "through data": lambda h, shift: h + shift * h.data.add_(1).sum((1, 2, 3), keepdim=True),
+}
+
+
+@pytest.mark.parametrize("place", ["first", "stage", "head", "group"])
+@pytest.mark.parametrize("kind", WRITING)
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+def test_what_writes_to_its_input_does_no_harm(kind, place, backend):
+    stage = Own(WRITING[kind])
+    if place == "first":
+        net = lf.TransferNet([stage, nn.Conv2d(2, 3, 3, padding=1)])
+        net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+        net.double()
+    else:
+        net = _net(stage, place)
+    x, y = batch()
+    kept = x.clone()
+    em = lf.LASEM(net, lf.ConfigSpace(2, [2] if place == "group" else None), backend=backend)
+    for _ in range(2):
+        log_prior = em.prior("a").log()
+        truth = brute_force(net, em.space.bits, x.clone(), y, "a", log_prior=log_prior)
+        assert_step_equals(net, em(x, y, "a"), truth)
+        assert torch.equal(x, kept)
+
+
+def test_what_begins_to_write_later_is_refused_by_name():
+    writes = []
+    net = _net(Own(lambda h, shift: h.add_(shift) if writes else h + shift))
+    em = lf.LASEM(net, backend="torch")
+    em(*batch(), "a")
+    writes.append(True)
+    wins = em._prior.states["a"].wins.clone()
+    with pytest.raises(RuntimeError, match=r"net: expected stages that leave .*got stage 2 .*Own"):
+        em(*batch(), "a")
+    assert torch.equal(em._prior.states["a"].wins, wins)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        (lambda h, _: h.flatten(0, 1), ValueError, r"stage 2 .*Own.* keep the number of samples"),
+        (lambda h, _: h.sum(), ValueError, r"stage 2 .*Own.* keep the number of samples"),
+        (lambda h, _: (h, h), TypeError, r"a tensor from stage 2 \(Own\(\)\), got tuple"),
+        (lambda h, _: None, TypeError, r"a tensor from stage 2 \(Own\(\)\), got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("backend", FAST)
+def test_outputs_that_a_tree_cannot_hold_are_refused_by_name(function, error, words, backend):
+    em = lf.LASEM(_net(Own(function)), backend=backend)
+    for samples in (4, 1):
+        x, y = batch(samples)
+        with pytest.raises(error, match=words):
+            em(x, y, "a")
+
+
+def test_the_stage_is_named_behind_a_stage_that_dropout_cuts():
+    later = []
+    stages = [
+        nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Dropout(0.5), Residual(3)),
+        Own(lambda h, _: h.flatten(0, 1) if later else h),
+    ]
+    net = lf.TransferNet(stages)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    em = lf.LASEM(net.double())
+    em(*batch(), "a")
+    later.append(True)
+    with pytest.raises(ValueError, match=r"stage 2 .*Own"):
+        em(*batch(), "a")
