@@ -7,6 +7,7 @@ it; then :func:`supported` is false, :func:`why_unsupported` says why, and the o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +125,10 @@ def clear_scratch() -> int:
     return _cpu.clear_scratch() if _cpu else 0
 
 
+# What a code says beside the position in a window (see csrc/cpu/simd.h).
+_CLOSED, _NOTHING = 16, 255
+
+
 @dataclass
 class Liveness:
     """Which rows of a level its backward goes through, to be set before it runs.
@@ -153,7 +158,6 @@ class WinogradLevel(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, skip, code, parents, branches, skip_rows)
         ctx.liveness = liveness
         ctx.sizes = padding, pool, pool_pad, tile
-        ctx.skip_size = None if skip is None else skip.shape
         # without a pool and a ReLU behind the sum, every output passes its gradient on to its skip
         ctx.skip_passes = pool == 1 and not relu_after and skip_rows is None
         ctx.mark_non_differentiable(code)
@@ -166,7 +170,7 @@ class WinogradLevel(torch.autograd.Function):
             return (None,) * 16
         x, weight, bias, skip, code, *rows, skip_rows = ctx.saved_tensors
         live = None if ctx.liveness is None else ctx.liveness.live
-        if _second_order.wanted():
+        if _second_order.wanted() and len(rows[0]):
             inputs = x, weight, bias, skip
             grads = WinogradLevel._plain_backward(ctx, dy, inputs, code, rows, skip_rows, live)
             return *grads, *(None,) * 12
@@ -174,10 +178,10 @@ class WinogradLevel(torch.autograd.Function):
         dy = dy.contiguous()
         dx, dweight, dbias = _level_backward(dy, x, code, weight, *rows, live, *ctx.sizes, need_dx)
         dskip = None
-        if need_dskip and ctx.skip_passes and live is None and dy.shape == ctx.skip_size:
+        if need_dskip and ctx.skip_passes and live is None and dy.shape == skip.shape:
             dskip = dy
         elif need_dskip:
-            skips, _, height, width, _ = ctx.skip_size
+            skips, _, height, width, _ = skip.shape
             dskip = _skip_backward(dy, code, skip_rows, live, skips, height, width, *ctx.sizes[1:3])
         return (dx if need_dx else None, dweight, dbias, dskip) + (None,) * 12
 
@@ -245,6 +249,25 @@ def _full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float() if t.dtype in lower else t for t in tensors)
 
 
+def fewest_products(conv_size: tuple[int, int], filter_size: int) -> int:
+    """The tile of a level where none is asked for: a fixed rule of its size.
+
+    A tile of m x m outputs costs (m + R - 1)^2 products of a pixel's channels with a filter's,
+    however much of it lies inside the image. The m that needs fewest for one image is taken, the
+    smaller of two that need as many because it rounds less: 4 for large images and those of 4, 7
+    or 8 pixels, 3 for 3, 5, 6 or 9, 2 for 2, where the tile is the image and 16 products are left
+    of the 36 of F(4x4, 3x3), and of the weights too.
+
+    Args:
+        conv_size: height and width of the convolution's outputs.
+        filter_size: R, 3 or 5.
+    """
+    if filter_size == 5:
+        return 2
+    tiles = {m: math.prod(-(-n // m) * (m + filter_size - 1) for n in conv_size) for m in (2, 3, 4)}
+    return min(tiles, key=tiles.__getitem__)
+
+
 def winograd_level(
     x: Tensor,
     weight: Tensor,
@@ -285,7 +308,7 @@ def winograd_level(
             both a choice of it. ``None`` is floor mode.
         tile: ``m`` of Winograd F(m x m, R x R), larger being faster and rounding more. For R = 3:
             2, 3 or 4; 1 is the direct algorithm, which up to 4 input channels is always used.
-            For R = 5: 2. ``None`` is the largest.
+            For R = 5: 2. ``None``: the rule of :func:`fewest_products`.
         relu: whether a ReLU follows the convolution.
         skip: ``[S, N, conv_h, conv_w, Co]``, added to the convolution's outputs, behind its ReLU.
         skip_rows: int64 ``[R]`` on the CPU, the row of ``skip`` of each row; rows may share one.
@@ -305,13 +328,11 @@ def winograd_level(
     if skip is not None:
         (skip,) = _full_precision(skip)
     filter_size = weight.shape[-1]
+    conv_size = tuple(n + 2 * padding - filter_size + 1 for n in x.shape[2:4])
     if out_size is None:
-        out_size = tuple(
-            (n + 2 * padding - filter_size + 1 + 2 * pool_pad - pool) // pool + 1
-            for n in x.shape[2:4]
-        )
+        out_size = tuple((n + 2 * pool_pad - pool) // pool + 1 for n in conv_size)
     if tile is None:
-        tile = 2 if filter_size == 5 else 4
+        tile = fewest_products(conv_size, filter_size)
     if skip_rows is not None:
         skip_rows = skip_rows.contiguous()
     return WinogradLevel.apply(

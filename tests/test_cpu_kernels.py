@@ -443,10 +443,13 @@ def test_no_input_gradient(isa):
     assert x.grad is None and weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("filter_size", "tile"), [(3, 4), (5, 2)])
-def test_the_largest_tile_is_the_default(filter_size, tile):
-    (x, weight, bias), _ = draw(3, torch.float32, filter_size, channels=(8,))
-    padding = filter_size // 2
+@pytest.mark.parametrize(
+    ("filter_size", "side", "tile"),
+    [(3, 1, 2), (3, 2, 2), (3, 3, 3), (3, 4, 4), (3, 6, 3), (3, 8, 4), (3, 32, 4), (5, 9, 2)],
+)
+def test_the_tile_of_fewest_products_is_the_default(filter_size, side, tile):
+    (_, weight, bias), _ = draw(3, torch.float32, filter_size, channels=(8,))
+    x, padding = torch.randn(1, 2, side, side, 8), filter_size // 2
     want = level(x, weight, bias, padding, 1, 0, *x.shape[2:4], tile)[0]
     assert torch.equal(full_level(x, weight, bias, padding=padding), want)
 

@@ -68,18 +68,37 @@ def test_every_kernel_in_float32():
 @pytest.mark.parametrize(
     ("pool", "pool_pad", "size"), [(1, 0, (5, 6)), (2, 1, (3, 4)), (3, 1, (2, 3)), (3, 0, (2, 2))]
 )
-def test_a_level(pool, pool_pad, size):
-    leaves = [
-        torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in [(2, 1, 5, 6, 2), (2, 2, 2, 3, 3), (2, 2)]
+@pytest.mark.parametrize(
+    "tail",
+    [
+        None,
+        {},
+        {"skip_rows": torch.tensor([1, 1, 0]), "relu": False},
+        {"skip_rows": torch.tensor([1, 2, 1]), "relu_after": True},
+        {"live": torch.tensor([True, False, True])},
+    ],
+)
+def test_a_level(pool, pool_pad, size, tail):
+    shapes = [
+        (2, 1, 5, 6, 2),
+        (2, 2, 2, 3, 3),
+        (2, 2),
+        *([] if tail is None else [(3, 1, 5, 6, 2)]),
     ]
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    keywords = dict(tail or {})
+    liveness = ops.Liveness(keywords.pop("live", None))
+    rows = {"parents": torch.tensor([1, 0, 1]), "branches": torch.tensor([1, 0, 0])}
 
-    def level(x, weight, bias):
+    def level(x, weight, bias, skip=None):
         sizes = {"padding": 1, "pool": pool, "pool_pad": pool_pad, "out_size": size}
-        return ops.winograd_level(x, weight, bias, **sizes)
+        return ops.winograd_level(
+            x, weight, bias, **rows, **sizes, skip=skip, **keywords, liveness=liveness
+        )
 
-    assert torch.autograd.gradgradcheck(level, leaves)
-    dy = torch.randn(2, 2, 1, *size, 2, dtype=torch.float64)
+    if liveness.live is None:  # else the gradient is not that of the outputs
+        assert torch.autograd.gradgradcheck(level, leaves)
+    dy = torch.randn(3, 1, *size, 2, dtype=torch.float64)
     kernel = torch.autograd.grad(level(*leaves), leaves, dy)
     plain = torch.autograd.grad(level(*leaves), leaves, dy, create_graph=True)
     for got, want in zip(plain, kernel, strict=True):
@@ -97,7 +116,8 @@ def test_a_heads_linear_layer():
 def test_only_what_needs_a_gradient_gets_one():
     x, weight, bias = torch.randn(1, 1, 4, 4, 2), torch.randn(1, 2, 2, 3, 3), torch.zeros(1, 2)
     weight.requires_grad_()
-    y = ops.winograd_level(x, weight, bias, padding=1)
+    row = torch.tensor([0])
+    y = ops.winograd_level(x, weight, bias, parents=row, branches=row, padding=1)
     (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
     grad.sum().backward()
     assert x.grad is None and bias.grad is None and weight.grad is not None

@@ -61,13 +61,14 @@ static void gemm_panel(int64_t rows, int64_t depth, const Scalar* a, int64_t lda
   micro_tail<kRows - 1, kAdd>(rows - i, depth, a + i * lda, lda, 1, b, kPanel, c + i * ldc, ldc);
 }
 
-// c [depth, panel] += a' b for a [rows, depth], b [rows, panel].
-static void gemm_transposed_add(int64_t rows, int64_t depth, const Scalar* a, int64_t lda,
-                                const Scalar* b, int64_t ldb, Scalar* c, int64_t ldc) {
+// c [depth, panel] (+)= a' b for a [rows, depth], b [rows, panel].
+template <bool kAdd>
+static void gemm_transposed(int64_t rows, int64_t depth, const Scalar* a, int64_t lda,
+                            const Scalar* b, int64_t ldb, Scalar* c, int64_t ldc) {
   int64_t i = 0;
   for (; i + kRows <= depth; i += kRows)
-    micro<kRows, true>(rows, a + i, 1, lda, b, ldb, c + i * ldc, ldc);
-  micro_tail<kRows - 1, true>(depth - i, rows, a + i, 1, lda, b, ldb, c + i * ldc, ldc);
+    micro<kRows, kAdd>(rows, a + i, 1, lda, b, ldb, c + i * ldc, ldc);
+  micro_tail<kRows - 1, kAdd>(depth - i, rows, a + i, 1, lda, b, ldb, c + i * ldc, ldc);
 }
 
 }  // namespace LASEM_ISA

@@ -92,9 +92,10 @@ struct SkipBackward {
 struct LevelBackward {
   const void *dy, *x, *weight;
   const uint8_t* code;
-  void* dx;       // null when not wanted
-  void* packed;   // transposed weights
-  void* partial;  // [tasks][partial_size]
+  void* dx;        // null when not wanted
+  void* packed;    // transposed weights
+  void* partial;   // [tasks][partial_size]
+  uint8_t* wrote;  // [tasks][panels]: whether a task's partial holds anything for a panel
   void *dweight, *dbias;
   int64_t tasks;
 };

@@ -6,6 +6,7 @@
 #include "isa_begin.h"
 #include "simd.h"
 #include "gemm.h"
+#include "transpose.h"
 #include "direct_transforms.h"
 #include "winograd_transforms.h"
 #include "level_plan.h"

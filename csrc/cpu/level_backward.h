@@ -144,6 +144,7 @@ struct Backward {
   const LevelPlan& p;
   const LevelBackward& args;
   Scalar *v, *m, *edge, *du, *dbias;  // edge: C zeros to read, then C to throw away
+  uint8_t* wrote;                     // whether dU holds anything, by panel
   WindowWeightGrad<F, kPool> windows;
 
   Scalar* dx_of(int64_t image) const {
@@ -199,12 +200,17 @@ struct Backward {
     }
   }
 
-  // vb [rows, depth] -> dU of one batch, panel by panel of the class.
+  // vb [rows, depth] -> dU of one batch, panel by panel of the class; the first block stores.
   void add_weight_grad(const LevelClass& of, int64_t rows, const Scalar* vb, const Scalar* mb,
-                       Scalar* to) const {
-    for (int64_t i = 0; i < of.panel_count; ++i)
-      gemm_transposed_add(rows, p.depth, vb, p.depth_stride, mb + i * kPanel, of.columns,
-                          to + of.panels[i] * kPanel, p.out_stride);
+                       int64_t b) const {
+    for (int64_t i = 0; i < of.panel_count; ++i) {
+      const Scalar* from = mb + i * kPanel;
+      Scalar* to = du + (of.panels[i] * p.batches + b) * p.depth * kPanel;
+      if (wrote[of.panels[i]])
+        gemm_transposed<true>(rows, p.depth, vb, p.depth_stride, from, of.columns, to, kPanel);
+      else
+        gemm_transposed<false>(rows, p.depth, vb, p.depth_stride, from, of.columns, to, kPanel);
+    }
   }
 
   // dV of one batch; the inner dimension goes over the outputs of all slots of the class, run by
@@ -249,10 +255,11 @@ struct Backward {
     for (int64_t b = 0; b < p.batches; ++b) {
       Scalar* vb = v + b * in;
       const Scalar* mb = m + b * out;
-      if constexpr (!kByWindow) add_weight_grad(of, rows, vb, mb, du + b * p.depth * p.out_stride);
+      if constexpr (!kByWindow) add_weight_grad(of, rows, vb, mb, b);
       // V of this batch is spent: dV takes its place.
       if (args.dx) input_grad(of, rows, mb, b, vb);
     }
+    for (int64_t i = 0; i < of.panel_count; ++i) wrote[of.panels[i]] = 1;
     if (!args.dx) return;
     for (int64_t i = 0; i < units; ++i) {
       const Unit& u = block[i];
@@ -318,12 +325,23 @@ static void backward_images(const LevelPlan& p, const LevelBackward& args, Scala
                             int64_t task, int64_t begin, int64_t end) {
   Scalar* partial = static_cast<Scalar*>(args.partial) + task * p.partial_size;
   Scalar* m = scratch + p.in_size;
-  memset(partial, 0, sizeof(Scalar) * p.partial_size);
+  // Weights may outgrow the caches, so dU is not zeroed but stored by the first block of a panel.
+  if (p.by_window) memset(partial, 0, sizeof(Scalar) * p.bias_at);
+  memset(partial + p.bias_at, 0, sizeof(Scalar) * (p.partial_size - p.bias_at));
+  uint8_t* wrote = args.wrote + task * (p.out_stride / kPanel);
+  memset(wrote, 0, p.out_stride / kPanel);
   Scalar* edge = m + p.out_size;
   memset(edge, 0, sizeof(Scalar) * 2 * p.shape.in_channels);
   Scalar* window_scratch = edge + round_up(2 * p.shape.in_channels, kLanes);
-  const Backward<F, kPool> backward = {
-      p, args, scratch, m, edge, partial, partial + p.bias_at, {p, args, window_scratch, partial}};
+  const Backward<F, kPool> backward = {p,
+                                       args,
+                                       scratch,
+                                       m,
+                                       edge,
+                                       partial,
+                                       partial + p.bias_at,
+                                       wrote,
+                                       {p, args, window_scratch, partial}};
   backward.run(begin, end);
 }
 

@@ -56,7 +56,8 @@ LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int6
                   padding);
   for (const auto& [name, out, conv] :
        {std::tuple{"out_h", out_h, s.conv_height}, std::tuple{"out_w", out_w, s.conv_width}})
-    STD_TORCH_CHECK(out >= 1 && out - 1 <= (conv - 1 + pool_pad) / pool, name,
+    // divided, not multiplied: out may be any integer
+    STD_TORCH_CHECK(out >= 1 && out - 1 <= (conv + pool_pad - 1) / pool, name,
                     " must be at least 1 and its last window must start inside the convolution's ",
                     conv, " outputs, got ", out);
   return s;
@@ -200,6 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
   Layout layout(x.element_size());
   const size_t packed_at = layout.add(need_dx ? plan.pack_back_size : 0);
   const size_t partial_at = layout.add(tasks * plan.partial_size);
+  std::vector<uint8_t> wrote(tasks * plan.out_stride);  // panels are fewer
   const size_t task_size = [&] {
     Layout one(x.element_size());
     one.add(plan.backward_scratch);
@@ -213,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
   args.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
   args.packed = base + packed_at, args.partial = base + partial_at;
   args.dweight = dweight.mutable_data_ptr(), args.dbias = dbias.mutable_data_ptr();
-  args.tasks = tasks;
+  args.tasks = tasks, args.wrote = wrote.data();
 
   if (need_dx)
     for_filters(s, threads, plan.pack_back_items, [&](int64_t begin, int64_t end) {

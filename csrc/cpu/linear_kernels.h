@@ -159,7 +159,7 @@ struct PanelGradient {
         store(tile + r * kPanel + h, left > 0 ? load_some(x + r * p.features + h, left) : zero());
       }
     const int64_t outputs = p.shape.outputs;
-    gemm_transposed_add(run.rows, outputs, dy_of(run), outputs, tile, kPanel, dweight, kPanel);
+    gemm_transposed<true>(run.rows, outputs, dy_of(run), outputs, tile, kPanel, dweight, kPanel);
   }
 };
 

@@ -17,8 +17,8 @@ LASEM_INLINE void transpose_square(Vec (&v)[kLanes]) {
 }
 
 // to[j][i] = from[i][j] for i < rows, j < columns.
-static void transpose(int64_t rows, int64_t columns, const Scalar* from, int64_t from_stride,
-                      Scalar* to, int64_t to_stride) {
+static inline void transpose(int64_t rows, int64_t columns, const Scalar* from, int64_t from_stride,
+                             Scalar* to, int64_t to_stride) {
   if ((rows == 1 && to_stride == 1) || (columns == 1 && from_stride == 1)) {
     memcpy(to, from, sizeof(Scalar) * rows * columns);
     return;

@@ -53,6 +53,37 @@ LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const Scalar* weight, i
   return weight + (filter * s.in_channels + c) * s.filter * s.filter;
 }
 
+// The taps of kLanes filters, one filter per lane; filter(lane) gives its address, or null.
+template <class F, class Filter>
+LASEM_INLINE void load_taps(const Filter& filter, Vec (&taps)[kTaps<F>]) {
+  for (int t = 0; t < kTaps<F>; t += kLanes) {
+    Vec v[kLanes];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Scalar* w = filter(lane);
+      v[lane] = w ? load_some(w + t, kTaps<F> - t) : zero();
+    }
+    transpose_square(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (t + i < kTaps<F>) taps[t + i] = v[i];
+  }
+}
+
+// Stores the taps of the first n lanes, `stride` elements apart.
+template <class F>
+LASEM_INLINE void store_taps(const Vec (&taps)[kTaps<F>], Scalar* to, int64_t stride, int64_t n) {
+  for (int t = 0; t < kTaps<F>; t += kLanes) {
+    Vec v[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = t + i < kTaps<F> ? taps[t + i] : zero();
+    transpose_square(v);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (lane < n) store_some(to + lane * stride + t, v[lane], kTaps<F> - t);
+  }
+}
+
 // packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
 template <class F>
 static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
@@ -60,20 +91,16 @@ static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64
   const int64_t channels = p.shape.in_channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / channels, c = item % channels;
-    alignas(64) Scalar taps[kTaps<F>][kPanel];
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      const Scalar* w = filter_of(p, weight, panel * kPanel + lane, c);
-      for (int t = 0; t < kTaps<F>; ++t) taps[t][lane] = w ? w[t] : 0;
-    }
     Scalar* to = packed + panel * p.batches * p.depth * kPanel;
     for (int64_t h = 0; h < kPanel; h += kLanes) {
+      Vec taps[kTaps<F>];
+      load_taps<F>([&](int64_t lane) { return filter_of(p, weight, panel * kPanel + h + lane, c); },
+                   taps);
       if constexpr (F::kDirect) {
-        for (int64_t t = 0; t < kTaps<F>; ++t)
-          store(to + (t * channels + c) * kPanel + h, load(taps[t] + h));
+        for (int64_t t = 0; t < kTaps<F>; ++t) store(to + (t * channels + c) * kPanel + h, taps[t]);
       } else {
-        Vec filter[kTaps<F>], u[F::kSide * F::kSide];
-        for (int t = 0; t < kTaps<F>; ++t) filter[t] = load(taps[t] + h);
-        filter_transform<F>(filter, u);
+        Vec u[F::kSide * F::kSide];
+        filter_transform<F>(taps, u);
         for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
           store(to + (b * p.depth + c) * kPanel + h, u[b]);
       }
@@ -96,16 +123,15 @@ static void pack_back(const LevelPlan& p, const Scalar* weight, Scalar* packed, 
           to[lane] = w && k < p.depth ? w[k % channels * kTaps<F> + k / channels] : 0;
         }
       } else {
-        alignas(64) Scalar taps[kTaps<F>][kPanel];
-        for (int64_t lane = 0; lane < kPanel; ++lane) {
-          const int64_t c = panel * kPanel + lane;
-          for (int t = 0; t < kTaps<F>; ++t)
-            taps[t][lane] = w && c < channels ? w[c * kTaps<F> + t] : 0;
-        }
         for (int64_t h = 0; h < kPanel; h += kLanes) {
-          Vec filter[kTaps<F>], u[F::kSide * F::kSide];
-          for (int t = 0; t < kTaps<F>; ++t) filter[t] = load(taps[t] + h);
-          filter_transform<F>(filter, u);
+          const int64_t first = panel * kPanel + h;
+          Vec taps[kTaps<F>], u[F::kSide * F::kSide];
+          load_taps<F>(
+              [&](int64_t lane) {
+                return w && first + lane < channels ? w + (first + lane) * kTaps<F> : nullptr;
+              },
+              taps);
+          filter_transform<F>(taps, u);
           for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
             store(to + b * p.out_stride * kPanel + h, u[b]);
         }
@@ -122,10 +148,12 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
   const Scalar* partial = static_cast<const Scalar*>(args.partial);
   Scalar* dweight = static_cast<Scalar*>(args.dweight);
   Scalar* dbias = static_cast<Scalar*>(args.dbias);
-  const auto sum_at = [&](int64_t at) {
-    Vec sum = load(partial + at);
-    for (int64_t t = 1; t < args.tasks; ++t)
-      sum = add(sum, load(partial + t * p.partial_size + at));
+  const int64_t panels = p.out_stride / kPanel;
+  // Of the tasks that wrote to a panel.
+  const auto sum_at = [&](int64_t panel, int64_t at) {
+    Vec sum = zero();
+    for (int64_t t = 0; t < args.tasks; ++t)
+      if (args.wrote[t * panels + panel]) sum = add(sum, load(partial + t * p.partial_size + at));
     return sum;
   };
   for (int64_t item = begin; item < end; ++item) {
@@ -133,23 +161,21 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
     const int64_t branch = p.rows.branch_of[v / p.branch_vectors];
     const int64_t co = v % p.branch_vectors * kLanes;
     const int64_t n = at_most(kLanes, s.out_channels - co);
+    const int64_t half = v % 2 * kLanes;
     Vec taps[kTaps<F>];
     if constexpr (F::kDirect) {
       for (int64_t t = 0; t < kTaps<F>; ++t)
-        taps[t] = sum_at((t * s.in_channels + c) * p.out_stride + v * kLanes);
+        taps[t] = sum_at(v / 2, (v / 2 * p.depth + t * s.in_channels + c) * kPanel + half);
     } else {
       Vec u[F::kSide * F::kSide];
       for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
-        u[b] = sum_at((b * p.depth + c) * p.out_stride + v * kLanes);
+        u[b] = sum_at(v / 2, ((v / 2 * p.batches + b) * p.depth + c) * kPanel + half);
       filter_gradient<F>(u, taps);
     }
-    alignas(64) Scalar lanes_of[kTaps<F>][kLanes];
-    for (int t = 0; t < kTaps<F>; ++t) store(lanes_of[t], taps[t]);
-    for (int64_t lane = 0; lane < n; ++lane) {
-      Scalar* w = dweight + ((branch * s.out_channels + co + lane) * s.in_channels + c) * kTaps<F>;
-      for (int t = 0; t < kTaps<F>; ++t) w[t] = lanes_of[t][lane];
-    }
-    if (c == 0) store_some(dbias + branch * s.out_channels + co, sum_at(p.bias_at + v * kLanes), n);
+    Scalar* to = dweight + ((branch * s.out_channels + co) * s.in_channels + c) * kTaps<F>;
+    store_taps<F>(taps, to, s.in_channels * kTaps<F>, n);
+    if (c == 0)
+      store_some(dbias + branch * s.out_channels + co, sum_at(v / 2, p.bias_at + v * kLanes), n);
   }
 }
 
