@@ -125,10 +125,6 @@ def clear_scratch() -> int:
     return _cpu.clear_scratch() if _cpu else 0
 
 
-# What a code says beside the position in a window (see csrc/cpu/simd.h).
-_CLOSED, _NOTHING = 16, 255
-
-
 @dataclass
 class Liveness:
     """Which rows of a level its backward goes through, to be set before it runs.

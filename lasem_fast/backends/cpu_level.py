@@ -77,7 +77,7 @@ def _level(
         branches=index_tensor(level.positions, x.device),
         padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
         relu=layer.relu, skip=skip_data, skip_rows=skip_rows, relu_after=layer.relu_after,
-        liveness=liveness, tile=3 if pool.size == 3 and filter_size == 3 else None,
+        liveness=liveness,
     )  # fmt: skip
 
 
