@@ -41,6 +41,8 @@ def _why_not(layer: Layer, x: Tensor) -> str:
         return f"stride {conv.stride} and dilation {conv.dilation}: the C++ kernels have 1"
     if conv.padding_mode != "zeros" or _padding(conv) not in range(conv.kernel_size[0]):
         return f"padding {conv.padding} of {conv.padding_mode}"
+    if conv.groups != 1:
+        return f"groups {conv.groups}: the C++ kernels have 1"
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return "under autocast" if x.device.type == "cpu" else f"on {x.device}"
     dtypes = {x.dtype, *(t.dtype for t in (*layer.weights, *layer.biases))}
@@ -77,8 +79,19 @@ def _level(
         branches=index_tensor(level.positions, x.device),
         padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,
         relu=layer.relu, skip=skip_data, skip_rows=skip_rows, relu_after=layer.relu_after,
-        liveness=liveness, tile=3 if pool.size == 3 and filter_size == 3 else None,
+        liveness=liveness, tile=_tile(filter_size, pool.size, conv_size),
     )  # fmt: skip
+
+
+def _tile(filter_size: int, pool: int, size: tuple[int, int]) -> int:
+    """m of F(m x m, R x R) with the fewest products; of equal ones the largest.
+
+    F(3x3, 3x3) is for pools of 3, whose windows are its tiles.
+    """
+    if filter_size == 5:
+        return 2
+    tiles = (4, 3) if pool == 3 else (4,)
+    return min(tiles, key=lambda m: -(-size[0] // m) * -(-size[1] // m) * (m + 2) ** 2)
 
 
 def _padding(conv: nn.Conv2d) -> int | None:
