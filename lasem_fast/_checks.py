@@ -124,8 +124,8 @@ def check_batch(x: Any) -> None:
 def _check_dense(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        kind = str(value.layout).removeprefix("torch.")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {kind}")
 
 
@@ -183,6 +183,7 @@ def check_posterior(posterior: Any, n_configs: int) -> None:
     """A frozen posterior: one weight per configuration."""
     if not isinstance(posterior, Tensor):
         raise TypeError(f"posterior: expected a tensor or None, got {type(posterior).__name__}")
+    _check_dense(posterior, "posterior")
     if posterior.shape != (n_configs,):
         raise ValueError(
             f"posterior: expected shape [{n_configs}], one weight per configuration, got "
@@ -204,16 +205,38 @@ def check_posterior_values(posterior: Tensor) -> None:
         )
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of ordinary form."""
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized:
+        return False
+    return value.layout == torch.strided
+
+
 def check_log_prior(log_prior: Any, n_configs: int) -> None:
     """What a prior says: one log-probability per configuration."""
-    if not isinstance(log_prior, Tensor) or not log_prior.is_floating_point():
+    if not _is_plain(log_prior) or not log_prior.is_floating_point():
         got = log_prior.dtype if isinstance(log_prior, Tensor) else type(log_prior).__name__
         raise TypeError(f"prior: expected log_prob to give a floating-point tensor, got {got}")
+    if log_prior.is_meta:
+        raise ValueError("prior: expected log_prob to give values, got a tensor on meta")
     if log_prior.shape != (n_configs,):
         raise ValueError(
             f"prior: expected log_prob to give shape [{n_configs}], one per configuration, got "
             f"{list(log_prior.shape)}"
         )
+
+
+def check_score(score: Any, n_configs: int) -> None:
+    """What a prior chooses by: one number per configuration."""
+    if not _is_plain(score):
+        raise TypeError(f"prior: expected score to give a dense tensor, got {type(score).__name__}")
+    if score.shape != (n_configs,) or score.dtype == torch.bool or score.is_complex():
+        raise ValueError(
+            f"prior: expected score to give [{n_configs}] numbers, one per configuration, got "
+            f"{score.dtype} of shape {list(score.shape)}"
+        )
+    if score.is_meta:
+        raise ValueError("prior: expected score to give values, got a tensor on meta")
 
 
 def check_log_prior_values(log_prior: Tensor) -> None:
@@ -296,6 +319,8 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
             f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
             f"{leaves} configuration(s) of {samples} samples), got shape {list(logits.shape)}"
         )
+    if logits.is_complex():
+        raise TypeError(f"head of task {task!r}: expected real logits, got {logits.dtype}")
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "strict", {"*"}),
     # mini-batches
     ("em*", "x", _SAMPLES),
+    ("em.evaluate", "x", {"twice", "one sample less"}),
     ("em, tokens", "x", {"strided", "expanded", "one dimension more", "int32", "int64"}),
     ("em*", "y", _FORMS),
     ("em*", "y", {"flat", "int64"}),
@@ -42,7 +43,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("backward twice", "x", _SAMPLES),
     ("a captured step*", "x", _SAMPLES),
     ("a captured step*", "y", _FORMS | {"flat", "int64"}),
-    ("capture", "x", _SAMPLES),
+    ("capture", "x", _SAMPLES | {"int64", "complex"}),
     ("capture", "y", _FORMS | {"flat"}),
     # a plain forward takes what PyTorch takes
     ("net*", "x", _PLAIN),
@@ -116,9 +117,9 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("Architecture", "groups", {"None"}),
     ("Architecture", "hidden", {"()", "[]", "[1, 1]", "[2, 2]"}),
     ("Architecture", "skips", {"()", "[]"}),
-    ("Architecture.head", "classes", {"1", "7", "numpy int"}),
+    ("Architecture.head", "classes", {"1", "7", "numpy int", "0-d int tensor"}),
     ("Architecture.space", "groups", {"None", "[2, 2]"}),
-    ("same_pool", "*", {"1", "7", "numpy int"}),
+    ("same_pool", "*", {"1", "7", "numpy int", "0-d int tensor", "huge int"}),
     ("SkipLayer", "pool", {"a module", "an empty module", "a lazy module", "a module on meta",
                            "a complex module", "a NaN module"}),
     # runs and measures
