@@ -212,13 +212,13 @@ def _is_plain(value: Any) -> bool:
     return value.layout == torch.strided
 
 
-def check_log_prior(log_prior: Any, n_configs: int) -> None:
+def check_log_prior(log_prior: Any, n_configs: int, device: torch.device) -> None:
     """What a prior says: one log-probability per configuration."""
     if not _is_plain(log_prior) or not log_prior.is_floating_point():
         got = log_prior.dtype if isinstance(log_prior, Tensor) else type(log_prior).__name__
         raise TypeError(f"prior: expected log_prob to give a floating-point tensor, got {got}")
-    if log_prior.is_meta:
-        raise ValueError("prior: expected log_prob to give values, got a tensor on meta")
+    if (log_prior.device.type == "meta") != (device.type == "meta"):
+        raise ValueError(f"prior: expected log_prob on {device}, got it on {log_prior.device}")
     if log_prior.shape != (n_configs,):
         raise ValueError(
             f"prior: expected log_prob to give shape [{n_configs}], one per configuration, got "
@@ -235,7 +235,7 @@ def check_score(score: Any, n_configs: int) -> None:
             f"prior: expected score to give [{n_configs}] numbers, one per configuration, got "
             f"{score.dtype} of shape {list(score.shape)}"
         )
-    if score.is_meta:
+    if score.device.type == "meta":
         raise ValueError("prior: expected score to give values, got a tensor on meta")
 
 
@@ -319,8 +319,11 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
             f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
             f"{leaves} configuration(s) of {samples} samples), got shape {list(logits.shape)}"
         )
-    if logits.is_complex():
-        raise TypeError(f"head of task {task!r}: expected real logits, got {logits.dtype}")
+    if logits.is_complex() or logits.layout != torch.strided:
+        raise TypeError(
+            f"head of task {task!r}: expected real dense logits, got {logits.dtype} of layout "
+            f"{logits.layout}"
+        )
 
 
 @torch.no_grad()

@@ -510,7 +510,7 @@ class LASEM(nn.Module):
     def _log_prior(self, task: str) -> Tensor:
         self._start_prior(task)
         log_prior = self._prior.log_prob(task)
-        _checks.check_log_prior(log_prior, len(self.space))
+        _checks.check_log_prior(log_prior, len(self.space), self._bits.device)
         return log_prior
 
     def _forget_prior(self, task: str) -> None:

@@ -141,10 +141,11 @@ class TransferNet(nn.Module):
             for shared, factors in zip(self.shared, self.adapters[task], strict=True)
         ]
         for term in terms:
-            if term is not None and not (isinstance(term, Tensor) and term.shape == ()):
+            fits = isinstance(term, Tensor) and term.shape == () and not term.is_complex()
+            if term is not None and not fits:
                 raise TypeError(
                     f"transfer: expected auxiliary_loss of {type(self.mechanism).__name__} to give "
-                    f"a tensor of no dimensions or None, got {type(term).__name__}"
+                    f"a real tensor of no dimensions or None, got {type(term).__name__}"
                 )
         return terms
 
