@@ -133,8 +133,8 @@ def check_batch(x: Any) -> None:
 def _check_dense(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        kind = str(value.layout).removeprefix("torch.")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {kind}")
 
 
@@ -192,6 +192,7 @@ def check_posterior(posterior: Any, n_configs: int) -> None:
     """A frozen posterior: one weight per configuration."""
     if not isinstance(posterior, Tensor):
         raise TypeError(f"posterior: expected a tensor or None, got {type(posterior).__name__}")
+    _check_dense(posterior, "posterior")
     if posterior.shape != (n_configs,):
         raise ValueError(
             f"posterior: expected shape [{n_configs}], one weight per configuration, got "
@@ -213,16 +214,38 @@ def check_posterior_values(posterior: Tensor) -> None:
         )
 
 
-def check_log_prior(log_prior: Any, n_configs: int) -> None:
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of ordinary form."""
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized:
+        return False
+    return value.layout == torch.strided
+
+
+def check_log_prior(log_prior: Any, n_configs: int, device: torch.device) -> None:
     """What a prior says: one log-probability per configuration."""
-    if not isinstance(log_prior, Tensor) or not log_prior.is_floating_point():
+    if not _is_plain(log_prior) or not log_prior.is_floating_point():
         got = log_prior.dtype if isinstance(log_prior, Tensor) else type(log_prior).__name__
         raise TypeError(f"prior: expected log_prob to give a floating-point tensor, got {got}")
+    if (log_prior.device.type == "meta") != (device.type == "meta"):
+        raise ValueError(f"prior: expected log_prob on {device}, got it on {log_prior.device}")
     if log_prior.shape != (n_configs,):
         raise ValueError(
             f"prior: expected log_prob to give shape [{n_configs}], one per configuration, got "
             f"{list(log_prior.shape)}"
         )
+
+
+def check_score(score: Any, n_configs: int) -> None:
+    """What a prior chooses by: one number per configuration."""
+    if not _is_plain(score):
+        raise TypeError(f"prior: expected score to give a dense tensor, got {type(score).__name__}")
+    if score.shape != (n_configs,) or score.dtype == torch.bool or score.is_complex():
+        raise ValueError(
+            f"prior: expected score to give [{n_configs}] numbers, one per configuration, got "
+            f"{score.dtype} of shape {list(score.shape)}"
+        )
+    if score.device.type == "meta":
+        raise ValueError("prior: expected score to give values, got a tensor on meta")
 
 
 def check_log_prior_values(log_prior: Tensor) -> None:
@@ -304,6 +327,11 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
         raise ValueError(
             f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
             f"{leaves} configuration(s) of {samples} samples), got shape {list(logits.shape)}"
+        )
+    if logits.is_complex() or logits.layout != torch.strided:
+        raise TypeError(
+            f"head of task {task!r}: expected real dense logits, got {logits.dtype} of layout "
+            f"{logits.layout}"
         )
 
 

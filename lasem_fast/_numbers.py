@@ -29,6 +29,8 @@ def whole_number(value: Any, argument: str, least: int = 1) -> int:
         raise TypeError(f"{expected} {type(value).__name__} {value!r}")
     if int(value) < least:
         raise ValueError(f"{expected} {int(value)}")
+    if int(value) >= 2**31:
+        raise ValueError(f"{argument}: expected a whole number below 2^31, got {int(value)}")
     return int(value)
 
 

@@ -74,6 +74,8 @@ class CapturedStep:
         self, em: LASEM, optimizer: Optimizer, x: Tensor, y: Tensor, task: str, strict: bool
     ) -> None:
         _check_arguments(em, optimizer, x, y, task)
+        if not isinstance(strict, (bool, int)):
+            raise TypeError(f"strict: expected True or False, got {type(strict).__name__}")
         self.em, self.optimizer, self.task, self.strict = em, optimizer, task, strict
         self.why_eager: str | None = None
         self._x, self._y = x.detach().clone(), y.detach().clone()

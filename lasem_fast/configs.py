@@ -20,6 +20,7 @@ Configuration = tuple[bool, ...]
 
 # 2^20 rows of bits are 20 MB; more has to be said as groups or as an explicit list.
 _MAX_FREE_CHOICES = 20
+_MOST_STAGES = 10_000
 
 
 class ConfigSpace:
@@ -251,6 +252,8 @@ def _checked_depth(depth: Any) -> int:
         raise TypeError(f"depth: expected a number of stages, got {type(depth).__name__} {depth!r}")
     if int(depth) < 1:
         raise ValueError(f"depth: expected at least 1 stage, got {int(depth)}")
+    if int(depth) > _MOST_STAGES:
+        raise ValueError(f"depth: expected at most {_MOST_STAGES} stages, got {int(depth)}")
     return int(depth)
 
 

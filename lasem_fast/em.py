@@ -98,8 +98,8 @@ class LASEM(nn.Module):
         self.space = _checked_space(space, net.depth)
         self.likelihood = as_likelihood(likelihood)
         self.backend = _dispatch.choose(backend)
-        self.validate = bool(validate)
-        self.redraw_unclaimed = bool(redraw_unclaimed)
+        self.validate = _flag(validate, "validate")
+        self.redraw_unclaimed = _flag(redraw_unclaimed, "redraw_unclaimed")
         self.net = net
         # numbers, because AveragedModel(use_buffers=True) averages all buffers
         self.register_buffer("_bits", self.space.bits.float(), persistent=False)
@@ -240,9 +240,13 @@ class LASEM(nn.Module):
         """The present prior P(c) of a task, ``[C]``."""
         self.net.config(task)
         known = task in self._prior.states
-        log_prior = self._log_prior(task)
-        if not known:
-            self._prior.forget(task)
+        try:
+            log_prior = self._log_prior(task)
+            if self._reads_values(log_prior):
+                _checks.check_log_prior_values(log_prior)
+        finally:
+            if not known:
+                self._prior.forget(task)
         return log_prior.softmax(dim=0)
 
     def best_config(self, task: str) -> Configuration:
@@ -252,7 +256,9 @@ class LASEM(nn.Module):
             return kept
         if task not in self._prior.states:
             return self.space[0]
-        return self.space[int(self._prior.score(task).argmax())]
+        score = self._prior.score(task)
+        _checks.check_score(score, len(self.space))
+        return self.space[int(score.argmax())]
 
     def end_task(self, task: str, config: Any = None) -> Configuration:
         """Ends a task: chooses its configuration, rolls back and drops what that does not use.
@@ -403,7 +409,7 @@ class LASEM(nn.Module):
     def _log_prior(self, task: str) -> Tensor:
         self._start_prior(task)
         log_prior = self._prior.log_prob(task)
-        _checks.check_log_prior(log_prior, len(self.space))
+        _checks.check_log_prior(log_prior, len(self.space), self._bits.device)
         return log_prior
 
     def _forget_prior(self, task: str) -> None:
@@ -488,6 +494,12 @@ class _RandomState:
         torch.set_rng_state(self.host)
         if self.on_device is not None:
             torch.cuda.set_rng_state(self.on_device, self.device)
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, int)):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+    return bool(value)
 
 
 def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:

@@ -170,6 +170,9 @@ def glorot_uniform_(tensor: Tensor, fan_in: int, fan_out: int) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"tensor: expected a floating-point tensor, got {got}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        got = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"tensor: expected a dense tensor, got {got}")
     fan_in, fan_out = finite_number(fan_in, "fan_in"), finite_number(fan_out, "fan_out")
     limit = math.sqrt(6 / (fan_in + fan_out))
     return tensor.uniform_(-limit, limit)

@@ -126,6 +126,8 @@ def train_sequence(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     check_functions(make_net=make_net, make_head=make_head, optimizer=optimizer)
+    if on_epoch is not None:
+        check_functions(on_epoch=on_epoch)
     check_numbers(
         seed, epochs=epochs, batch_size=batch_size, evaluate_earlier_every=evaluate_earlier_every
     )

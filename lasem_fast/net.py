@@ -126,15 +126,28 @@ class TransferNet(nn.Module):
             shared = None
             if i not in self._without_adapters[task]:
                 shared = self.mechanism.shared_branch(self.shared[i], self.adapters[task][i])
+                if not isinstance(shared, Branch):
+                    raise TypeError(
+                        f"transfer: expected shared_branch of {type(self.mechanism).__name__} to "
+                        f"give a Branch, got {type(shared).__name__}"
+                    )
             pairs.append((shared, None if own is None else Branch(own)))
         return pairs
 
     def auxiliary_losses(self, task: str) -> list[Tensor | None]:
         """For every stage what sharing it adds to a configuration's loss; None for nothing."""
-        return [
+        terms = [
             self.mechanism.auxiliary_loss(shared, factors)
             for shared, factors in zip(self.shared, self.adapters[task], strict=True)
         ]
+        for term in terms:
+            fits = isinstance(term, Tensor) and term.shape == () and not term.is_complex()
+            if term is not None and not fits:
+                raise TypeError(
+                    f"transfer: expected auxiliary_loss of {type(self.mechanism).__name__} to give "
+                    f"a real tensor of no dimensions or None, got {type(term).__name__}"
+                )
+        return terms
 
     def redraw_unclaimed(self) -> None:
         """Draws the shared stages anew, in place, that no ended task has in its configuration."""

@@ -271,7 +271,8 @@ def stl10(
             ),
         ),
     }  # fmt: skip
-    factorised = transfer == "tf" or isinstance(transfer, TensorFactorization)
+    by_name = isinstance(transfer, str) and transfer == "tf"
+    factorised = by_name or isinstance(transfer, TensorFactorization)
     return _architecture(
         transfer,
         width,

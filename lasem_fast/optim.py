@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class TFRMSprop(Optimizer):
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-4, decay: float = 0.9, eps: float = 1e-10
     ) -> None:
+        if not isinstance(params, Iterable) or isinstance(params, Tensor):
+            raise TypeError(
+                f"params: expected parameters or parameter groups, got {type(params).__name__}"
+            )
         one = isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta
         finite_number(lr.item() if one else lr, "lr", zero=True)
         if finite_number(decay, "decay", zero=True) > 1:

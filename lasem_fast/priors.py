@@ -88,6 +88,10 @@ class Fixed(Prior):
                 f"prior: expected a floating-point tensor [C], got {type(probabilities).__name__} "
                 f"{probabilities!r}"
             )
+        if probabilities.is_nested:
+            raise TypeError("prior: expected a floating-point tensor [C], got a nested one")
+        if probabilities.numel() == 0:
+            raise ValueError("prior: expected a probability for each configuration, got none")
         p = probabilities.detach().clone()  # checked as given, kept in double precision
         if p.dim() != 1 or not p.is_floating_point() or p.is_meta or p.layout != torch.strided:
             raise ValueError(

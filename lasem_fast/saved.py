@@ -46,7 +46,7 @@ def _decoded(state: Any) -> dict[str, Any]:
         )
     try:
         found = json.loads(bytes(state.cpu().tolist()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last of tensors without values
         raise ValueError(
             f"state_dict: expected the extra state as UTF-8 JSON in a uint8 tensor, got "
             f"{state.dtype} of shape {list(state.shape)} that is none ({error})"
@@ -65,23 +65,26 @@ def lasting() -> AbstractContextManager:
 
 @contextmanager
 def all_or_nothing(module: nn.Module) -> Iterator[None]:
-    """Gives a module back its tensors and submodules, and their values, if the block raises.
+    """Gives a module back its parts, tensors, values and gradients, if the block raises.
 
     Holds a copy of all values meanwhile.
     """
     inside = list(_inside(module))
     held = [_Held(part) for part in inside]
     tensors = {id(t): t for part in inside for t in _own_tensors(part)}
-    values = [(t, t.data, t.detach().clone()) for t in tensors.values()]
+    values = [(t, t.data, t.detach().clone(), t.grad) for t in tensors.values()]
+    random_state = torch.get_rng_state()
     try:
         yield
     except BaseException:
+        torch.set_rng_state(random_state)
         for part in held:
             part.put_back()
         with torch.no_grad():
-            for tensor, data, value in values:
+            for tensor, data, value, grad in values:
                 tensor.data = data
                 tensor.copy_(value)
+                tensor.grad = grad
         raise
 
 

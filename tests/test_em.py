@@ -584,3 +584,33 @@ def test_spectral_norm_in_training_mode_is_refused_by_name(norm, backend):
         em(*batch(), "a")
     em.eval()
     em(*batch(), "a").loss.backward()
+
+
+def test_a_prior_that_is_refused_has_not_begun():
+    class Own(lf.priors.Prior):
+        def log_prob(self, task):
+            return "certain"
+
+        def score(self, task):
+            return torch.zeros(3)
+
+    em = lf.LASEM(small_net(2), prior=Own())
+    with pytest.raises(TypeError, match=r"prior: expected log_prob .* got str"):
+        em.prior("a")
+    assert not list(em._prior.states)
+    em._prior.start("a", 4, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"prior: expected score to give \[4\] numbers"):
+        em.end_task("a")
+
+
+def test_a_refused_state_dict_leaves_gradients_and_random_state():
+    em = lf.LASEM(small_net(2))
+    _train(em, "a", 1)
+    em.end_task("a", {1})
+    for parameter in em.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    random = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="nothing"):
+        em.load_state_dict({**em.state_dict(), "nothing": torch.ones(1)})
+    assert all(p.grad is not None for p in em.net.parameters())
+    assert torch.equal(random, torch.get_rng_state())

@@ -389,3 +389,19 @@ def test_lora_as_in_the_docs():
 def test_the_settings_in_the_docs_are_real():
     (code,) = re.findall(r"```python\n(lf\.transfer.*?)```", DOCS.read_text(), re.DOTALL)
     exec(code, {"lf": lf})
+
+
+@pytest.mark.parametrize("transfer", ["tf", "dfcnn"])
+def test_weights_are_generated_under_autocast(transfer):
+    stages = [nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())]
+    net = lf.TransferNet(stages, transfer=transfer)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 3)))
+    x, y = torch.randn(4, 2, 6, 6), torch.tensor([0, 1, 2, 0])
+    em = lf.LASEM(net)
+    exact = em(x, y, "a", posterior=torch.full((2,), 0.5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = em(x, y, "a", posterior=torch.full((2,), 0.5))
+    step.loss.backward()
+    # each of the step's few products rounds to 8 bits
+    assert float((step.loss - exact.loss).abs() / exact.loss.abs()) < 16 * 2**-8
+    assert all(torch.isfinite(p.grad).all() for p in net.task_parameters("a"))

@@ -64,8 +64,10 @@ class TensorFactorization(GeneratingMechanism):
 
     def weight(self, knowledge: Knowledge, factors: TuckerFactors) -> Tensor:
         weight = knowledge.tensor
-        for mode in factors.modes:  # each turn consumes the first mode and appends its result
-            weight = torch.tensordot(weight, mode, dims=([0], [0]))
+        # under autocast a turned tensor would have another dtype than the next factor
+        with torch.autocast(weight.device.type, enabled=False):
+            for mode in factors.modes:  # each turn consumes the first mode and appends its result
+                weight = torch.tensordot(weight, mode, dims=([0], [0]))
         return weight
 
     def auxiliary_loss(self, shared: nn.Module, adapters: nn.Module | None) -> Tensor | None:

@@ -185,10 +185,10 @@ class _Likelihood(lf.likelihoods.Likelihood):
         self.value, self.reduced = log_prob, reduced
 
     def log_prob(self, output: Tensor, y: Tensor) -> Any:
-        return output.sum(-1) if self.value == "good" else self.value
+        return output.sum(-1) if isinstance(self.value, str) else self.value
 
     def reduce(self, log_prob: Tensor) -> Any:
-        return log_prob.sum(1) if self.reduced == "good" else self.reduced
+        return log_prob.sum(1) if isinstance(self.reduced, str) else self.reduced
 
 
 def _with_likelihood(w: World, log_prob: Any, reduced: Any) -> None:
@@ -423,7 +423,8 @@ def _value_setup(w: World, value: Any) -> None:
 
 @call("em.load_state_dict, one value", setup=_value_setup, value=lambda w: torch.ones(3, 2))
 def _(w: World, value: Any) -> Any:
-    return w.em.load_state_dict({**w.em.state_dict(), w.key: value})
+    nested = isinstance(value, Tensor) and value.is_nested  # PyTorch's own loading fails on it
+    return w.em.load_state_dict({**w.em.state_dict(), w.key: None if nested else value})
 
 
 @call("em.load_state_dict, extra state", value=lambda w: w.em.get_extra_state())

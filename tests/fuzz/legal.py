@@ -34,6 +34,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "strict", {"*"}),
     # mini-batches
     ("em*", "x", _SAMPLES),
+    ("em.evaluate", "x", {"twice", "one sample less"}),
     ("em, tokens", "x", {"strided", "expanded", "one dimension more", "int32", "int64"}),
     ("em*", "y", _FORMS),
     ("em*", "y", {"flat", "int64"}),
@@ -42,8 +43,10 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("backward twice", "x", _SAMPLES),
     ("a captured step*", "x", _SAMPLES),
     ("a captured step*", "y", _FORMS | {"flat", "int64"}),
-    ("capture", "x", _SAMPLES),
-    ("capture", "y", _FORMS | {"flat"}),
+    ("capture", "x", _SAMPLES | {"int64", "complex"}),
+    # the likelihood looks at the values in the first step
+    ("capture", "y", _SAMPLES | {"flat", "int64", "int32", "uint8", "bool", "complex", "float64",
+                                 "float16", "bfloat16", "first inf", "first NaN"}),
     # a plain forward takes what PyTorch takes
     ("net*", "x", _PLAIN),
     # what users' objects return
@@ -56,7 +59,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("a prior *", "*", _SAMPLES | {"float64", "float16", "bfloat16", "flat"}),
     ("a prior that chooses by", "score", {"int64", "int32", "uint8", "first inf"}),
     ("a mechanism that returns", "auxiliary",
-     _SAMPLES | {"float64", "float16", "bfloat16", "None", "0-d tensor", "0-d", "0", "1", "7",
+     {"first NaN", "first inf"} | _SAMPLES | {"float64", "float16", "bfloat16", "None", "0-d tensor", "0-d", "0", "1", "7",
      "0.5", "2.5", "-1", "-0.1", "int64", "int32", "0-d int tensor", "numpy int"}),
     ("a mechanism that returns", "branch", {"''", "'a'", "'c'", "'nonsense'", "'\\x00.%'"}),
     # tasks and configurations
@@ -110,15 +113,15 @@ LEGAL: list[tuple[str, str, set[str]]] = [
                                             "empty tensor", "on meta", "meta tensor"}),
     ("glorot_uniform_", "fan_*", _NUMBERS | {"0", "huge int", "huge float", "numpy int"}),
     # the paper's networks
-    ("nets.*", "width", _NUMBERS | {"huge float", "huge int"}),
+    ("nets.*", "width", _NUMBERS | {"numpy int", "huge float", "huge int"}),
     ("nets.*", "layers", {"7"}),
     ("Architecture", "batch_size", {"1", "7", "numpy int"}),
     ("Architecture", "groups", {"None"}),
     ("Architecture", "hidden", {"()", "[]", "[1, 1]", "[2, 2]"}),
     ("Architecture", "skips", {"()", "[]"}),
-    ("Architecture.head", "classes", {"1", "7", "numpy int"}),
+    ("Architecture.head", "classes", {"1", "7", "numpy int", "0-d int tensor"}),
     ("Architecture.space", "groups", {"None", "[2, 2]"}),
-    ("same_pool", "*", {"1", "7", "numpy int"}),
+    ("same_pool", "*", {"1", "7", "numpy int", "0-d int tensor", "huge int"}),
     ("SkipLayer", "pool", {"a module", "an empty module", "a lazy module", "a module on meta",
                            "a complex module", "a NaN module"}),
     # runs and measures
