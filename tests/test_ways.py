@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from timing import Clock, level, stage
+from timing import Clock, Way, level, stage
 from torch import nn
 
 import lasem_fast as lf
@@ -27,8 +27,14 @@ def test_by_default_the_rule_decides_and_nothing_is_timed(unset, monkeypatch):
 
 
 def test_what_the_rule_does_not_take_is_left(unset):
-    never = OneOf({"all": plain_torch.wide_level}, "cpu", rule=(lambda *arguments: None,))
-    assert never(*level()) is None
+    arguments = level()
+    layer, x, *_ = arguments
+    others = {"all": plain_torch.TorchLevel()}
+    not_these = OneOf({"rule": Way(plain_torch.run_level, "no such layer"), **others}, "cpu")
+    assert not_these.why_not(layer, x) == "no such layer"
+    not_this_size = OneOf({"rule": Way(lambda *arguments: None), **others}, "cpu")
+    assert not_this_size.why_not(layer, x) == ""
+    assert not_this_size(*arguments) is None
 
 
 def test_the_fastest_way_is_taken_and_remembered(measuring, monkeypatch):
@@ -42,7 +48,7 @@ def test_the_fastest_way_is_taken_and_remembered(measuring, monkeypatch):
     assert clock.calls == ["fast"]
     (levels,) = json.loads(measuring.read_text()).values()
     ((words, found),) = levels.items()
-    assert "Conv2d(2, 3" in words and "2 rows of 4 samples 2x6x6 float32" in words
+    assert "Conv2d(2, 3" in words and "4 rows from 2 of 4 samples 6x6x2 float32" in words
     assert found == {
         "way": "fast",
         "milliseconds": {"slow": 3000.0, "fast": 1000.0},
@@ -166,8 +172,9 @@ def test_a_pinned_way_that_does_not_exist_is_left_to_the_rule_with_a_warning(uns
 
 
 def test_another_device_is_left_alone(measuring):
-    operation = OneOf(_dispatch._CPU_LEVELS, "cuda", rule=(plain_torch.wide_level,))
-    assert operation(*level()) is None
+    operation = OneOf(_dispatch._ON_CPU.ways, "cuda")
+    layer, x, *_ = level()
+    assert operation.why_not(layer, x) == "on cpu: these kernels are for cuda"
     assert not measuring.exists()
 
 

@@ -1,4 +1,4 @@
-"""Ways to evaluate a level that take as long as a test says."""
+"""Ways to run a layer on a level's rows that take as long as a test says."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from torch import nn
 
 from lasem_fast import fastest
 from lasem_fast.backends import plain_torch
-from lasem_fast.transfer import Branch
+from lasem_fast.operations import Layer
+from lasem_fast.plan import Level
+from lasem_fast.relu_and_pool import Pool
 from lasem_fast.ways import OneOf
+
+
+class Way:
+    """A level operation that is a function, or refuses with a reason."""
+
+    def __init__(self, run, reason=""):
+        self.run, self.reason = run, reason
+
+    def why_not(self, layer, x):
+        return self.reason
+
+    def __call__(self, layer, x, level, skip, liveness):
+        return self.run(layer, x, level, skip)
 
 
 class Clock:
@@ -18,29 +33,31 @@ class Clock:
         self.now, self.calls = 0.0, []
         monkeypatch.setattr(fastest, "_now", lambda device: self.now)
 
-    def way(self, name, seconds, operation=plain_torch.wide_level):
-        def timed(branches, h, rows):
+    def way(self, name, seconds, operation=plain_torch.run_level):
+        def timed(layer, x, level, skip):
             self.calls.append(name)
             self.now += seconds
-            return operation(branches, h, rows)
+            return operation(layer, x, level, skip)
 
-        return timed
+        return Way(timed)
 
     def slow_and_fast(self, **others):
         """One of two ways, whose rule is the slow one; and others of so many seconds."""
         ways = {"slow": self.way("slow", 3.0), "fast": self.way("fast", 1.0)}
         ways |= {name: self.way(name, seconds) for name, seconds in others.items()}
-        return OneOf(ways, "cpu", rule=(ways["slow"],))
+        return OneOf(ways, "cpu")
 
 
 def stage():
     return nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
 
 
-def branches():
-    return [Branch(stage()), Branch(stage())]
-
-
 def level(samples=4, side=6, **options):
     """Arguments of a level operation: two rows through two branches."""
-    return branches(), torch.randn(2 * samples, 2, side, side, **options), 2
+    cores = [nn.Conv2d(2, 3, 3, padding=1) for _ in range(2)]
+    layer = Layer(
+        cores[0], [c.weight for c in cores], [c.bias for c in cores],
+        flatten=False, relu=True, relu_after=False, pool=Pool(2),
+    )  # fmt: skip
+    x = torch.randn(2, samples, side, side, 2, **options)
+    return layer, x, Level((0, 0, 1, 1), (0, 1, 0, 1), 2), None, None
