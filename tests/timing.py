@@ -22,7 +22,7 @@ class Way:
     def why_not(self, layer, x):
         return self.reason
 
-    def __call__(self, layer, x, level, skip, liveness):
+    def __call__(self, layer, x, level, skip, liveness, **_):
         return self.run(layer, x, level, skip)
 
 

@@ -41,6 +41,8 @@ def _why_not(layer: Layer, x: Tensor) -> str:
         return f"stride {conv.stride} and dilation {conv.dilation}: the C++ kernels have 1"
     if conv.padding_mode != "zeros" or _padding(conv) not in range(conv.kernel_size[0]):
         return f"padding {conv.padding} of {conv.padding_mode}"
+    if conv.groups != 1:
+        return f"groups {conv.groups}: the C++ kernels have 1"
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return "under autocast" if x.device.type == "cpu" else f"on {x.device}"
     dtypes = {x.dtype, *(t.dtype for t in (*layer.weights, *layer.biases))}
