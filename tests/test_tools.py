@@ -359,3 +359,28 @@ def test_doctor_says_what_can_run_and_names_no_machine(capsys):
     assert result["backends"] == lf.backends()
     assert result == json.loads(json.dumps(doctor.diagnose()))
     assert json.dumps(socket.gethostname()) not in json.dumps(result)
+
+
+@pytest.mark.usefixtures("users_net")
+def test_doctor_tells_the_ways_of_a_net(capsys):
+    assert main(["doctor", "users_net:stages", "--json"]) == 0
+    ways = json.loads(capsys.readouterr().out)["ways that the stages of users_net:stages take"]
+    assert ways["backend"] == choose("auto")
+    assert list(ways) == ["backend", "stage 1", "stage 2"]
+    assert main(["doctor", "users_net:stages"]) == 0
+    assert f"  stage 2: {ways['stage 2']}\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["doctor", "users_net:absent"])
+    assert "expected a function 'absent'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("users_net")
+def test_overhead_tells_the_ways_of_the_backend_that_it_measures(capsys):
+    argv = ["overhead", "users_net:net", "--backend", "torch", "--batch", "2", "--rounds", "1"]
+    assert main([*argv, "--json"]) == 0
+    why = "the backend has no kernels for levels"
+    assert json.loads(capsys.readouterr().out)["ways"] == [
+        {"stage": stage, "way": "PyTorch", "why": why} for stage in (1, 2)
+    ]
+    assert main(argv) == 0
+    assert "no kernels for levels" in " ".join(capsys.readouterr().out.split())

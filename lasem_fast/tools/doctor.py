@@ -14,8 +14,12 @@ from typing import Any
 import torch
 
 import lasem_fast
-from lasem_fast import _measurements, choices
+from lasem_fast import _dispatch, _measurements, choices
+from lasem_fast.tools import subject
 from lasem_fast.tools.choices import described
+from lasem_fast.tools.stage_ways import stage_ways
+from lasem_fast.tools.subject import Subject
+from lasem_fast.tools.users_code import UsersError, told_in_one_line
 
 _PACKAGES = ("numpy", "triton", "rich", "matplotlib", "pytest-benchmark", "scikit-learn")
 _CPU_FEATURES = (
@@ -26,10 +30,26 @@ _CPU_FEATURES = (
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Prints the diagnosis; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog=subject.HOW_TO_NAME_A_NET,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "net", metavar="NET", nargs="?", help="show which way each stage of this net takes"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    parser.set_defaults(batch=None, groups=None)
     args = parser.parse_args(argv)
-    result = diagnose()
+    if args.net is None:
+        result = diagnose()
+    else:
+        try:
+            with told_in_one_line(args.net):
+                result = diagnose(subject.load(args))
+        except UsersError as error:
+            parser.error(str(error))
     if args.json:
         print(json.dumps(result, indent=1))
         return 0
@@ -40,9 +60,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return 0
 
 
-def diagnose() -> dict[str, dict[str, Any]]:
-    """Versions, backends, build flags and hardware; no paths and no host name."""
-    return {
+def diagnose(looked_at: Subject | None = None) -> dict[str, dict[str, Any]]:
+    """Versions, backends, build flags and hardware; no paths and no host name.
+
+    Args:
+        looked_at: a net, whose stages' ways are told too.
+    """
+    result = {
         "versions": _versions(),
         "backends": lasem_fast.backends(),
         "PyTorch's build": _build(),
@@ -50,6 +74,18 @@ def diagnose() -> dict[str, dict[str, Any]]:
         "CUDA": _cuda(),
         "ways that levels take (LASEM_FAST_CHOICES)": _choices(),
     }
+    if looked_at is not None:
+        result[f"ways that the stages of {looked_at.name} take"] = _ways(looked_at)
+    return result
+
+
+def _ways(looked_at: Subject) -> dict[str, str]:
+    """Of every stage, with the backend that ``auto`` takes here."""
+    backend = _dispatch.choose("auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net, (x, _) = looked_at.net.to(device), looked_at.batch_of(1, device)
+    ways = stage_ways(net, looked_at.task, backend, x)
+    return {"backend": backend, **{f"stage {way.stage}": str(way) for way in ways}}
 
 
 def _versions() -> dict[str, str]:

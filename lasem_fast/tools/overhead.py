@@ -1,4 +1,4 @@
-"""``python -m lasem_fast overhead``: how long an EM step takes, phase by phase."""
+"""``python -m lasem_fast overhead``: how long an EM step takes by phase, and by which kernels."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lasem_fast.priors import Count
 from lasem_fast.tools import arguments, subject
 from lasem_fast.tools.calibration import synchronized_seconds
 from lasem_fast.tools.memory import measured_peak
+from lasem_fast.tools.stage_ways import stage_ways
 from lasem_fast.tools.subject import Subject
 from lasem_fast.tools.users_code import UsersError, told_in_one_line
 
@@ -114,6 +115,7 @@ def measure(
         "overhead_percent": 100 * (ms["EM step"] / ms["plain step"] - 1),
         "naive_over_em": ms["naive loop"] / ms["EM step"],
         "peak_bytes": {name: measured_peak(step, dev) for name, step in steps.items()},
+        "ways": [way._asdict() for way in stage_ways(net, task, em.backend, x)],
     }
 
 
@@ -179,3 +181,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
         f"EM costs {result['overhead_percent']:.0f}% on top of a plain step; the naive loop takes "
         f"{result['naive_over_em']:.1f} times as long as the EM step."
     )
+    ways = Table(title="Ways that the stages take", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("stage", "way", "what is left to PyTorch, and why"):
+        ways.add_column(heading)
+    for way in result["ways"]:
+        ways.add_row(*map(str, way.values()))
+    console.print(ways)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasem_fast import _dispatch, fused_stage
+from lasem_fast._run_checks import evaluating
 from lasem_fast.net import TransferNet
+from lasem_fast.network import Network
+from lasem_fast.operations import LevelOperation
 
 
 class StageWay(NamedTuple):
@@ -16,7 +20,8 @@ class StageWay(NamedTuple):
 
     Attributes:
         stage: its number, from 1.
-        way: ``"kernels"`` (all its layers), ``"PyTorch"``, or both.
+        way: ``"kernels"`` (all its layers), ``"PyTorch"``, or both; where a random layer makes the
+            M-step's another one, that of each step.
         why: for what is left to PyTorch, the reason in words.
     """
 
@@ -24,23 +29,49 @@ class StageWay(NamedTuple):
     way: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.way} ({self.why})" if self.why else self.way
 
-@torch.no_grad()
+
 def stage_ways(net: TransferNet, task: str, backend: str, x: Tensor) -> list[StageWay]:
     """How each stage runs when all configurations of a mini-batch are evaluated.
 
     Args:
-        net: the net.
+        net: the net, in the modes that are meant.
         task: a task that has not ended.
         backend: name of a backend that can run.
         x: a mini-batch, of which one sample is looked at.
     """
     operations = _dispatch.operations(backend).levels
-    h, ways = x[:1], []
-    for number, branches in enumerate(net.branches(task), start=1):
+    network = Network(net.branches(task), net.heads[task], task)
+    inputs = _inputs(net, network, x)
+    with network.random_layers_off():
+        e_step = _ways(operations, network, inputs)
+    return [
+        noisy if calm.way == noisy.way
+        else StageWay(calm.stage, f"E-step: {calm.way}, M-step: {noisy.way}", noisy.why)
+        for calm, noisy in zip(e_step, _ways(operations, network, inputs), strict=True)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def _inputs(net: TransferNet, network: Network, x: Tensor) -> list[Tensor]:
+    """What comes to each stage, of one sample."""
+    inputs = [x[:1].clone()]
+    with evaluating(net):
+        for branches in network.stages[:-1]:
+            branch = next(branch for branch in branches if branch is not None)
+            inputs.append(branch(inputs[-1]))
+    return inputs
+
+
+def _ways(
+    operations: Sequence[LevelOperation], network: Network, inputs: Sequence[Tensor]
+) -> list[StageWay]:
+    ways = []
+    for number, (branches, h) in enumerate(zip(network.stages, inputs, strict=True), start=1):
         there = [branch for branch in branches if branch is not None]
         ways.append(_way(number, fused_stage.why_not(operations, there, h), bool(operations)))
-        h = there[0](h)
     return ways
 
 
