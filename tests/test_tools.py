@@ -39,6 +39,10 @@ def net():
     net.add_task("mine", nn.Sequential(nn.Flatten(), nn.Linear(20, 3)))
     return net, torch.zeros(5, dtype=torch.int64)
 
+def convs():
+    conv = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(4)]
+    return conv, nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 3)), (8, 6, 6)
+
 def nothing():
     return 3
 
@@ -384,3 +388,45 @@ def test_overhead_tells_the_ways_of_the_backend_that_it_measures(capsys):
     ]
     assert main(argv) == 0
     assert "no kernels for levels" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("users_net")
+def test_plan_tells_what_a_bounded_search_holds(capsys):
+    argv = ["plan", "users_net:convs", "--batch", "16", "--backend", "torch"]
+    assert main([*argv, "--json"]) == 0
+    bounded = json.loads(capsys.readouterr().out)["bounded"]
+    whole, least = bounded["whole"], bounded["least"]
+    assert bounded["backend"] == "torch" and bounded["in_budget"] is None
+    assert least < whole
+    cut = bounded["at_least"]
+    assert cut["peak"] == least and 1 <= cut["whole_stages"] < 4 and cut["runs"] > 1
+    for budget, found in ((whole, {"whole_stages": 4, "runs": 0, "peak": whole}),
+                          (least, bounded["at_least"]), (least - 1, None)):  # fmt: skip
+        assert main([*argv, "--max-memory", repr(budget / 2**20), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["bounded"]["in_budget"] == found
+    for budget, words in ((2 * whole, "the whole tree at once"), (least, "at the peak"),
+                          (least / 2, "cannot be met")):  # fmt: skip
+        assert main([*argv, "--max-memory", repr(budget / 2**20)]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert words in told and f"sub-trees in {cut['runs']} runs)" in told
+
+
+def test_twelve_stages_that_are_searched_one_by_one_are_planned():
+    net = lf.TransferNet([nn.Linear(2, 2) for _ in range(12)])
+    net.add_task("t", nn.Linear(2, 2))
+    cost = step_cost(net, "t", lf.ConfigSpace(12), torch.empty(2), 1)
+    assert [level.rows for level in cost.levels] == [*(2**i for i in range(1, 13)), 4096]
+    assert cost.naive_flops == 4096 * cost.base_flops
+
+
+def test_flops_of_branches_that_differ_are_those_of_their_configurations():
+    net = lf.TransferNet([nn.Linear(4, 4), nn.Linear(4, 4)])
+    net.add_task("t", nn.Linear(4, 2))
+    net.specific["t"][1] = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 4))
+    space = lf.ConfigSpace.from_configs([{1, 2}, {1}, {2}], depth=2)
+    cost = step_cost(net, "t", space, torch.empty(4), 3)
+    naive = lf.LASEM(net, space, backend="reference")
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
+    with FlopCounterMode(display=False) as counter:
+        naive(x, y, "t", posterior=torch.full((3,), 1 / 3)).loss.backward()
+    assert cost.naive_flops == counter.get_total_flops()

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from lasem_fast import _dispatch
 from lasem_fast.configs import ConfigSpace
+from lasem_fast.count import Count
 from lasem_fast.em import LASEM
 from lasem_fast.net import TransferNet
 from lasem_fast.network import Network
 from lasem_fast.plan import Plan
-from lasem_fast.tools.count import Count
 from lasem_fast.tree import Tree
 
 MOST_CONFIGURATIONS = 4096
@@ -92,12 +92,16 @@ def step_cost(
     before_head = LevelCost(0, sum(c.flops for c in levels), sum(c.held for c in levels))
     rows = len(Plan.of_configs(space.configs).levels[-1])
     head = LevelCost(rows, flops - before_head.flops, held - before_head.held)
-    paths = {config: _path_flops(net, task, config, x) for config in {space.all, *space.configs}}
+    base = _path_flops(net, task, space.all, x)
+    # what each stage costs more in its specific branch: stages add up, configurations are many
+    alone = [tuple(i != stage for i in range(net.depth)) for stage in range(net.depth)]
+    more = [_path_flops(net, task, row, x) - base for row in alone]
+    unshared = [sum(not config[stage] for config in space.configs) for stage in range(net.depth)]
     return StepCost(
         levels=[*levels, head],
         flops=flops,
-        naive_flops=sum(paths[config] for config in space.configs),
-        base_flops=paths[space.all],
+        naive_flops=len(space) * base + sum(n * m for n, m in zip(unshared, more, strict=True)),
+        base_flops=base,
         held=held,
         peak=peak,
     )

@@ -11,8 +11,13 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from lasem_fast import _dispatch
+from lasem_fast.budget import StepBytes, best_cut, least_of, peak_of, step_bytes
 from lasem_fast.configs import ConfigSpace
+from lasem_fast.net import TransferNet
+from lasem_fast.network import Network
 from lasem_fast.plan import Plan
 from lasem_fast.tools import arguments, subject
 from lasem_fast.tools.calibration import StageTime, naive_seconds, stage_times, tree_seconds
@@ -46,10 +51,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--max-memory",
         type=arguments.above_zero,
         metavar="MIB",
-        help="budget of peak memory, likewise",
+        help="budget of peak memory, likewise, and of LASEM(..., max_memory=...)",
     )
+    add("--backend", default="auto", help="of that LASEM (default auto)")
     add("--json", action="store_true", help="print JSON in place of tables")
     args = parser.parse_args(argv)
+    budget = None if args.max_memory is None else args.max_memory * MIB
     try:
         with told_in_one_line(args.net):
             result = make_plan(
@@ -57,14 +64,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
                 device=args.device,
                 partition=args.partition,
                 max_seconds=args.max_seconds,
-                max_memory=None if args.max_memory is None else args.max_memory * MIB,
+                max_memory=budget,
+                backend=args.backend,
             )
     except UsersError as error:
         parser.error(str(error))
     if args.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        _print(result, Console())
+        _print(result, budget, Console())
     return 0
 
 
@@ -75,6 +83,7 @@ def make_plan(
     partition: int | None = None,
     max_seconds: float | None = None,
     max_memory: float | None = None,
+    backend: str = "auto",
 ) -> dict[str, Any]:
     """The costs of a search: counted on the meta device, times from a quick calibration.
 
@@ -85,13 +94,16 @@ def make_plan(
             is a budget.
         max_seconds: per step.
         max_memory: peak bytes of a step.
+        backend: of the search that keeps to ``max_memory`` by running sub-trees one by one.
 
     Returns:
         What ``--json`` prints: seconds, bytes, FLOPs.
 
     Raises:
         ValueError: an argument is not as described.
+        RuntimeError: the backend cannot run here.
     """
+    backend = _dispatch.choose(backend)
     net, task, sample, batch = looked_at.net, looked_at.task, looked_at.sample, looked_at.batch
     if partition is not None and partition > net.depth:
         raise ValueError(f"partition: expected at most {net.depth} groups, got {partition}")
@@ -115,6 +127,7 @@ def make_plan(
             "base": sum(t.seconds(1) for t in times),
         },
         "levels": _levels(cost, times),
+        "bounded": _bounded(net, task, plan, x, backend, max_memory),
     }
     if partition is not None or max_seconds is not None or max_memory is not None:
         result["partitions"] = _partitions(
@@ -129,6 +142,28 @@ def _levels(cost: StepCost, times: Sequence[StageTime]) -> list[dict[str, Any]]:
         {"level": name, **level._asdict(), "predicted_seconds": time.seconds(level.rows)}
         for name, level, time in zip(names, cost.levels, times, strict=True)
     ]
+
+
+def _bounded(
+    net: TransferNet, task: str, plan: Plan, x: Tensor, backend: str, max_memory: float | None
+) -> dict[str, Any]:
+    """What ``LASEM(..., max_memory=...)`` makes of a budget in bytes, and of the least one."""
+    network = Network(net.branches(task), net.heads[task], task)
+    costs = step_bytes(network, _dispatch.operations(backend), x)
+    whole, least = peak_of(plan, costs), least_of(plan, costs)
+    result = {"backend": backend, "whole": whole, "least": least}
+    for name, budget in (("at_least", least), ("in_budget", max_memory)):
+        result[name] = None if budget is None or budget < least else _cut(plan, costs, budget)
+    return result
+
+
+def _cut(plan: Plan, costs: StepBytes, budget: float) -> dict[str, int]:
+    """How a step runs within a budget that can be met."""
+    cut = best_cut(plan, costs, budget)
+    if cut is None:
+        return {"whole_stages": len(plan.levels), "runs": 0, "peak": peak_of(plan, costs)}
+    runs = -(-len(plan.levels[cut.stage - 1]) // cut.rows)
+    return {"whole_stages": cut.stage, "runs": runs, "peak": cut.peak}
 
 
 def _partitions(
@@ -167,7 +202,7 @@ def _partitions(
     return found
 
 
-def _print(result: dict[str, Any], console: Console) -> None:
+def _print(result: dict[str, Any], budget: float | None, console: Console) -> None:
     evaluations, seconds = result["stage_evaluations"], result["predicted_seconds"]
     groups = f", groups {result['groups']}" if len(result["groups"]) < result["stages"] else ""
     console.print(
@@ -191,8 +226,33 @@ def _print(result: dict[str, Any], console: Console) -> None:
         f"Memory beside weights and mini-batch: {memory['held'] / MIB:.1f} MiB between forward and "
         f"backward, {memory['peak'] / MIB:.1f} MiB at the peak (gradients included)."
     )
+    console.print(_words(result["bounded"], budget))
     if "partitions" in result:
         _print_partitions(result["partitions"], console)
+
+
+def _words(bounded: dict[str, Any], budget: float | None) -> str:
+    whole, least = (f"{bounded[k] / MIB:.1f} MiB" for k in ("whole", "least"))
+    words = (
+        f"LASEM(..., max_memory=...), backend {bounded['backend']}: {whole} hold the whole tree, "
+        f"{least} are the least ({_way(bounded['at_least'])})."
+    )
+    if budget is None:
+        return words
+    if bounded["in_budget"] is None:
+        return f"{words} {budget / MIB:.1f} MiB cannot be met."
+    return (
+        f"{words} {budget / MIB:.1f} MiB: {_way(bounded['in_budget'])}, "
+        f"{bounded['in_budget']['peak'] / MIB:.1f} MiB at the peak."
+    )
+
+
+def _way(cut: dict[str, int]) -> str:
+    if not cut["runs"]:
+        return "the whole tree at once"
+    first = cut["whole_stages"]
+    upper = "stage 1" if first == 1 else f"stages 1-{first}"
+    return f"{upper} whole, then sub-trees in {cut['runs']} runs"
 
 
 def _print_partitions(found: list[dict[str, Any]], console: Console) -> None:
