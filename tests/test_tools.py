@@ -313,7 +313,10 @@ def test_tables_are_printed(capsys):
         (["plan", "users_net:bad_sample"], "expected sample to be the shape of one input, such as"),
         (["plan", "users_net:no_head"], "expected head to be an nn.Module, got int"),
         (["overhead", "users_net:no_parameters"], "a net with parameters to train, got none"),
-        (["overhead", "users_net:on_meta"], "a net with parameters to train, got ones without"),
+        (
+            ["overhead", "users_net:on_meta"],
+            "parameters with values, got 'weight' on the meta device",
+        ),
         (["plan", "users_net:with_batch"], "which cannot take [1, 16, 1, 6, 6] of torch.float32"),
         (["overhead", "users_net:float_words"], "which cannot take [1, 5] of torch.float32"),
         (["plan", "users_net:unknown_word"], "cannot be run: IndexError: index out of range"),

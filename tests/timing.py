@@ -16,13 +16,15 @@ from lasem_fast.ways import OneOf
 class Way:
     """A level operation that is a function, or refuses with a reason."""
 
+    carries = False
+
     def __init__(self, run, reason=""):
         self.run, self.reason = run, reason
 
     def why_not(self, layer, x):
         return self.reason
 
-    def __call__(self, layer, x, level, skip, liveness, **_):
+    def __call__(self, layer, x, level, skip, liveness, carry=False):
         return self.run(layer, x, level, skip)
 
 
