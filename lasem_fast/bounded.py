@@ -39,6 +39,7 @@ class BoundedTree:
         self.operations = operations
         self.max_memory = max_memory
         self._cuts: dict[tuple, Cut | None] = {}
+        self._runs: dict[Cut, list[SubPlan]] = {}
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
@@ -69,6 +70,11 @@ class BoundedTree:
         return self._cuts[key]
 
     def _parts(self, cut: Cut) -> list[SubPlan]:
+        if cut not in self._runs:
+            self._runs[cut] = self._run_plans(cut)
+        return self._runs[cut]
+
+    def _run_plans(self, cut: Cut) -> list[SubPlan]:
         rows = len(self.plan.levels[cut.stage - 1])
         edges = range(0, rows, cut.rows)
         return [self.plan.below(cut.stage, a, min(a + cut.rows, rows)) for a in edges]

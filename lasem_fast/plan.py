@@ -8,6 +8,7 @@ and the number of branches is whatever the rows name.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -153,15 +154,16 @@ class Plan:
             first: the first of those rows.
             stop: the row behind the last.
         """
-        levels = []
-        kept = {row: row - first for row in range(first, stop)}
+        levels, begin, end = [], first, stop
         for level in self.levels[stage:]:
-            rows = [row for row, parent in enumerate(level.parents) if parent in kept]
-            parents = tuple(kept[level.parents[row]] for row in rows)
-            levels.append(Level(parents, tuple(level.branches[row] for row in rows), len(kept)))
-            kept = {row: i for i, row in enumerate(rows)}
-        configs = tuple(c for c, leaf in enumerate(self.leaves) if leaf in kept)
-        return SubPlan(Plan(tuple(levels), tuple(kept[self.leaves[c]] for c in configs)), configs)
+            # in nested-loop order the rows that hang on neighbours are neighbours
+            a, b = bisect_left(level.parents, begin), bisect_left(level.parents, end)
+            parents = tuple(parent - begin for parent in level.parents[a:b])
+            levels.append(Level(parents, level.branches[a:b], end - begin))
+            begin, end = a, b
+        configs = tuple(c for c, leaf in enumerate(self.leaves) if begin <= leaf < end)
+        leaves = tuple(self.leaves[c] - begin for c in configs)
+        return SubPlan(Plan(tuple(levels), leaves), configs)
 
     def split(self, stage: int) -> Plan:
         """The same plan for a net whose stage ``stage`` has been cut into two stages."""
