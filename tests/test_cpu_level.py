@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast import fused_stage
+from lasem_fast import _ops, fused_stage
 from lasem_fast.backends import plain_torch
 from lasem_fast.backends.cpu_level import CpuLevel
 from lasem_fast.fold import RowsFirst
@@ -291,3 +291,34 @@ def _away_from_ties(
             nearest = min(nearest, (first - second)[first != 0].min())
         if nearest > 1e-5:
             return x, skip
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("filter_size", "side", "pool", "tile"),
+    [
+        (3, 9, 3, 3),  # 9 tiles of 25 products; of F(4x4), 9 of 36
+        (3, 8, 3, 4),  # 9 of 25 against 4 of 36
+        (3, 9, 2, 3),
+        (3, 7, 1, 4),
+        (3, 3, 1, 3),  # 25 products against 36
+        (3, 2, 1, 2),  # 16
+        (5, 2, 1, 2),
+    ],
+)
+def test_the_rule_takes_the_way_of_fewest_products(filter_size, side, pool, tile):
+    conv = nn.Conv2d(16, 3, filter_size, padding="same")
+    pools = [nn.MaxPool2d(pool, ceil_mode=True)] if pool > 1 else []
+    layer, x = _layer(conv, nn.ReLU(), *pools, branches=2), _images(16, side)
+    out = -(-side // pool)
+
+    def by(tile):
+        return _ops.winograd_level(
+            x, torch.stack(layer.weights), torch.stack(layer.biases),
+            parents=torch.tensor(FULL.parents), branches=torch.tensor(FULL.branches),
+            padding=filter_size // 2, pool=pool, out_size=(out, out), tile=tile,
+        )  # fmt: skip
+
+    got = CPU(layer, x, FULL, None, None)
+    tiles = (1, 2, 3, 4) if filter_size == 3 else (2,)
+    assert [m for m in tiles if torch.equal(got, by(m))] == [tile]
