@@ -85,7 +85,7 @@ def step_cost(
     net.zero_grad()
     x = torch.empty((batch, *sample.shape), dtype=sample.dtype, device="meta")
     y = torch.empty(batch, dtype=torch.int64, device="meta")
-    em = LASEM(net, space, backend="torch")
+    em = LASEM(net, space, backend="torch").to("meta")
     em(x, y, task)  # makes the prior's counts, which are there before any later step
     flops, held, peak = _count(lambda: em(x, y, task).loss, em, (x, y))
     levels = _levels(net, task, space, x)
