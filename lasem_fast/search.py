@@ -138,7 +138,7 @@ class Search:
             weights=weights.weights,
             posterior=posterior.to(log_likelihood),
             log_likelihood=log_likelihood,
-            nll=self._spread(e_step.nll.detach(), rows, bad, torch.inf),
+            nll=self._spread(_finite_or_inf(e_step.nll.detach()), rows, bad, torch.inf),
             dropped_mass=weights.dropped_mass,
             counted=False,
         )
@@ -231,7 +231,7 @@ class Search:
     ) -> Tensor:
         """Values of all configurations: ``fill`` where one overflowed, NaN where none is known."""
         if rows is None:
-            return torch.where(torch.isfinite(values), values, fill)
+            return values
         spread = values.new_full((len(self.space),), torch.nan)
         spread[list(bad)] = fill
         return spread.index_copy(0, torch.tensor(rows, device=values.device), values)
@@ -279,6 +279,11 @@ def _numbers(mask: Tensor, rows: Sequence[int] | None = None) -> tuple[int, ...]
     """Where a mask is True, as configurations; waits for the device."""
     found = mask.nonzero().flatten().tolist()
     return tuple(found if rows is None else (rows[i] for i in found))
+
+
+def _finite_or_inf(nll: Tensor) -> Tensor:
+    """Where values are not read, an overflowing configuration shows here and in the loss."""
+    return torch.where(torch.isfinite(nll), nll, torch.inf)
 
 
 def _picked(values: Tensor | None, rows: Sequence[int] | None) -> Tensor | None:
