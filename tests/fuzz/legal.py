@@ -59,7 +59,8 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("a prior *", "*", _SAMPLES | {"float64", "float16", "bfloat16", "flat"}),
     ("a prior that chooses by", "score", {"int64", "int32", "uint8", "first inf"}),
     ("a mechanism that returns", "auxiliary",
-     {"first NaN", "first inf"} | _SAMPLES | {"float64", "float16", "bfloat16", "None", "0-d tensor", "0-d", "0", "1", "7",
+     {"first NaN", "first inf"} | _SAMPLES | {"float64", "float16", "bfloat16", "None",
+      "0-d tensor", "0-d", "0", "1", "7",
      "0.5", "2.5", "-1", "-0.1", "int64", "int32", "0-d int tensor", "numpy int"}),
     ("a mechanism that returns", "branch", {"''", "'a'", "'c'", "'nonsense'", "'\\x00.%'"}),
     # tasks and configurations
