@@ -311,7 +311,7 @@ class Comparison:
         equal(got.detach(), expected.detach(), what)
 
     def _end_with(self, task: str, x: Tensor, y: Tensor, what: str) -> None:
-        self._end(task, x, y, what, len(self.case.space) // 2)
+        self._end(task, x, y, what, len(self.case.space) - 1)
 
     def _end(self, task: str, x: Tensor, y: Tensor, what: str, config: Any = None) -> None:
         before = [[t.clone() for t in stage] for stage in self.subject.shared()]
