@@ -321,9 +321,9 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
             f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
             f"{leaves} configuration(s) of {samples} samples), got shape {list(logits.shape)}"
         )
-    if logits.is_complex() or not is_plain(logits):
+    if not is_plain(logits) or not logits.is_floating_point():
         raise TypeError(
-            f"head of task {task!r}: expected real dense logits, got {logits.dtype} of layout "
+            f"head of task {task!r}: expected dense floating-point logits, got {logits.dtype} of layout "
             f"{logits.layout}"
         )
 

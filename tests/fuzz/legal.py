@@ -50,7 +50,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "y", _SAMPLES | {"flat", "int64", "int32", "uint8", "bool", "complex", "float64",
                                  "float16", "bfloat16", "first inf", "first NaN"}),
     # a plain forward takes what PyTorch takes
-    ("net*", "x", _PLAIN),
+    ("net*", "x", _PLAIN | {"sparse", "sparse csr"}),
     # what users' objects return
     ("* stage that returns", "out", _SAMPLES | {"in inference mode", "twice"}),
     ("evaluate a stage that returns", "out", {"first inf", "first NaN"}),
@@ -62,7 +62,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("a prior that chooses by", "score", {"int64", "int32", "uint8", "first inf"}),
     ("a mechanism that returns", "auxiliary",
      _SAMPLES | {"first NaN", "first inf", "float64", "float16", "bfloat16", "None", "0-d tensor",
-                 "0-d", "int64", "int32", "0-d int tensor"}),
+                 "0-d"}),
     ("a mechanism that returns", "branch", {"''", "'a'", "'c'", "'nonsense'", "'\\x00.%'"}),
     # tasks and configurations
     ("em.*", "task", _OTHER_TASKS),
@@ -108,7 +108,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("TFRMSprop", "params", _FORMS | {"a parameter", "tensor"}),
     ("TFRMSprop.step", "closure", {"None", "lambda", "a class", "object"}),
     ("release_", "module", {"a module", "an empty module", "a module on meta", "a lazy module",
-                            "a NaN module", "a complex module"}),
+                            "a NaN module"}),
     ("glorot_uniform_", "tensor", _PLAIN | {"float64", "float16", "bfloat16", "0-d", "flat",
                                             "one dimension more", "one dimension more in front",
                                             "a feature too few", "no features", "tensor",
