@@ -214,7 +214,7 @@ def check_posterior_values(posterior: Tensor) -> None:
         )
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether a value is a tensor of ordinary form."""
     if not isinstance(value, Tensor) or value.is_nested or value.is_quantized:
         return False
@@ -223,7 +223,7 @@ def _is_plain(value: Any) -> bool:
 
 def check_log_prior(log_prior: Any, n_configs: int, device: torch.device) -> None:
     """What a prior says: one log-probability per configuration."""
-    if not _is_plain(log_prior) or not log_prior.is_floating_point():
+    if not is_plain(log_prior) or not log_prior.is_floating_point():
         got = log_prior.dtype if isinstance(log_prior, Tensor) else type(log_prior).__name__
         raise TypeError(f"prior: expected log_prob to give a floating-point tensor, got {got}")
     if (log_prior.device.type == "meta") != (device.type == "meta"):
@@ -237,7 +237,7 @@ def check_log_prior(log_prior: Any, n_configs: int, device: torch.device) -> Non
 
 def check_score(score: Any, n_configs: int) -> None:
     """What a prior chooses by: one number per configuration."""
-    if not _is_plain(score):
+    if not is_plain(score):
         raise TypeError(f"prior: expected score to give a dense tensor, got {type(score).__name__}")
     if score.shape != (n_configs,) or score.dtype == torch.bool or score.is_complex():
         raise ValueError(
@@ -246,6 +246,8 @@ def check_score(score: Any, n_configs: int) -> None:
         )
     if score.device.type == "meta":
         raise ValueError("prior: expected score to give values, got a tensor on meta")
+    if bool(torch.isnan(score).any()):
+        raise ValueError("prior: expected score to give numbers, got NaN")
 
 
 def check_log_prior_values(log_prior: Tensor) -> None:
@@ -328,9 +330,9 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
             f"head of task {task!r}: expected logits [N, K] with N={leaves * samples} (here "
             f"{leaves} configuration(s) of {samples} samples), got shape {list(logits.shape)}"
         )
-    if logits.is_complex() or logits.layout != torch.strided:
+    if not is_plain(logits) or not logits.is_floating_point():
         raise TypeError(
-            f"head of task {task!r}: expected real dense logits, got {logits.dtype} of layout "
+            f"head of task {task!r}: expected dense floating-point logits, got {logits.dtype} of layout "
             f"{logits.layout}"
         )
 

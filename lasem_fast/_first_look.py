@@ -51,7 +51,9 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
     python_state = random.getstate()
     try:
         with torch.random.fork_rng(devices=devices):
-            h = torch.cat([x[:1], x[-1:]])
+            # a single sample is looked at beside another one of half its size
+            alone = len(x) == 1 and x.is_floating_point()
+            h = torch.cat([x[:1], x[-1:] * 0.5 if alone else x[-1:]])
             for i, branches in enumerate(places[: unknown[-1] + 1]):
                 there = [branch for branch in branches if branch is not None]
                 for branch in there if i in unknown else ():
@@ -64,7 +66,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
                     else:
                         where = f"the head of task {network.task!r}"
                         _checks.check_logits(first.output, 1, len(h), network.task)
-                    if len(x) > 1:
+                    if len(x) > 1 or alone:
                         _check_independent(branch, h, first, where)
                 if i < depth:
                     h = _run(there[0], h).output

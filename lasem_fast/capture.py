@@ -212,6 +212,8 @@ class CapturedStep:
         for name, got, like in (("x", x, self._x), ("y", y, self._y)):
             if not isinstance(got, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(got).__name__}")
+            if not _checks.is_plain(got):
+                raise TypeError(f"{name}: expected a dense tensor, got a sparse or nested one")
             if (got.shape, got.dtype, got.device) != (like.shape, like.dtype, like.device):
                 raise ValueError(
                     f"{name}: expected shape {list(like.shape)} of {like.dtype} on {like.device}, "

@@ -152,6 +152,8 @@ def _check_module(module: Any) -> None:
                 f"module: expected initialised parameters, got the lazy {name!r}; run the module "
                 f"once on a batch first"
             )
+        if parameter.is_complex():
+            raise TypeError(f"module: expected real parameters, got {parameter.dtype} in {name!r}")
 
 
 def _release(layer: nn.Module) -> None:

@@ -123,7 +123,7 @@ def train_sequence(
         SequenceError: a task failed; its ``record`` holds the tasks that had ended before.
     """
     tasks = check_tasks(tasks)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     check_functions(make_net=make_net, make_head=make_head, optimizer=optimizer)
     if on_epoch is not None:

@@ -141,11 +141,11 @@ class TransferNet(nn.Module):
             for shared, factors in zip(self.shared, self.adapters[task], strict=True)
         ]
         for term in terms:
-            fits = isinstance(term, Tensor) and term.shape == () and not term.is_complex()
+            fits = _checks.is_plain(term) and term.shape == () and term.is_floating_point()
             if term is not None and not fits:
                 raise TypeError(
                     f"transfer: expected auxiliary_loss of {type(self.mechanism).__name__} to give "
-                    f"a real tensor of no dimensions or None, got {type(term).__name__}"
+                    f"a floating-point tensor of no dimensions or None, got {type(term).__name__}"
                 )
         return terms
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lasem_fast._checks import is_plain
 from lasem_fast.likelihoods import Likelihood
 
 
@@ -39,6 +40,8 @@ def _check_returned(value: Any, shape: torch.Size, method: str) -> None:
     """What a likelihood of the user's own returns."""
     if not isinstance(value, Tensor):
         got = type(value).__name__
+    elif not is_plain(value):
+        got = "one that is sparse, nested or quantised"
     elif value.shape != shape or not value.is_floating_point():
         got = f"{value.dtype} of shape {list(value.shape)}"
     else:

@@ -40,7 +40,7 @@ def unpacked(state: Any, *keys: str) -> dict[str, Any]:
 
 
 def _decoded(state: Any) -> dict[str, Any]:
-    if not isinstance(state, Tensor):
+    if not isinstance(state, Tensor) or state.is_nested:
         raise TypeError(
             f"state_dict: expected the extra state as a uint8 tensor, got {type(state).__name__}"
         )

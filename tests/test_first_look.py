@@ -188,3 +188,14 @@ def test_the_stage_is_named_behind_a_stage_that_dropout_cuts():
     later.append(True)
     with pytest.raises(ValueError, match=r"stage 2 .*Own"):
         em(*batch(), "a")
+
+
+def test_a_first_mini_batch_of_one_sample_shows_what_mixes_too():
+    class Mixes(nn.Module):
+        def forward(self, h):
+            return h - 0.5 * h.mean(0)
+
+    net = lf.TransferNet([nn.Linear(4, 3), Mixes()])
+    net.add_task("a", nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"net: expected stages .* got stage 2 \(Mixes\(\)\)"):
+        lf.LASEM(net, backend="torch")(torch.randn(1, 4), torch.tensor([1]), "a")

@@ -27,6 +27,8 @@ REVIEWED = [
         r"^Error\(s\) in loading state_dict for \w+:",  # PyTorch's, with the keys
         r"^optimizer got an empty parameter list$",
         r"^task '.*' \(\d+ of \d+\) failed after",  # with the error of the user's own function
+        r"^Module \[\w+\] is missing the required \"forward\" function",
+        r"must be Tensor, not Progress$",  # a module as callback
         r"^Inference tensors cannot be saved for backward",
         r"^Expected state_dict to be dict-like, got",
         r"^optimizer can only optimize Tensors, but one of the params is",

@@ -243,17 +243,20 @@ def _events(pick: Random) -> list[tuple[str, str]]:
     """Steps of two tasks that alternate, end and come back; always a step first."""
     events = [("step", pick.choice(TASKS))]
     ended: set[str] = set()
-    kinds = ["step"] * 4 + ["frozen", "evaluate", "validate", "end", "second order", "plain"]
-    for _ in range(pick.randint(1, 8)):
-        task, kind = pick.choice(TASKS), pick.choice(kinds)
-        if kind == "end":
-            if task in ended:
-                continue
+    kinds = ["step"] * 5 + ["frozen", "evaluate", "validate", "second order", "plain"]
+    for _ in range(pick.randint(1, 9)):
+        task = pick.choice(TASKS)
+        stepped = ("step", task) in events
+        if task not in ended and pick.random() < (0.3 if stepped else 0.03):
             ended.add(task)
-            kind = pick.choice(["end", "end with"])
-        elif task in ended:
-            kind = pick.choice(["step", "plain"])
-        events.append((kind, task))
+            events.append((pick.choice(["end", "end with"]), task))
+        else:
+            kind = pick.choice(["step", "plain"] if task in ended else kinds)
+            events.append((kind, task))
+    # what is left open is mostly ended, sharing little: that takes back the most
+    for task in TASKS:
+        if task not in ended and pick.random() < 0.6:
+            events.append(("end with", task))
     return events
 
 
