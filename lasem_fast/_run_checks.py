@@ -91,7 +91,7 @@ def check_fit(net: TransferNet, task: Task) -> None:
         with torch.no_grad(), evaluating(net):
             try:
                 logits = net(x[:1], task.name, config=ConfigSpace(net.depth).all)
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(
                     f"{split} of task {task.name!r}: expected samples that the network can take, "

@@ -261,8 +261,8 @@ def _events(pick: Random) -> list[tuple[str, str]]:
 
 
 def _may_be_strided(net: nn.Module) -> list[nn.Parameter]:
-    """All but batch norm's: behind a strided one PyTorch 2.13 gets its input's gradient wrong."""
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    """All but norms': PyTorch 2.13 reads strided ones as contiguous, beyond their end too."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
     left_out = {id(p) for m in net.modules() if isinstance(m, norms) for p in m.parameters()}
     return [p for p in net.parameters() if id(p) not in left_out]
 
