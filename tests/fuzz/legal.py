@@ -34,7 +34,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "strict", {"*"}),
     # mini-batches
     ("em*", "x", _SAMPLES),
-    ("em.evaluate", "x", {"twice", "one sample less"}),
+    ("em.evaluate", "x", {"twice", "one sample less", "first NaN", "first inf"}),
     ("em, tokens", "x", {"strided", "expanded", "one dimension more", "int32", "int64"}),
     ("em*", "y", _FORMS),
     ("em*", "y", {"flat", "int64"}),
@@ -50,7 +50,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "y", _SAMPLES | {"flat", "int64", "int32", "uint8", "bool", "complex", "float64",
                                  "float16", "bfloat16", "first inf", "first NaN"}),
     # a plain forward takes what PyTorch takes
-    ("net*", "x", _PLAIN | {"sparse", "sparse csr"}),
+    ("net*", "x", _PLAIN | {"sparse", "sparse csr", "nested"}),
     # what users' objects return
     ("* stage that returns", "out", _SAMPLES | {"in inference mode", "twice"}),
     ("evaluate a stage that returns", "out", {"first inf", "first NaN"}),
@@ -92,8 +92,10 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     # what is searched
     ("ConfigSpace*", "depth", {"None", "1", "7", "numpy int", "0-d int tensor"}),
     ("ConfigSpace*", "groups", {"None", "[1, 1]"}),
-    ("ConfigSpace.from_configs*", "config*", _CONFIGS | {"range", "[1, 1]", "[2, 2]", "{0}"}),
+    ("ConfigSpace.from_configs*", "config*",
+     _CONFIGS | {"generator", "range", "[1, 1]", "[2, 2]", "{0}"}),
     ("ConfigSpace.*", "value", _CONFIGS | {"-1"}),
+    ("a likelihood that returns", "log_prob", {"first NaN", "first inf"}),  # left out: overflow
     # numbers
     ("Gaussian", "sigma", _NUMBERS | {"huge float", "huge int", "numpy int"}),
     ("Count", "initial", _NUMBERS | {"huge float", "huge int", "numpy int"}),
