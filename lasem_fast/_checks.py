@@ -277,10 +277,8 @@ def check_independent_samples(net: TaskNet, task: str) -> None:
 def check_is_tensor(out: Any, module: nn.Module, where: str) -> None:
     """What a stage gives is one tensor."""
     if not is_plain(out):
-        raise TypeError(
-            f"net: expected a dense tensor from {where} ({name_of(module)}), got "
-            f"{out.layout if isinstance(out, Tensor) else type(out).__name__}"
-        )
+        got = "a sparse, nested or quantised one" if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"net: expected a tensor from {where} ({name_of(module)}), got {got}")
 
 
 def check_stage_output(out: Any, samples: int, module: nn.Module, where: str) -> None:

@@ -50,7 +50,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "y", _SAMPLES | {"flat", "int64", "int32", "uint8", "bool", "complex", "float64",
                                  "float16", "bfloat16", "first inf", "first NaN"}),
     # a plain forward takes what PyTorch takes
-    ("net*", "x", _PLAIN | {"sparse", "sparse csr", "nested"}),
+    ("net*", "x", _PLAIN | {"sparse", "sparse csr"}),
     # what users' objects return
     ("* stage that returns", "out", _SAMPLES | {"in inference mode", "twice"}),
     ("evaluate a stage that returns", "out", {"first inf", "first NaN"}),
@@ -104,7 +104,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("*", "init", {"None", "lambda", "a class", "a module", "an empty module", "a lazy module",
                    "a module on meta", "a complex module", "a NaN module"}),
     ("DeconvolutionalFactorization", "sizes", {"None", "[]", "()"}),
-    ("TFRMSprop", "lr", _NUMBERS | {"0", "huge float", "huge int", "0-d tensor", "numpy int"}),
+    ("TFRMSprop", "lr", _NUMBERS | {"0", "huge float", "huge int", "0-d tensor", "0-d int tensor", "numpy int"}),
     ("TFRMSprop", "decay", {"0", "1", "0.5", "numpy int"}),
     ("TFRMSprop", "eps", _NUMBERS | {"huge float", "huge int", "numpy int"}),
     ("TFRMSprop", "params", _FORMS | {"a parameter", "tensor"}),
