@@ -230,7 +230,15 @@ class LASEM(nn.Module):
         _checks.check_has_values(x, x, self.net)
         _checks.check_open_task(task, self.net)
         _checks.check_independent_samples(self.net, task)
-        return self._run(self._present(self._evaluator).logits, self._network(task, x), x)
+        evaluator, network = self._present(self._evaluator), self._network(task, x)
+        if torch.compiler.is_compiling():
+            return self._run(evaluator.logits, network, x)
+        random_state = _RandomState(x.device)
+        try:
+            return self._run(evaluator.logits, network, x)
+        except BaseException:
+            random_state.restore()
+            raise
 
     def prior(self, task: str) -> Tensor:
         """The present prior P(c) of a task, ``[C]``."""
