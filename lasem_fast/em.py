@@ -116,7 +116,7 @@ class LASEM(nn.Module):
         self._score_operations = _dispatch.operations(self.backend).scores
         # by task and mode: the stages that were seen to write to their input
         self._seen: dict[tuple[str, bool, bool], frozenset[int]] = {}
-        self._untrained = Untrained()
+        self._untrained = Untrained(self.space.bits)
 
     @classmethod
     def reference(
