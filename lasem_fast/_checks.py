@@ -285,10 +285,9 @@ def check_independent_samples(net: TaskNet, task: str) -> None:
 
 def check_is_tensor(out: Any, module: nn.Module, where: str) -> None:
     """What a stage gives is one tensor."""
-    if not isinstance(out, Tensor):
-        raise TypeError(
-            f"net: expected a tensor from {where} ({name_of(module)}), got {type(out).__name__}"
-        )
+    if not is_plain(out):
+        got = "a sparse, nested or quantised one" if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"net: expected a tensor from {where} ({name_of(module)}), got {got}")
 
 
 def check_stage_output(out: Any, samples: int, module: nn.Module, where: str) -> None:
@@ -332,8 +331,8 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
         )
     if not is_plain(logits) or not logits.is_floating_point():
         raise TypeError(
-            f"head of task {task!r}: expected dense floating-point logits, got {logits.dtype} of layout "
-            f"{logits.layout}"
+            f"head of task {task!r}: expected dense floating-point logits, got {logits.dtype} of "
+            f"layout {logits.layout}"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +25,15 @@ class Untrained:
     a learning rate of 0 too. If the rest of the task's network has moved a few times and its head
     or its own branches have never, nothing trains them. Accumulated gradients move nothing; frozen
     parameters are not looked at; nor is what happens while other tasks are trained.
+
+    Args:
+        bits: bool ``[C, d]``, the configurations that are searched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bits: Tensor) -> None:
+        # a branch that no configuration takes is trained by nothing, and need not be
+        self._shared = bits.any(dim=0).tolist()
+        self._specific = (~bits).any(dim=0).tolist()
         self._settled: set[str] = set()
         self._last: tuple[str, dict[str, int]] | None = None
         self._moved: dict[str, set[str]] = {}
@@ -41,7 +49,7 @@ class Untrained:
         if task in self._settled:
             self._last = None
             return
-        parts = _trainable(net, task)
+        parts = _trainable(net, task, self._shared, self._specific)
         changes = {part: sum(p._version for p in own) for part, own in parts.items()}
         if task not in self._samples:
             self._samples[task] = {part: _sample(own) for part, own in parts.items()}
@@ -77,17 +85,20 @@ def _sample(parameters: list[nn.Parameter]) -> list[Tensor]:
     return [p.detach().flatten()[:_SAMPLE].clone() for p in parameters]
 
 
-def _trainable(net: TransferNet, task: str) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters of each part of a task's network."""
-    parts: dict[str, nn.Module] = {
-        "shared stages": net.shared,
-        "head": net.heads[task],
-        "specific branches": net.specific[task],
-        "adapters": net.adapters[task],
+def _trainable(
+    net: TransferNet, task: str, shared: Sequence[bool], specific: Sequence[bool]
+) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of each part of a task's network, of the stages that use it."""
+    parts: dict[str, Iterable[nn.Module | None]] = {
+        "shared stages": compress(net.shared, shared),
+        "head": [net.heads[task]],
+        "specific branches": compress(net.specific[task], specific),
+        "adapters": compress(net.adapters[task], shared),
     }
     found = {}
-    for part, module in parts.items():
-        trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    for part, modules in parts.items():
+        own = [p for module in modules if module is not None for p in module.parameters()]
+        trainable = [p for p in own if p.requires_grad and not p.is_inference()]
         if trainable:
             found[part] = trainable
     return found

@@ -119,7 +119,7 @@ class LASEM(nn.Module):
         )
         # by task and mode: the stages that were seen to write to their input
         self._seen: dict[tuple[str, bool, bool], frozenset[int]] = {}
-        self._untrained = Untrained()
+        self._untrained = Untrained(self.space.bits)
 
     @classmethod
     def reference(
@@ -234,7 +234,14 @@ class LASEM(nn.Module):
         _checks.check_open_task(task, self.net)
         _checks.check_independent_samples(self.net, task)
         network, evaluator = self._network(task, x), self._search.present_evaluator()
-        return _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
+        if torch.compiler.is_compiling():
+            return evaluator.logits(network, x)
+        random_state = _RandomState(x.device)
+        try:
+            return _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
+        except BaseException:
+            random_state.restore()
+            raise
 
     def prior(self, task: str) -> Tensor:
         """The present prior P(c) of a task, ``[C]``."""

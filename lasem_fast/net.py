@@ -195,12 +195,15 @@ class TransferNet(nn.Module):
         path = self.path(task, config)
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise TypeError("x: expected a dense tensor, got a nested one")
         if x.dim() < 1:
             raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
         if torch.compiler.is_compiling():
             return self._output(path, x, task)
         try:
-            return self._output(path, x, task)
+            with _random_state_kept_on_error([x]):
+                return self._output(path, x, task)
         except (RuntimeError, IndexError) as error:
             network = Network([(branch, branch) for branch in path], self.heads[task], task)
             reason = _checks.misfit(network, x)
@@ -314,9 +317,11 @@ def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
 
 
 @contextmanager
-def _random_state_kept_on_error(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Puts PyTorch's random state, of the parameters' devices too, back if an error comes."""
-    cuda = {p.device.index for p in parameters if p.device.type == "cuda"}
+def _random_state_kept_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Puts PyTorch's random state, of the tensors' devices too, back if an error comes."""
+    cuda = {t.device.index for t in tensors if t.device.type == "cuda"}
+    if cuda and torch.cuda.is_current_stream_capturing():
+        cuda = set()  # a graph keeps its own
     states = {index: torch.cuda.get_rng_state(index) for index in cuda}
     state = torch.get_rng_state()
     try:

@@ -30,6 +30,11 @@ def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
         output = output.float()
     log_prob = likelihood.log_prob(output, y)
     _check_returned(log_prob, output.shape[:2], f"{type(likelihood).__name__}.log_prob")
+    if (log_prob.device.type == "meta") != (output.device.type == "meta"):
+        raise ValueError(
+            f"likelihood: expected {type(likelihood).__name__}.log_prob on {output.device}, got it "
+            f"on {log_prob.device}"
+        )
     nll = -log_prob.mean(dim=1)
     value = likelihood.reduce(log_prob.detach())
     _check_returned(value, output.shape[:1], f"{type(likelihood).__name__}.reduce")

@@ -105,3 +105,14 @@ def test_no_false_alarm_for_fused_optimizers_which_count_no_changes():
 def test_no_false_alarm_without_an_optimizer():
     net = small_net(2)
     assert not _train(lf.LASEM(net), {"a": _all(net)}, every=100)
+
+
+def test_branches_that_no_configuration_takes_are_not_missed(recwarn):
+    net = small_net(2)
+    em = lf.LASEM(net, lf.ConfigSpace.from_configs([{1, 2}], depth=2))
+    optimizer = torch.optim.SGD(net.task_parameters("a"), lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        em(*batch(), "a").loss.backward()
+        optimizer.step()
+    assert not [w for w in recwarn if "optimizer" in str(w.message)]

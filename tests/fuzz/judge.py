@@ -29,6 +29,7 @@ REVIEWED = [
         r"^task '.*' \(\d+ of \d+\) failed after",  # with the error of the user's own function
         r"^Module \[\w+\] is missing the required \"forward\" function",
         r"must be Tensor, not Progress$",  # a module as callback
+        r"^Inplace update to inference tensor outside InferenceMode",
         r"^Inference tensors cannot be saved for backward",
         r"^Expected state_dict to be dict-like, got",
         r"^optimizer can only optimize Tensors, but one of the params is",

@@ -34,7 +34,7 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "strict", {"*"}),
     # mini-batches
     ("em*", "x", _SAMPLES),
-    ("em.evaluate", "x", {"twice", "one sample less"}),
+    ("em.evaluate", "x", {"twice", "one sample less", "first NaN", "first inf"}),
     ("em, tokens", "x", {"strided", "expanded", "one dimension more", "int32", "int64"}),
     ("em*", "y", _FORMS),
     ("em*", "y", {"flat", "int64"}),
@@ -92,8 +92,10 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     # what is searched
     ("ConfigSpace*", "depth", {"None", "1", "7", "numpy int", "0-d int tensor"}),
     ("ConfigSpace*", "groups", {"None", "[1, 1]"}),
-    ("ConfigSpace.from_configs*", "config*", _CONFIGS | {"range", "[1, 1]", "[2, 2]", "{0}"}),
+    ("ConfigSpace.from_configs*", "config*",
+     _CONFIGS | {"generator", "range", "[1, 1]", "[2, 2]", "{0}"}),
     ("ConfigSpace.*", "value", _CONFIGS | {"-1"}),
+    ("a likelihood that returns", "log_prob", {"first NaN", "first inf"}),  # left out: overflow
     # numbers
     ("Gaussian", "sigma", _NUMBERS | {"huge float", "huge int", "numpy int"}),
     ("Count", "initial", _NUMBERS | {"huge float", "huge int", "numpy int"}),
@@ -102,7 +104,8 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("*", "init", {"None", "lambda", "a class", "a module", "an empty module", "a lazy module",
                    "a module on meta", "a complex module", "a NaN module"}),
     ("DeconvolutionalFactorization", "sizes", {"None", "[]", "()"}),
-    ("TFRMSprop", "lr", _NUMBERS | {"0", "huge float", "huge int", "0-d tensor", "numpy int"}),
+    ("TFRMSprop", "lr", _NUMBERS | {"0", "huge float", "huge int", "0-d tensor", "0-d int tensor",
+                                    "numpy int"}),
     ("TFRMSprop", "decay", {"0", "1", "0.5", "numpy int"}),
     ("TFRMSprop", "eps", _NUMBERS | {"huge float", "huge int", "numpy int"}),
     ("TFRMSprop", "params", _FORMS | {"a parameter", "tensor"}),
