@@ -8,13 +8,13 @@ it; then :func:`supported` is false, :func:`why_unsupported` says why, and the o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lasem_fast import _extension, _second_order
+from lasem_fast.row_liveness import Liveness
 
 _cpu, _why_no_extension = _extension.load()
 
@@ -123,17 +123,6 @@ def supported() -> bool:
 def clear_scratch() -> int:
     """Free the memory kept between steps; returns its size in bytes."""
     return _cpu.clear_scratch() if _cpu else 0
-
-
-@dataclass
-class Liveness:
-    """Which rows of a level its backward goes through, to be set before it runs.
-
-    Attributes:
-        live: bool ``[R]`` on the CPU; ``None`` is all of them.
-    """
-
-    live: Tensor | None = None
 
 
 class WinogradLevel(torch.autograd.Function):

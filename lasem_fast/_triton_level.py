@@ -8,7 +8,6 @@ kernels, and triton with them, are imported when an operator first runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from lasem_fast.kernels.level_geometry import (
 )
 from lasem_fast.kernels.level_rows import Rows, Tables, tables_of
 from lasem_fast.kernels.level_tiles import Tile
+from lasem_fast.row_liveness import Liveness
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,18 +54,6 @@ class Tiles(NamedTuple):
     forward: Sequence[int] = ()
     dgrad: Sequence[int] = ()
     wgrad: Sequence[int] = ()
-
-
-@dataclass
-class Liveness:
-    """Which rows of a level the backward runs on; set between forward and backward.
-
-    Attributes:
-        live: bool ``[R]`` on the level's device: what the others send back counts as 0 and is not
-            read. None: all rows.
-    """
-
-    live: Tensor | None = None
 
 
 @torch.library.register_fake("lasem_fast::level_triton", lib=_library)

@@ -245,6 +245,13 @@ def _obstacles(em: LASEM, optimizer: Optimizer, x: Tensor) -> list[str]:
     reasons = []
     if x.device.type != "cuda":
         reasons.append(f"the mini-batch is on {x.device}, and only CUDA devices have graphs")
+    for name, plain in (("max_memory", None), ("prune", 0), ("m_step_draws", None)):
+        if getattr(em, name) != plain:
+            reasons.append(
+                f"em has {name}={getattr(em, name)!r}, which decides on the host what runs"
+            )
+    if em.e_step_every > 1:
+        reasons.append(f"em has e_step_every={em.e_step_every}, which counts on the host")
     if em.validate:
         reasons.append("em has validate=True, which waits for the device in every step")
     if not all(group.get("capturable", True) for group in optimizer.param_groups):

@@ -177,6 +177,11 @@ class LASEM(nn.Module):
         Warns:
             UserWarning: once per task, if its own parameters stay as they are while others train.
         """
+        if self.max_memory is not None and torch.compiler.is_compiling():
+            raise RuntimeError(
+                "max_memory: expected None inside torch.compile, which traces one step whole, got "
+                f"{self.max_memory}"
+            )
         config = self._check_call(x, y, task, posterior)
         keeps_state = self._keeps_state()
         if keeps_state:
@@ -353,7 +358,9 @@ class LASEM(nn.Module):
             reused = self._posteriors.again(task)
         follow = frozen if reused is None else reused
         if follow is None:
-            self._log_prior(task)
+            self._start_prior(task)
+            if type(self._prior).log_prob.__module__ != Prior.__module__:
+                self._log_prior(task)  # a user's own is checked before anything else
         found = self._search.step(
             self._network(task, x), x, y, follow, self._reads_values(x), keeps_state
         )

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lasem_fast.backends import plain_torch
 from lasem_fast.fold import Carried, Fold, RowsFirst, folded
 from lasem_fast.lowering import FusedLayer, Program, common_program, layers_of
-from lasem_fast.operations import Layer, LevelOperation, Liveness, Skip
+from lasem_fast.operations import Layer, LevelOperation, Skip
 from lasem_fast.plan import Level
+from lasem_fast.row_liveness import Liveness
 from lasem_fast.transfer import Branch
 
 
@@ -44,7 +45,7 @@ def run(
         return None
     program, layers = plan
     values = _inputs(program, layers, h, level.width)
-    if values is None:
+    if values is None or not _fits(program, values[0][0]):
         return None
     going_on = level.going_on() if len(layers) > 1 else level
     for i, (fused, layer) in enumerate(zip(program.layers, layers, strict=True)):
@@ -159,6 +160,16 @@ def _inputs(program: Program, layers: list[Layer], h: Fold, width: int) -> list[
         return [(h.data, None)]
     own = layers[0].weights[0].shape[1]
     return [(h.data[..., :own], None), (h.data[..., own:], None)]
+
+
+def _fits(program: Program, x: Tensor) -> bool:
+    """Whether the layers that read the input take images, or vectors, as it has."""
+    images = x.dim() == 5
+    return all(
+        images == (type(layer.core) is not nn.Linear or layer.flatten)
+        for layer in program.layers
+        if layer.source == 0
+    )
 
 
 def _skip(values: list[Value], number: int, inputs: int, level: Level) -> Skip:

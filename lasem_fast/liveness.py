@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lasem_fast.fold import index_tensor
-from lasem_fast.operations import Liveness
 from lasem_fast.plan import Plan
+from lasem_fast.row_liveness import Liveness
 
 
 class TreeLiveness:

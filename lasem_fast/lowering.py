@@ -281,7 +281,10 @@ class _Builder:
             flatten = source in self.flat
             if flatten and type(layer) is nn.Conv2d:
                 raise _Refused("it flattens images before a convolution")
-            fields = FusedLayer(node.target, layer, self._value(source), flatten)
+            value = self._value(source)
+            if value > 0 and type(self.layers[value - 1].core) is not type(layer):
+                raise _Refused("it has a linear layer on images, or a convolution on vectors")
+            fields = FusedLayer(node.target, layer, value, flatten)
             self.known[node] = _Layer(fields)
         elif type(layer) is nn.ReLU:
             self._relu(node)

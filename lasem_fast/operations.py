@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lasem_fast.fold import Fold
 from lasem_fast.plan import Level
 from lasem_fast.relu_and_pool import Pool
+from lasem_fast.row_liveness import Liveness
 
 if TYPE_CHECKING:
     from lasem_fast.likelihoods import Likelihood
@@ -69,17 +70,6 @@ class Skip(NamedTuple):
 
     data: Tensor
     rows: tuple[int, ...] | None
-
-
-class Liveness:
-    """Which rows of a level a backward has to look at; decided between forward and backward.
-
-    Attributes:
-        live: bool tensor, one entry per row, on the level's device; None: all.
-    """
-
-    def __init__(self) -> None:
-        self.live: Tensor | None = None
 
 
 class LevelOperation(Protocol):

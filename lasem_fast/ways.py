@@ -11,8 +11,9 @@ from torch import Tensor
 from lasem_fast import _measurements, choices
 from lasem_fast.fastest import fastest
 from lasem_fast.level_call import LevelCall, Shape
-from lasem_fast.operations import Layer, LevelOperation, Liveness, Skip
+from lasem_fast.operations import Layer, LevelOperation, Skip
 from lasem_fast.plan import Level
+from lasem_fast.row_liveness import Liveness
 
 
 class OneOf:

@@ -92,6 +92,7 @@ class Branching(Counting):
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(), nn.Conv2d(2, 2, 3)), "random numbers"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(3, stride=1)), "max-pool"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)), "BatchNorm2d"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Linear(2, 2)), "linear layer on images"),
         (Counting(), "changes attributes"),
         (Branching(), "cannot be traced"),
         (lf.nets.SkipLayer(nn.Conv2d(2, 2, 3, padding=1), nn.MaxPool2d(2)), "passes its pool"),
@@ -137,6 +138,17 @@ class Passing(nn.Module):
     def forward(self, h):
         a = self.first(h)
         return (self.second(a) + a).relu()
+
+
+def test_a_linear_layer_on_the_pixels_of_images_runs_as_it_is():
+    torch.manual_seed(0)
+    net = lf.TransferNet([nn.Conv2d(4, 4, 3, padding=1), nn.Sequential(nn.Linear(8, 8), nn.ReLU())])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(4 * 9 * 8, 3)))
+    net.double()
+    x, y = torch.randn(3, 4, 9, 8, dtype=torch.float64), torch.tensor([0, 2, 1])
+    em = lf.LASEM(net, backend="torch")
+    em._search.everything = evaluator_of(em.space, PLAIN)
+    assert_step_equals(net, em(x, y, "a"), brute_force(net, em.space.bits, x, y, "a"))
 
 
 STAGES = {

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from lasem_fast import _ops
 from lasem_fast.fold import index_tensor
-from lasem_fast.operations import Layer, Liveness, Skip
+from lasem_fast.operations import Layer, Skip
 from lasem_fast.plan import Level
+from lasem_fast.row_liveness import Liveness
 
 
 class CpuLevel:

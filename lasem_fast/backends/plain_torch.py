@@ -12,8 +12,9 @@ from torch.func import functional_call
 from lasem_fast.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.layers import PlainStage, flatten_then_linear, plain_stage, same_form
 from lasem_fast.network import tensors_in_force
-from lasem_fast.operations import Layer, Liveness, Skip
+from lasem_fast.operations import Layer, Skip
 from lasem_fast.plan import Level
+from lasem_fast.row_liveness import Liveness
 from lasem_fast.transfer import Branch
 
 

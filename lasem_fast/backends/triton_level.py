@@ -14,9 +14,10 @@ from lasem_fast.fold import Fold, RowsFirst, folded
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.layers import has_hooks
-from lasem_fast.operations import Layer, Liveness, Skip
+from lasem_fast.operations import Layer, Skip
 from lasem_fast.plan import Level
 from lasem_fast.relu_and_pool import ReluAndPool, relu_and_pool
+from lasem_fast.row_liveness import Liveness
 
 # Triton itself reads this once, when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,13 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import lasem_fast as lf
+from lasem_fast import fused_stage
 from lasem_fast._triton_level import Liveness, Tiles, level
 from lasem_fast.backends import triton_scores
-from lasem_fast.backends.triton_level import triton_head, triton_level
+from lasem_fast.backends.triton_level import TritonLevel, triton_head
 from lasem_fast.fold import RowsFirst
 from lasem_fast.kernels import level_forward
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
+from lasem_fast.plan import Level
 from lasem_fast.transfer import Branch
 
 
@@ -200,8 +202,16 @@ def test_errors_of_skip_and_liveness():
             y.sum().backward()
 
 
+def triton_level(branches, h, rows):
+    """Every one of the rows in ``h`` through every branch."""
+    pairs = [(p, b) for p in range(rows) for b in range(len(branches))]
+    every = Level(tuple(p for p, _ in pairs), tuple(b for _, b in pairs), rows)
+    return fused_stage.run([TritonLevel()], branches, h, every)
+
+
 RELU = nn.ReLU()
 TAKEN = [
+    (nn.Conv2d(3, 5, 3), RELU, RELU),
     (nn.Conv2d(3, 5, 3, padding=1), RELU),
     (nn.Conv2d(3, 5, 3, padding=1), nn.MaxPool2d(3, ceil_mode=True), RELU),
     (nn.Conv2d(3, 5, (2, 4), padding="same", bias=False), RELU, nn.MaxPool2d(2, padding=1)),
@@ -216,7 +226,6 @@ LEFT = [
     (nn.Conv2d(3, 5, 12, padding=6),),
     (nn.Conv2d(3, 5, 3), nn.Tanh()),
     (nn.Conv2d(3, 5, 3), RELU, nn.MaxPool2d(3, stride=2)),
-    (nn.Conv2d(3, 5, 3), RELU, RELU),
     (nn.Conv2d(3, 5, 3).double(), RELU),
     (nn.AvgPool2d(2), nn.Conv2d(3, 5, 3)),
     (nn.Linear(7, 5),),
@@ -356,6 +365,27 @@ def test_launches_of_a_whole_step(monkeypatch):
             optimizer.step()
     assert int(em._prior.states["a"].wins.sum()) == 2
     assert _on_a_long_batch(counted.kernels) <= 28, counted.kernels.most_common()
+
+
+def test_launches_of_a_deep_step_with_skips(monkeypatch):
+    """The residual net in 8 groups; launches do not depend on how many configurations there are."""
+    architecture = lf.nets.residual17(8, width=1 / 64)
+    net = architecture.net()
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(architecture.channels[-1], 3)))
+    ends = architecture.space().configs
+    space = lf.ConfigSpace.from_configs([ends[0], ends[-1], ends[5]])
+    em = lf.LASEM(net.to(memory_format=torch.channels_last), space, backend="triton")
+    monkeypatch.setattr(em, "_reads_values", lambda x: False)
+    monkeypatch.setattr(triton_scores, "_looked_at_first", lambda logits: False)
+    optimizer = torch.optim.SGD(net.task_parameters("a"), lr=0.1, fused=True)
+    x, y = torch.randn(1, 3, 16, 16), torch.tensor([2])
+    for _ in range(2):
+        optimizer.zero_grad()
+        with launches() as counted:
+            em(x, y, "a").loss.backward()
+            optimizer.step()
+    assert counted.kernels["level_forward_kernel"] == 17 + 1
+    assert _on_a_long_batch(counted.kernels) <= 80, counted.kernels.most_common()
 
 
 def _drawn_net(seed):

@@ -1,0 +1,18 @@
+"""Which rows of a level its backward has to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Liveness:
+    """The rows that count in a level's backward; decided between forward and backward.
+
+    Attributes:
+        live: bool ``[R]`` on the level's device; None: all.
+    """
+
+    live: Tensor | None = None
