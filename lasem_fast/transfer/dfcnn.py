@@ -91,7 +91,9 @@ class DeconvolutionalFactorization(GeneratingMechanism):
         init: Callable[[nn.Module], object] | None = None,
     ) -> None:
         super().__init__(init)
-        if sizes is not None and not isinstance(sizes, Sequence):
+        if sizes is not None and (
+            not isinstance(sizes, Sequence) or isinstance(sizes, (str, bytes))
+        ):
             raise TypeError(
                 f"sizes: expected a sequence of DeconvSizes or None, got {type(sizes).__name__} "
                 f"{sizes!r}"
