@@ -458,8 +458,8 @@ class LASEM(nn.Module):
             e_output, m_output = self._run(evaluator.logits_without_and_with_noise, network, x)
         if m_output.device != y.device:
             raise ValueError(
-                f"head of task {network.task!r}: expected logits on {y.device}, like y, got them on "
-                f"{m_output.device}"
+                f"head of task {network.task!r}: expected logits on {y.device}, like y, got logits "
+                f"on {m_output.device}"
             )
         self.likelihood.check_target(y, m_output, values=self._reads_values(x))
         return e_output, m_output

@@ -142,6 +142,7 @@ class TransferNet(nn.Module):
         ]
         for term in terms:
             fits = _checks.is_plain(term) and term.shape == () and term.is_floating_point()
+            fits = fits and term.device == next(self.parameters()).device
             if term is not None and not fits:
                 raise TypeError(
                     f"transfer: expected auxiliary_loss of {type(self.mechanism).__name__} to give "

@@ -295,7 +295,7 @@ def draw(
     plan = pick.randrange(2**30)
     likelihood = pick.choice(["joint", "joint", "mean", "gaussian"]) if len(tasks) > 1 else "joint"
     outputs, samples = pick.randint(1, 4), pick.randint(1, 4)
-    overflow = odd and pick.random() < 0.06
+    overflow = odd and plain and pick.random() < 0.15
     strides, last = pick.random() < 0.2, pick.random() < 0.25
 
     def make(mechanism: object = transfer) -> lf.TransferNet:
@@ -320,10 +320,12 @@ def draw(
             if strides:
                 for parameter in _may_be_strided(net):
                     _strided(parameter)
-            if overflow:
+            if overflow:  # behind the stage, in the head: in whatever order sums are taken
                 with torch.no_grad():
                     for parameter in net.specific[tasks[0]][-1].parameters():
-                        parameter.mul_(torch.finfo(dtype).max / 4)
+                        parameter.mul_(torch.finfo(dtype).max / 1e3)
+                    for parameter in net.heads[tasks[0]].parameters():
+                        parameter.mul_(1e4)
             for layer in net.modules():
                 if getattr(layer, "stays_in_training", False):
                     layer.train()
