@@ -336,6 +336,15 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
         )
 
 
+def check_logits_device(logits: Tensor, y: Tensor, task: str) -> None:
+    """A head's output lies where the targets do."""
+    if logits.device != y.device:
+        raise ValueError(
+            f"head of task {task!r}: expected logits on {y.device}, like y, got logits on "
+            f"{logits.device}"
+        )
+
+
 def is_transformed() -> bool:
     """Whether a torch.func transform (vmap, grad, jacrev) runs this."""
     return torch._C._are_functorch_transforms_active()

@@ -51,9 +51,10 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
     python_state = random.getstate()
     try:
         with torch.random.fork_rng(devices=devices):
-            # a single sample is looked at beside another one of half its size
+            # a single sample is looked at beside itself turned round, at half its size
             alone = len(x) == 1 and x.is_floating_point()
-            h = torch.cat([x[:1], x[-1:] * 0.5 if alone else x[-1:]])
+            other = 0.5 * x.flip(tuple(range(1, x.dim()))) if alone else x[-1:]
+            h = torch.cat([x[:1], other])
             for i, branches in enumerate(places[: unknown[-1] + 1]):
                 there = [branch for branch in branches if branch is not None]
                 for branch in there if i in unknown else ():

@@ -391,6 +391,7 @@ class LASEM(nn.Module):
         row = self.space.index(config)
         evaluator, network = self._search.evaluator_of([config]), self._network(task, x)
         output = _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
+        _checks.check_logits_device(output, y, task)
         self.likelihood.check_target(y, output, values=self._reads_values(x))
         m_step = evidence(output, y, self.likelihood)
         if self._reads_values(x) and not bool(torch.isfinite(m_step.nll).all()):

@@ -142,6 +142,7 @@ class TransferNet(nn.Module):
         ]
         for term in terms:
             fits = _checks.is_plain(term) and term.shape == () and term.is_floating_point()
+            fits = fits and term.device == next(self.parameters()).device
             if term is not None and not fits:
                 raise TypeError(
                     f"transfer: expected auxiliary_loss of {type(self.mechanism).__name__} to give "
@@ -195,21 +196,21 @@ class TransferNet(nn.Module):
         path = self.path(task, config)
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        if x.is_nested:
-            raise TypeError("x: expected a dense tensor, got a nested one")
+        if not _checks.is_plain(x):
+            raise TypeError("x: expected a dense tensor, got a sparse, nested or quantised one")
         if x.dim() < 1:
             raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
         if torch.compiler.is_compiling():
             return self._output(path, x, task)
-        try:
-            with _random_state_kept_on_error([x]):
+        with _random_state_kept_on_error([x]):
+            try:
                 return self._output(path, x, task)
-        except (RuntimeError, IndexError) as error:
-            network = Network([(branch, branch) for branch in path], self.heads[task], task)
-            reason = _checks.misfit(network, x)
-            if reason is None:
-                raise
-            raise ValueError(reason) from error
+            except (RuntimeError, IndexError) as error:
+                network = Network([(branch, branch) for branch in path], self.heads[task], task)
+                reason = _checks.misfit(network, x)
+                if reason is None:
+                    raise
+                raise ValueError(reason) from error
 
     def _output(self, path: list[Branch], h: Tensor, task: str) -> Tensor:
         for branch in path:

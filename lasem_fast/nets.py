@@ -363,8 +363,13 @@ def _checked_layers(layers: Any, known: tuple[int, ...]) -> int:
 
 
 def _check_skips(skips: Any, depth: int) -> None:
-    pairs = isinstance(skips, Sequence) and all(
-        isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_whole, pair)) for pair in skips
+    pairs = (
+        isinstance(skips, Sequence)
+        and not isinstance(skips, (str, bytes))
+        and all(
+            isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_whole, pair))
+            for pair in skips
+        )
     )
     ordered = sorted(tuple(pair) for pair in skips) if pairs else [(depth, depth)]
     apart = all(a[1] < b[0] for a, b in pairwise(ordered))

@@ -29,31 +29,29 @@ def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
     if output.dtype in (torch.float16, torch.bfloat16):
         output = output.float()
     log_prob = likelihood.log_prob(output, y)
-    _check_returned(log_prob, output.shape[:2], f"{type(likelihood).__name__}.log_prob")
-    if (log_prob.device.type == "meta") != (output.device.type == "meta"):
-        raise ValueError(
-            f"likelihood: expected {type(likelihood).__name__}.log_prob on {output.device}, got it "
-            f"on {log_prob.device}"
-        )
+    _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
     nll = -log_prob.mean(dim=1)
     value = likelihood.reduce(log_prob.detach())
-    _check_returned(value, output.shape[:1], f"{type(likelihood).__name__}.reduce")
+    _check_returned(value, output, 1, f"{type(likelihood).__name__}.reduce")
     return Evidence(torch.where(torch.isfinite(nll), value, -torch.inf), nll)
 
 
-def _check_returned(value: Any, shape: torch.Size, method: str) -> None:
-    """What a likelihood of the user's own returns."""
+def _check_returned(value: Any, output: Tensor, dimensions: int, method: str) -> None:
+    """What a likelihood of the user's own returns: of the output's first dimensions."""
+    shape = output.shape[:dimensions]
     if not isinstance(value, Tensor):
         got = type(value).__name__
     elif not is_plain(value):
         got = "one that is sparse, nested or quantised"
+    elif value.device != output.device:
+        got = f"one on {value.device}"
     elif value.shape != shape or not value.is_floating_point():
         got = f"{value.dtype} of shape {list(value.shape)}"
     else:
         return
     raise TypeError(
-        f"likelihood: expected {method} to return a floating-point tensor of shape {list(shape)}, "
-        f"got {got}"
+        f"likelihood: expected {method} to return a floating-point tensor of shape {list(shape)} "
+        f"on {output.device}, got {got}"
     )
 
 

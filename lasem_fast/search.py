@@ -108,6 +108,7 @@ class Search:
                     rows = _numbers(weights.weighs)
             evaluation = self._evaluate(network, x, rows, frozen is not None, reads_values)
             e_output = evaluation.e_step
+            _checks.check_logits_device(e_output, y, network.task)
             self.likelihood.check_target(y, e_output, values=reads_values)
             if frozen is None and rows is None and self.m_step.is_exact:
                 found = self._scored(evaluation, y, network.task, reads_values, counts)

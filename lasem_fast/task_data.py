@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasem_fast._checks import is_plain
+
 Split = tuple[Tensor, Tensor]
 SPLITS = ("train", "valid", "test")
 
@@ -76,8 +78,10 @@ def _check_split(pair: Any, where: str, n_classes: int) -> None:
         raise TypeError(f"{where}: expected a pair of tensors (x, y), got {_kinds(pair)}")
     x, y = pair
     for name, tensor in (("x", x), ("y", y)):
-        if tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.is_meta or not is_plain(tensor):
             got = "one without values (meta)" if tensor.is_meta else f"layout {tensor.layout}"
+            if tensor.is_nested or tensor.is_quantized:
+                got = "a nested or quantised one"
             raise TypeError(f"{where}: expected {name} to be a dense tensor, got {got}")
     if x.dim() < 1 or x.shape[0] == 0:
         raise ValueError(

@@ -91,7 +91,8 @@ class DeconvolutionalFactorization(GeneratingMechanism):
         init: Callable[[nn.Module], object] | None = None,
     ) -> None:
         super().__init__(init)
-        if sizes is not None and not isinstance(sizes, Sequence):
+        listed = isinstance(sizes, Sequence) and not isinstance(sizes, (str, bytes))
+        if sizes is not None and not listed:
             raise TypeError(
                 f"sizes: expected a sequence of DeconvSizes or None, got {type(sizes).__name__} "
                 f"{sizes!r}"

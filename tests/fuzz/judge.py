@@ -30,6 +30,7 @@ REVIEWED = [
         r"^Module \[\w+\] is missing the required \"forward\" function",
         r"must be Tensor, not Progress$",  # a module as callback
         r"^Inplace update to inference tensor outside InferenceMode",
+        r"^unsupported operation: more than one element of the written-to tensor",
         r"^Inference tensors cannot be saved for backward",
         r"^Expected state_dict to be dict-like, got",
         r"^optimizer can only optimize Tensors, but one of the params is",

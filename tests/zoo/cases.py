@@ -260,6 +260,19 @@ def _events(pick: Random) -> list[tuple[str, str]]:
     return events
 
 
+def _overflows_in_the_head(net: lf.TransferNet, task: str) -> bool:
+    """Whether huge weights of the last stage make the logits overflow, in any order of sums.
+
+    Sums of infinities are NaN or infinite as the batch's size will have it, and what comes behind
+    them may make either finite again.
+    """
+    stage, head = ([m for m in part.modules() if not list(m.children())]
+                   for part in (net.specific[task][-1], net.heads[task]))  # fmt: skip
+    simple = (nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Identity)
+    weighted = [[m for m in part if list(m.parameters())] for part in (stage, head)]
+    return all(type(m) in simple for m in stage) and list(map(len, weighted)) == [1, 1]
+
+
 def _may_be_strided(net: nn.Module) -> list[nn.Parameter]:
     """Those of convolutions and linear layers.
 
@@ -295,7 +308,7 @@ def draw(
     plan = pick.randrange(2**30)
     likelihood = pick.choice(["joint", "joint", "mean", "gaussian"]) if len(tasks) > 1 else "joint"
     outputs, samples = pick.randint(1, 4), pick.randint(1, 4)
-    overflow = odd and pick.random() < 0.06
+    overflow = odd and plain and pick.random() < 0.15
     strides, last = pick.random() < 0.2, pick.random() < 0.25
 
     def make(mechanism: object = transfer) -> lf.TransferNet:
@@ -320,10 +333,12 @@ def draw(
             if strides:
                 for parameter in _may_be_strided(net):
                     _strided(parameter)
-            if overflow:
+            if overflow and _overflows_in_the_head(net, tasks[0]):
                 with torch.no_grad():
                     for parameter in net.specific[tasks[0]][-1].parameters():
-                        parameter.mul_(torch.finfo(dtype).max / 4)
+                        parameter.mul_(torch.finfo(dtype).max / 1e3)
+                    for parameter in net.heads[tasks[0]].parameters():
+                        parameter.mul_(1e4)
             for layer in net.modules():
                 if getattr(layer, "stays_in_training", False):
                     layer.train()
