@@ -112,15 +112,6 @@ def _check_task_name(task: Any) -> None:
         raise ValueError("task: expected a name, got an empty string")
 
 
-def count(value: Any, name: str) -> int:
-    """A whole number of at least 1, called ``name``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
-
-
 def check_batch(x: Any) -> None:
     """A non-empty batch of samples."""
     _check_dense(x, "x")

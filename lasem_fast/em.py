@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast import _checks, _dispatch, _first_look, choices
+from lasem_fast._numbers import whole_number
 from lasem_fast._untrained import Untrained
 from lasem_fast.budget import check_max_memory
 from lasem_fast.configs import ConfigSpace, Configuration
@@ -111,7 +112,7 @@ class LASEM(nn.Module):
         self._ranks = Ranks()
         check_max_memory(max_memory)
         self.max_memory, self.prune, self.m_step_draws = max_memory, prune, m_step_draws
-        self.e_step_every = _checks.count(e_step_every, "e_step_every")
+        self.e_step_every = whole_number(e_step_every, "e_step_every")
         self._posteriors = Posteriors()
         m_step = MStep.checked(prune, m_step_draws)
         self._search = Search(

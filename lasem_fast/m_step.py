@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lasem_fast._checks import count
+from lasem_fast._numbers import whole_number
 
 
 class Weights(NamedTuple):
@@ -48,7 +48,7 @@ class MStep(NamedTuple):
             raise ValueError(f"prune: expected a posterior mass from 0 to below 1, got {prune!r}")
         if draws is None:
             return cls(float(prune))
-        draws = count(draws, "m_step_draws")
+        draws = whole_number(draws, "m_step_draws")
         if prune > 0:
             raise ValueError(
                 f"m_step_draws: expected None together with prune={prune}, because either says "

@@ -171,10 +171,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options):
     [
         ({"prune": 1.0}, r"prune: expected a posterior mass from 0 to below 1, got 1\.0"),
         ({"prune": "a"}, "prune: expected a posterior mass, got str"),
-        ({"m_step_draws": 0}, "m_step_draws: expected at least 1, got 0"),
-        ({"m_step_draws": 1.5}, "m_step_draws: expected a whole number, got float"),
+        ({"m_step_draws": 0}, "m_step_draws: expected a whole number of at least 1, got 0"),
+        ({"m_step_draws": 1.5}, "m_step_draws: expected a whole number of at least 1, got float"),
         ({"m_step_draws": 1, "prune": 0.1}, "m_step_draws: expected None together with prune"),
-        ({"e_step_every": 0}, "e_step_every: expected at least 1, got 0"),
+        ({"e_step_every": 0}, "e_step_every: expected a whole number of at least 1, got 0"),
         ({"max_memory": 0}, "max_memory: expected bytes"),
         ({"max_memory": 1.5}, "max_memory: expected bytes"),
         ({"max_memory": "1 GB"}, "max_memory: expected None, bytes"),
