@@ -3,8 +3,7 @@
 Every way computes the same level and rounds differently, so equal runs need equal ways. Without
 being asked nothing is timed, and a level takes the way that a rule of its shape names:
 
-- on the CPU (``"cpp"``) the Winograd tile that takes the fewest products, or PyTorch where a direct
-  convolution takes no more;
+- on the CPU (``"cpp"``) the C++ kernel, by the Winograd tile that takes the fewest products;
 - on a CUDA device (``"triton"``) the Triton kernel;
 - PyTorch for every stage that these do not take, on other devices and inside ``torch.compile``.
 
