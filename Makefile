@@ -58,7 +58,7 @@ sanitize: $(VENV)/.ready
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=build/sanitized $(BIN)/pytest -o pythonpath=tests \
 	--deselect tests/test_cpu_kernels.py::test_memory_of_outputs_is_used_again_and_given_back \
-	tests/test_cpu_kernels.py tests/test_level_rows.py tests/test_winograd_level.py \
+	tests/test_cpu_kernels.py tests/test_level_rows.py tests/test_cpu_level.py \
 	tests/test_channels_last_linear.py $(ARGS)
 
 # torch comes first and by version, so that nothing else decides which build of it is taken.
