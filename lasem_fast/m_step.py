@@ -76,6 +76,7 @@ def pruned(posterior: Tensor, mass: float) -> Weights:
     """
     ascending, order = posterior.double().sort(stable=True)
     dropped = (ascending.cumsum(0) <= mass).to(posterior.dtype)
+    dropped[-1] = 0  # the most probable one, where rounding leaves the sum below 1
     weighs = torch.zeros_like(posterior).index_copy(0, order, dropped) == 0
     return _followed(posterior, posterior, weighs)
 

@@ -92,6 +92,8 @@ def test_pruning_drops_the_least_probable_first():
     assert pruned(posterior, 0.14).weighs.tolist() == [True, True, False, True]
     assert pruned(posterior, 0.01).weighs.tolist() == [True] * 4
     assert float(pruned(posterior, 0.16).dropped_mass) == pytest.approx(0.15)
+    below_one = torch.tensor([0.4999, 0.5])
+    assert pruned(below_one, 1 - 1e-12).weighs.tolist() == [False, True]
 
 
 def test_dropout_goes_with_pruning():
