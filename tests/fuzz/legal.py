@@ -34,8 +34,8 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("capture", "strict", {"*"}),
     ("LASEM, approximations", "max_memory", {"None", "0.5", "1", "7", "huge int"}),
     ("LASEM, approximations", "prune", {"0", "0.5"}),
-    ("LASEM, approximations", "m_step_draws", {"None", "1", "7", "numpy int"}),
-    ("LASEM, approximations", "e_step_every", {"1", "7", "numpy int"}),
+    ("LASEM, approximations", "m_step_draws", {"None", "1", "7", "numpy int", "0-d int tensor"}),
+    ("LASEM, approximations", "e_step_every", {"1", "7", "numpy int", "0-d int tensor"}),
     # mini-batches
     ("em*", "x", _SAMPLES),
     ("em.evaluate", "x", {"twice", "one sample less", "first NaN", "first inf"}),
