@@ -8,7 +8,6 @@ layers draw the same masks in both passes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +64,8 @@ class BoundedTree:
         """Where to cut the tree for mini-batches like ``x``; None where all of it fits."""
         key = (network.task, x.shape, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
         if key not in self._cuts:
-            costs = step_bytes(network, self.operations, x)
+            with torch.inference_mode(False):  # a step of training is measured, whoever asks first
+                costs = step_bytes(_ordinary(network), self.operations, x.clone())
             self._cuts[key] = best_cut(self.plan, costs, bytes_of(self.max_memory, x.device))
         return self._cuts[key]
 
@@ -80,12 +80,13 @@ class BoundedTree:
         return [self.plan.below(cut.stage, a, min(a + cut.rows, rows)) for a in edges]
 
 
-class _SubTree(NamedTuple):
-    """Sub-trees that run together: what they are and what they read."""
-
-    part: SubPlan
-    h: Fold
-    liveness: TreeLiveness
+def _ordinary(network: Network) -> Network:
+    """The network without tensors that were generated in inference mode: no graph holds those."""
+    stages = [
+        [b and b._replace(tensors={n: t.clone() for n, t in b.tensors.items()}) for b in branches]
+        for branches in network.stages
+    ]
+    return network._replace(stages=stages)
 
 
 class _Chunked:

@@ -194,3 +194,20 @@ def test_a_budget_that_cannot_be_met_says_what_the_least_is():
     least = int(str(refused.value).split("at least ")[1].split()[0])
     em = lf.LASEM(small_net(), backend="torch", max_memory=least)
     em(*batch(), "a").loss.backward()
+
+
+@pytest.mark.parametrize("transfer", ["hps", "tf"])
+def test_a_bounded_search_may_be_asked_in_inference_mode_first(transfer):
+    def net():
+        torch.manual_seed(0)
+        made = lf.TransferNet(list(small_net().shared), transfer)
+        made.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+        return made.double()
+
+    x, y = batch()
+    em = lf.LASEM(net(), backend="torch", max_memory=66_000)
+    with torch.inference_mode():
+        em(x, y, "a")
+    step, exact = em(x, y, "a"), lf.LASEM(net(), backend="torch")(x, y, "a")
+    assert_equals(step.loss.detach(), exact.loss.detach(), "loss")
+    step.loss.backward()
