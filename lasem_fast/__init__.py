@@ -5,13 +5,14 @@ a network as a latent variable; this package evaluates all configurations throug
 tree.
 """
 
-from lasem_fast import choices, initialisers, likelihoods, nets, optim, priors, transfer
-from lasem_fast._dispatch import backends
+from lasem_fast import initialisers, likelihoods, nets, optim, priors, transfer
+from lasem_fast.backends import choices
 from lasem_fast.capture import CapturedStep, capture
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.em import LASEM
 from lasem_fast.em_step import EMStep
 from lasem_fast.net import TransferNet
+from lasem_fast.search.dispatch import backends
 from lasem_fast.version import __version__
 
 __all__ = [

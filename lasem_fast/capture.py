@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lasem_fast import _checks
 from lasem_fast.em import LASEM
 from lasem_fast.em_step import EMStep
+from lasem_fast.networks import checks
 
 
 def capture(
@@ -118,7 +118,7 @@ class CapturedStep:
 
     def eager(self, x: Tensor, y: Tensor) -> EMStep:
         """Trains on one mini-batch of any size without the graph; the results are new tensors."""
-        _checks.check_open_task(self.task, self.em.net)
+        checks.check_open_task(self.task, self.em.net)
         with torch.autocast(**self._autocast):
             step = self.em(x, y, self.task)
         self.optimizer.zero_grad()  # not before: a mini-batch that is refused changes nothing
@@ -208,11 +208,11 @@ class CapturedStep:
         )
 
     def _check_batch(self, x: Any, y: Any) -> None:
-        _checks.check_open_task(self.task, self.em.net)
+        checks.check_open_task(self.task, self.em.net)
         for name, got, like in (("x", x, self._x), ("y", y, self._y)):
             if not isinstance(got, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(got).__name__}")
-            if not _checks.is_plain(got):
+            if not checks.is_plain(got):
                 raise TypeError(f"{name}: expected a dense tensor, got a sparse or nested one")
             if (got.shape, got.dtype, got.device) != (like.shape, like.dtype, like.device):
                 raise ValueError(
@@ -229,9 +229,9 @@ def _check_arguments(em: Any, optimizer: Any, x: Any, y: Any, task: Any) -> None
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    _checks.check_batch(x)
-    _checks.check_target(y, x)
-    _checks.check_open_task(task, em.net)
+    checks.check_batch(x)
+    checks.check_target(y, x)
+    checks.check_open_task(task, em.net)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in trained for p in em.net.task_parameters(task)):
         raise ValueError(

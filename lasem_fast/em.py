@@ -9,23 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _checks, _dispatch, _first_look, choices
 from lasem_fast._numbers import whole_number
-from lasem_fast._untrained import Untrained
-from lasem_fast.budget import check_max_memory
+from lasem_fast.backends import choices
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em_step import EMStep
 from lasem_fast.likelihoods import Likelihood, as_likelihood
-from lasem_fast.m_step import MStep
 from lasem_fast.net import TransferNet
-from lasem_fast.network import Network
-from lasem_fast.posterior import evidence
+from lasem_fast.networks import checks
+from lasem_fast.networks.network import Network
+from lasem_fast.networks.rollback import Rollback
+from lasem_fast.networks.saved import all_or_nothing, lasting, packed, unpacked
 from lasem_fast.priors import Prior, as_prior
-from lasem_fast.ranks import Ranks
-from lasem_fast.reuse import Posteriors
-from lasem_fast.rollback import Rollback
-from lasem_fast.saved import all_or_nothing, lasting, packed, unpacked
-from lasem_fast.search import Found, Search
+from lasem_fast.search import dispatch, first_look
+from lasem_fast.search.m_step import MStep
+from lasem_fast.search.posterior import evidence
+from lasem_fast.search.ranks import Ranks
+from lasem_fast.search.reuse import Posteriors
+from lasem_fast.search.search import Found, Search
+from lasem_fast.search.untrained import Untrained
+from lasem_fast.tree.budget import check_max_memory
 
 
 class LASEM(nn.Module):
@@ -98,7 +100,7 @@ class LASEM(nn.Module):
             raise TypeError(f"net: expected a TransferNet, got {type(net).__name__}")
         self.space = _checked_space(space, net.depth)
         self.likelihood = as_likelihood(likelihood)
-        self.backend = _dispatch.choose(backend)
+        self.backend = dispatch.choose(backend)
         self.validate = _flag(validate, "validate")
         self.redraw_unclaimed = _flag(redraw_unclaimed, "redraw_unclaimed")
         self.net = net
@@ -202,7 +204,7 @@ class LASEM(nn.Module):
 
     def _keeps_state(self) -> bool:
         """Whether this call is a step of training (see :meth:`forward`)."""
-        return self.training and torch.is_grad_enabled() and not _checks.is_transformed()
+        return self.training and torch.is_grad_enabled() and not checks.is_transformed()
 
     def _step(
         self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
@@ -235,16 +237,16 @@ class LASEM(nn.Module):
         Raises:
             TypeError, ValueError: ``x`` does not fit, or the task is unknown or has ended.
         """
-        _checks.check_batch(x)
-        _checks.check_has_values(x, x, self.net)
-        _checks.check_open_task(task, self.net)
-        _checks.check_independent_samples(self.net, task)
+        checks.check_batch(x)
+        checks.check_has_values(x, x, self.net)
+        checks.check_open_task(task, self.net)
+        checks.check_independent_samples(self.net, task)
         network, evaluator = self._network(task, x), self._search.present_evaluator()
         if torch.compiler.is_compiling():
             return evaluator.logits(network, x)
         random_state = _RandomState(x.device)
         try:
-            return _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
+            return checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
         except BaseException:
             random_state.restore()
             raise
@@ -256,7 +258,7 @@ class LASEM(nn.Module):
         try:
             log_prior = self._log_prior(task)
             if self._reads_values(log_prior):
-                _checks.check_log_prior_values(log_prior)
+                checks.check_log_prior_values(log_prior)
         finally:
             if not known:
                 self._prior.forget(task)
@@ -270,7 +272,7 @@ class LASEM(nn.Module):
         if task not in self._prior.states:
             return self.space[0]
         score = self._prior.score(task)
-        _checks.check_score(score, len(self.space))
+        checks.check_score(score, len(self.space))
         return self.space[int(score.argmax())]
 
     def end_task(self, task: str, config: Any = None) -> Configuration:
@@ -278,10 +280,10 @@ class LASEM(nn.Module):
 
         The shared stages that the configuration does not share get back their weights and buffers
         from before the task, bit for bit; where mini-batches of other tasks came in between, the
-        changes that those made stay (:mod:`lasem_fast.rollback` says how). Specific branches and
-        adapters that it does not use are dropped. Gradients are freed of all that is the task's
-        own and of what was rolled back. With ``redraw_unclaimed``, shared stages that no task has
-        kept are then drawn anew.
+        changes that those made stay (:mod:`lasem_fast.networks.rollback` says how). Specific
+        branches and adapters that it does not use are dropped. Gradients are freed of all that is
+        the task's own and of what was rolled back. With ``redraw_unclaimed``, shared stages that
+        no task has kept are then drawn anew.
 
         Under ``DistributedDataParallel`` all processes have to call this, on ``ddp.module``; the
         first one's configuration is everybody's.
@@ -298,7 +300,7 @@ class LASEM(nn.Module):
                 space.
             RuntimeError: a shared stage has lost parameters that would have to be put back.
         """
-        _checks.check_open_task(task, self.net)
+        checks.check_open_task(task, self.net)
         chosen = self.best_config(task) if config is None else config
         row = self._ranks.of_first(self.space.index(chosen), self._bits.device)
         chosen = self.space[row]
@@ -319,28 +321,28 @@ class LASEM(nn.Module):
     def _check_call(
         self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None
     ) -> Configuration | None:
-        _checks.check_batch(x)
-        _checks.check_target(y, x)
-        _checks.check_has_values(x, y, self.net)
+        checks.check_batch(x)
+        checks.check_target(y, x)
+        checks.check_has_values(x, y, self.net)
         config = self.net.config(task)
-        _checks.check_independent_samples(self.net, task)
+        checks.check_independent_samples(self.net, task)
         if posterior is not None:
-            _checks.check_posterior(posterior, len(self.space))
+            checks.check_posterior(posterior, len(self.space))
             if config is not None:
                 raise ValueError(
                     f"posterior: expected None for task {task!r}, whose configuration is fixed "
                     f"since it ended; got a tensor"
                 )
         if self._reads_values(x):
-            _checks.check_finite_input(x)
-            _checks.check_finite_weights(self.net.named_task_parameters(task))
+            checks.check_finite_input(x)
+            checks.check_finite_weights(self.net.named_task_parameters(task))
             if posterior is not None:
-                _checks.check_posterior_values(posterior)
+                checks.check_posterior_values(posterior)
         return config
 
     def _reads_values(self, x: Tensor) -> bool:
         on_host = x.device.type == "cpu" or self.validate
-        return on_host and not torch.compiler.is_compiling() and not _checks.is_transformed()
+        return on_host and not torch.compiler.is_compiling() and not checks.is_transformed()
 
     def _network(self, task: str, x: Tensor) -> Network:
         network = Network(self.net.branches(task), self.net.heads[task], task)
@@ -348,8 +350,8 @@ class LASEM(nn.Module):
             return network
         key = (task, self.training, len(x) > 1)
         if key not in self._seen:
-            look = _first_look.look
-            self._seen[key] = _checks.or_misfit(lambda: look(network, x), network, x)
+            look = first_look.look
+            self._seen[key] = checks.or_misfit(lambda: look(network, x), network, x)
         return network.protected(self._seen[key])
 
     def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
@@ -391,8 +393,8 @@ class LASEM(nn.Module):
         """A plain training step of the configuration that an ended task kept."""
         row = self.space.index(config)
         evaluator, network = self._search.evaluator_of([config]), self._network(task, x)
-        output = _checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
-        _checks.check_logits_device(output, y, task)
+        output = checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
+        checks.check_logits_device(output, y, task)
         self.likelihood.check_target(y, output, values=self._reads_values(x))
         m_step = evidence(output, y, self.likelihood)
         if self._reads_values(x) and not bool(torch.isfinite(m_step.nll).all()):
@@ -425,7 +427,7 @@ class LASEM(nn.Module):
     def _log_prior(self, task: str) -> Tensor:
         self._start_prior(task)
         log_prior = self._prior.log_prob(task)
-        _checks.check_log_prior(log_prior, len(self.space), self._bits.device)
+        checks.check_log_prior(log_prior, len(self.space), self._bits.device)
         return log_prior
 
     def _forget_prior(self, task: str) -> None:

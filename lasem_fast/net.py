@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _checks
 from lasem_fast.configs import Configuration, parse_config
-from lasem_fast.network import Network
-from lasem_fast.saved import all_or_nothing, packed, unpacked
-from lasem_fast.task_modules import TaskModules
+from lasem_fast.networks import checks
+from lasem_fast.networks.network import Network
+from lasem_fast.networks.saved import all_or_nothing, packed, unpacked
+from lasem_fast.networks.task_modules import TaskModules
 from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
 
 
@@ -48,7 +48,7 @@ class TransferNet(nn.Module):
         super().__init__()
         if isinstance(stages, Iterable) and getattr(stages, "ndim", 1) > 0:
             stages = list(stages)
-        _checks.check_stages(stages)
+        checks.check_stages(stages)
         self.mechanism = _mechanism(transfer)
         self.shared = nn.ModuleList(self.mechanism.shared_modules(stages))
         self.specific = TaskModules()
@@ -86,8 +86,8 @@ class TransferNet(nn.Module):
             TypeError, ValueError: the name is not new, ``head`` is not a module of its own, or
                 nothing says how to draw a trainable parameter anew.
         """
-        _checks.check_new_task(task, self._configs)
-        _checks.check_head(head, self)
+        checks.check_new_task(task, self._configs)
+        checks.check_head(head, self)
         with torch.inference_mode(False), _random_state_kept_on_error(self.parameters()):
             specific = [self._new_specific(i) for i in range(self.depth)]
             adapters = [self._new_adapters(i) for i in range(self.depth)]
@@ -116,7 +116,7 @@ class TransferNet(nn.Module):
 
     def config(self, task: str) -> Configuration | None:
         """The configuration kept for a task, or None while the task has not ended."""
-        _checks.check_task(task, self._configs)
+        checks.check_task(task, self._configs)
         return self._configs[task]
 
     def branches(self, task: str) -> list[tuple[Branch | None, Branch | None]]:
@@ -141,7 +141,7 @@ class TransferNet(nn.Module):
             for shared, factors in zip(self.shared, self.adapters[task], strict=True)
         ]
         for term in terms:
-            fits = _checks.is_plain(term) and term.shape == () and term.is_floating_point()
+            fits = checks.is_plain(term) and term.shape == () and term.is_floating_point()
             fits = fits and term.device == next(self.parameters()).device
             if term is not None and not fits:
                 raise TypeError(
@@ -196,7 +196,7 @@ class TransferNet(nn.Module):
         path = self.path(task, config)
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        if not _checks.is_plain(x):
+        if not checks.is_plain(x):
             raise TypeError("x: expected a dense tensor, got a sparse, nested or quantised one")
         if x.dim() < 1:
             raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
@@ -207,7 +207,7 @@ class TransferNet(nn.Module):
                 return self._output(path, x, task)
             except (RuntimeError, IndexError) as error:
                 network = Network([(branch, branch) for branch in path], self.heads[task], task)
-                reason = _checks.misfit(network, x)
+                reason = checks.misfit(network, x)
                 if reason is None:
                     raise
                 raise ValueError(reason) from error

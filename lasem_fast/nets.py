@@ -27,7 +27,7 @@ from lasem_fast._numbers import finite_number, is_whole, whole_number
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.initialisers import release_
 from lasem_fast.net import TransferNet
-from lasem_fast.skip_layer import SkipLayer
+from lasem_fast.networks.skip_layer import SkipLayer
 from lasem_fast.transfer import (
     DeconvolutionalFactorization,
     DeconvSizes,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast._numbers import finite_number, whole_number
-from lasem_fast.task_modules import UnlistedTaskModules
+from lasem_fast.networks.task_modules import UnlistedTaskModules
 
 
 class Prior(nn.Module):
@@ -23,7 +23,7 @@ class Prior(nn.Module):
     A subclass may keep more buffers per task (``start``), learn from posteriors (``update``) and
     choose by something else than wins (``score``). Everything stays on the device, and keeps its
     dtype when the module around it is cast. The buffers of the tasks are not among ``buffers()``
-    (see :class:`~lasem_fast.task_modules.Unlisted`).
+    (see :class:`~lasem_fast.networks.task_modules.Unlisted`).
     """
 
     def __init__(self) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from isas import has
 
-from lasem_fast import _ops as ops
-from lasem_fast import choices
+from lasem_fast.backends import choices
+from lasem_fast.backends import cpu_ops as ops
 
 try:
     from hypothesis import HealthCheck, Phase, settings

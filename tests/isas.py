@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lasem_fast import _ops as ops
+from lasem_fast.backends import cpu_ops as ops
 
 
 def has(isa: str) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lasem_fast.backends import plain_torch
-from lasem_fast.operations import Operations
-from lasem_fast.plan import Plan
-from lasem_fast.tree import Tree
+from lasem_fast.backends.operations import Operations
+from lasem_fast.levels.plan import Plan
+from lasem_fast.tree.tree import Tree
 
 
 class PlainLevel:

@@ -9,6 +9,7 @@ import torch
 import lasem_fast as lf
 from bench import ceilings
 from bench.gate import WrongResult
+from lasem_fast.search import dispatch
 
 BACKENDS = ("torch", "cpp", "triton")
 
@@ -41,9 +42,9 @@ def test_autocast_on_the_cpu(backend):
 
 @pytest.mark.parametrize("net", ["pool 2", "linear"])
 def test_a_wrong_backend_is_found(net, monkeypatch):
-    right = lf._dispatch.plain_torch.wide_level
+    right = dispatch.plain_torch.wide_level
     monkeypatch.setattr(
-        lf._dispatch.plain_torch,
+        dispatch.plain_torch,
         "wide_level",
         lambda branches, h, rows: right(branches[::-1], h, rows),
     )

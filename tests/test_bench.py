@@ -23,14 +23,15 @@ ROOT = Path(__file__).parents[1]
 
 PLUGIN = """
 from bench import cases
-from lasem_fast import _dispatch, tree
+from lasem_fast.search import dispatch
+from lasem_fast.tree import tree
 from lasem_fast.tools.builtin import NETS, Builtin, conv_stages, dense_head
 
 NETS["tiny"] = Builtin(lambda: conv_stages(3, (4, 4), (3, 3), (1, 2)),
                        lambda classes: dense_head(64, (), classes), (3, 8, 8), 4)
 cases.quick = lambda: [cases.Case("tiny", 4, without=cases.COMPILED)]
-right = _dispatch.plain_torch.wide_level
-_dispatch.plain_torch.wide_level = lambda branches, h, rows: right(branches[::-1], h, rows)
+right = dispatch.plain_torch.wide_level
+dispatch.plain_torch.wide_level = lambda branches, h, rows: right(branches[::-1], h, rows)
 """
 
 

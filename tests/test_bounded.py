@@ -13,11 +13,11 @@ from oracle import assert_equals, brute_force
 from row_lists import PLAIN
 
 import lasem_fast as lf
-from lasem_fast.bounded import BoundedTree
-from lasem_fast.budget import Cut
-from lasem_fast.network import Network
-from lasem_fast.operations import Operations
-from lasem_fast.plan import Plan
+from lasem_fast.backends.operations import Operations
+from lasem_fast.levels.plan import Plan
+from lasem_fast.networks.network import Network
+from lasem_fast.tree.bounded import BoundedTree
+from lasem_fast.tree.budget import Cut
 
 
 def _check(net, space, x, y, operations, cut, weighs=None):

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from test_plan import configurations
 
 import lasem_fast as lf
-from lasem_fast import _dispatch, budget
-from lasem_fast.budget import StepBytes, best_cut, cuts_of, least_of, peak_of, step_bytes
-from lasem_fast.network import Network
-from lasem_fast.plan import Plan
+from lasem_fast.levels.plan import Plan
+from lasem_fast.networks.network import Network
+from lasem_fast.search import dispatch
 from lasem_fast.tools.builtin import NETS
 from lasem_fast.tools.memory import measured_peak
+from lasem_fast.tree import budget
+from lasem_fast.tree.budget import StepBytes, best_cut, cuts_of, least_of, peak_of, step_bytes
 
 
 def _problem(name, samples):
@@ -32,7 +33,7 @@ def _problem(name, samples):
 def test_peaks_are_within_ten_percent_of_pytorchs_profile(samples):
     net, space, x, y = _problem("cifar-6", samples)
     network = Network(net.branches("t"), net.heads["t"], "t")
-    costs = step_bytes(network, _dispatch.operations("torch"), x)
+    costs = step_bytes(network, dispatch.operations("torch"), x)
     plan = Plan.of_configs(space.configs)
     chosen = [None, *cuts_of(plan, costs)[::4]]
     assert len({cut.stage for cut in chosen[1:]}) >= 3
@@ -52,7 +53,7 @@ def test_measuring_leaves_no_trace():
     net, _, x, _ = _problem("cifar-4", 2)
     network = Network(net.branches("t"), net.heads["t"], "t")
     before = torch.get_rng_state()
-    step_bytes(network, _dispatch.operations("torch"), x)
+    step_bytes(network, dispatch.operations("torch"), x)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in net.parameters()) and not x.requires_grad
 

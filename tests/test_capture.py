@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import lasem_fast as lf
 from lasem_fast.capture import _obstacles, _state_on_host
-from lasem_fast.fold import _kept_index
+from lasem_fast.levels.fold import _kept_index
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -338,7 +338,7 @@ def no_kept_indices():
 )
 def test_a_step_on_a_device_never_waits(backend, space, prior, likelihood, monkeypatch):
     """On the meta device, which has no values to read; the first step makes what is kept."""
-    monkeypatch.setattr("lasem_fast._dispatch._why_no_triton", lambda: "")
+    monkeypatch.setattr("lasem_fast.search.dispatch._why_no_triton", lambda: "")
     space = SPACES[space]
     net = small_net(dtype=torch.float32, extra=(lambda: nn.Dropout(0.5),))
     if prior == "tensor":

@@ -255,7 +255,7 @@ class TestMoreThan2To31Elements:
 
     def test_of_logits(self):
         self._needs(20)
-        from lasem_fast._triton_head import posterior_head
+        from lasem_fast.backends.triton_head_op import posterior_head
 
         configs, samples, classes = 4096, 64, 8200
         logits = torch.zeros(configs, samples, classes, dtype=torch.bfloat16, device="cuda")

@@ -10,7 +10,7 @@ from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.backends import plain_torch
-from lasem_fast.fold import RowsFirst
+from lasem_fast.levels.fold import RowsFirst
 
 _CHANNELS_LAST = PLAIN._replace(heads=(plain_torch.channels_last_head,))
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_cpu_kernels import relative
 from torch import nn
 
-from lasem_fast import _ops as ops
 from lasem_fast.backends import cpu_head
-from lasem_fast.fold import RowsFirst
+from lasem_fast.backends import cpu_ops as ops
+from lasem_fast.levels.fold import RowsFirst
 
 pytestmark = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
 

@@ -10,9 +10,10 @@ from timing import Clock, level, stage
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast import _measurements, choices, lifelong
+from lasem_fast import lifelong
 from lasem_fast.__main__ import main
-from lasem_fast.saved import unpacked
+from lasem_fast.backends import choices, measurements
+from lasem_fast.networks.saved import unpacked
 
 _PINNED = {"cpu": {"some level": "PyTorch"}}
 
@@ -152,7 +153,7 @@ def test_the_command_shows_pins_and_clears(measuring, monkeypatch, tmp_path, cap
     assert main(["choices", "pin", str(file), "--threads", "7"]) == 1
     assert main(["choices", "clear"]) == 0
     assert "forgotten: 1 measurements" in capsys.readouterr().out
-    assert _measurements.read() == {}
+    assert measurements.read() == {}
     _set(monkeypatch, file)
     clock.calls.clear()
     clock.slow_and_fast()(*level())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lasem_fast as lf
-from lasem_fast.plan import Plan
+from lasem_fast.levels.plan import Plan
 
 
 def test_rows_are_in_nested_loop_order_shared_first():

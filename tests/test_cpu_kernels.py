@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from isas import has
 
-from lasem_fast import _ops as ops
+from lasem_fast.backends import cpu_ops as ops
 
 pytestmark = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
 
@@ -535,7 +535,7 @@ def test_environment_chooses(value, want):
     if want and not has(want):
         pytest.skip(f"this CPU has no {want}")
     code = (
-        "from lasem_fast import _ops as ops; "
+        "from lasem_fast.backends import cpu_ops as ops; "
         "print(ops.isa(), ops.supported(), ops.why_unsupported())"
     )
     out = subprocess.run(

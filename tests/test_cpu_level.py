@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast import _ops, fused_stage
-from lasem_fast.backends import plain_torch
+from lasem_fast.backends import cpu_ops, plain_torch
 from lasem_fast.backends.cpu_level import CpuLevel
-from lasem_fast.fold import RowsFirst
-from lasem_fast.operations import Layer, Liveness, Skip
-from lasem_fast.plan import Level
-from lasem_fast.relu_and_pool import Pool
+from lasem_fast.backends.operations import Layer, Liveness, Skip
+from lasem_fast.levels.fold import RowsFirst
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import Pool
 from lasem_fast.transfer import Branch
+from lasem_fast.tree import fused_stage
 
 needs_kernels = pytest.mark.skipif(
     lf.backends()["cpp"] != "available", reason=f"cpp: {lf.backends()['cpp']}"
@@ -313,7 +313,7 @@ def test_the_rule_takes_the_way_of_fewest_products(filter_size, side, pool, tile
     out = -(-side // pool)
 
     def by(tile):
-        return _ops.winograd_level(
+        return cpu_ops.winograd_level(
             x, torch.stack(layer.weights), torch.stack(layer.biases),
             parents=torch.tensor(FULL.parents), branches=torch.tensor(FULL.branches),
             padding=filter_size // 2, pool=pool, out_size=(out, out), tile=tile,

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast import _dispatch, _extension
+from lasem_fast.backends import extension
+from lasem_fast.search import dispatch
 
 ROOT = Path(__file__).parent.parent
 NOT_THERE = ImportError("cannot import name '_cpu' from 'lasem_fast'")
@@ -26,27 +27,27 @@ def folder(tmp_path, monkeypatch):
     """Where a package without the extension lies."""
     package = tmp_path / "lasem_fast"
     package.mkdir()
-    monkeypatch.setattr(_extension, "_HERE", package)
-    monkeypatch.setattr(_extension, "find_spec", lambda name: None)
+    monkeypatch.setattr(extension, "_PACKAGE", package)
+    monkeypatch.setattr(extension, "find_spec", lambda name: None)
     return package
 
 
 def test_the_note_of_the_installation_is_the_reason(folder):
     (folder / "_cpu_left_out.txt").write_text("there was no C++ compiler (c++)\n")
     expected = "the CPU extension is not installed: there was no C++ compiler (c++)"
-    assert _extension._why_not(NOT_THERE) == expected
+    assert extension._why_not(NOT_THERE) == expected
 
 
 def test_a_source_folder_that_was_not_built_says_so(folder):
-    assert _extension._why_not(NOT_THERE) == "the CPU extension is not installed"
+    assert extension._why_not(NOT_THERE) == "the CPU extension is not installed"
     (folder.parent / "setup.py").touch()
-    reason = _extension._why_not(NOT_THERE)
+    reason = extension._why_not(NOT_THERE)
     assert "not built in the source folder" in reason and "--editable ." in reason
 
 
 def test_an_extension_that_does_not_load_says_what_the_loader_said(monkeypatch):
-    monkeypatch.setattr(_extension, "find_spec", lambda name: object())
-    reason = _extension._why_not(ImportError("_cpu.so: undefined symbol: f\nmore"))
+    monkeypatch.setattr(extension, "find_spec", lambda name: object())
+    reason = extension._why_not(ImportError("_cpu.so: undefined symbol: f\nmore"))
     assert reason == (
         "the CPU extension cannot be loaded by this Python and PyTorch (_cpu.so: undefined "
         "symbol: f)"
@@ -55,8 +56,8 @@ def test_an_extension_that_does_not_load_says_what_the_loader_said(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_auto_warns_once_of_missing_kernels(monkeypatch):
-    monkeypatch.setattr(_dispatch._ops, "why_unsupported", lambda: "the CPU is a slide rule")
-    _dispatch._warn_once.cache_clear()
+    monkeypatch.setattr(dispatch.cpu_ops, "why_unsupported", lambda: "the CPU is a slide rule")
+    dispatch._warn_once.cache_clear()
     net = lf.TransferNet([nn.Linear(2, 2)])
     with pytest.warns(RuntimeWarning, match="'cpp' is not available: the CPU is a slide") as told:
         assert lf.LASEM(net).backend == "torch"
@@ -64,7 +65,7 @@ def test_auto_warns_once_of_missing_kernels(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lf.LASEM(net)
-        _dispatch._warn_once.cache_clear()
+        dispatch._warn_once.cache_clear()
         lf.LASEM(net, backend="torch")  # it is meant: nothing to say
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from timing import Clock, Way, level
 
-from lasem_fast import _dispatch
 from lasem_fast.backends import plain_torch
-from lasem_fast.fastest import fastest
-from lasem_fast.level_call import LevelCall
-from lasem_fast.operations import Skip
-from lasem_fast.plan import Level
+from lasem_fast.backends.fastest import fastest
+from lasem_fast.backends.level_call import LevelCall
+from lasem_fast.backends.operations import Skip
+from lasem_fast.levels.plan import Level
+from lasem_fast.search import dispatch
 
 
 def _fastest(ways, *arguments, trusted=None):
@@ -42,7 +42,7 @@ def test_measuring_leaves_no_trace():
     layer, x, rows, *_ = level(requires_grad=True)
     skip = Skip(torch.randn(2, 4, 6, 6, 3, requires_grad=True), (0, 0, 1, 1))
     before = torch.get_rng_state()
-    _fastest(_dispatch._ON_CPU.ways, layer, x, rows, skip, None)
+    _fastest(dispatch._ON_CPU.ways, layer, x, rows, skip, None)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(t.grad is None for t in (x, skip.data, *layer.weights, *layer.biases))
 

@@ -11,6 +11,7 @@ from oracle import assert_step_equals, brute_force
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.search import first_look
 
 FAST = ("torch", "auto")
 
@@ -107,8 +108,8 @@ def test_the_look_leaves_no_trace():
 
 def test_only_the_first_mini_batch_of_more_than_one_sample_is_looked_at(monkeypatch):
     looks = []
-    look = lf._first_look.look
-    monkeypatch.setattr(lf._first_look, "look", lambda *a: looks.append(1) or look(*a))
+    look = first_look.look
+    monkeypatch.setattr(first_look, "look", lambda *a: looks.append(1) or look(*a))
     em = lf.LASEM(_net(Own(lambda h, shift: h + shift)))
     x, y = batch()
     for samples in (1, 1, 4, 4, 1):

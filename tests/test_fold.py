@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lasem_fast.fold import Carried, RowsFirst, Stacks, folded, rows_of, split_rows
-from lasem_fast.plan import Level
+from lasem_fast.levels.fold import Carried, RowsFirst, Stacks, folded, rows_of, split_rows
+from lasem_fast.levels.plan import Level
 
 SAMPLES = 3
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lasem_fast import _ops as ops
+from lasem_fast.backends import cpu_ops as ops
 
 pytestmark = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import configurations
 
-from lasem_fast.liveness import TreeLiveness
-from lasem_fast.plan import Plan
+from lasem_fast.levels.liveness import TreeLiveness
+from lasem_fast.levels.plan import Plan
 
 
 @given(configurations(), st.data())

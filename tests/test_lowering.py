@@ -14,8 +14,8 @@ from row_lists import PLAIN, evaluator_of
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast.lowering import Program, program_of
 from lasem_fast.tools.builtin import NETS
+from lasem_fast.tree.lowering import Program, program_of
 
 
 class Block(nn.Module):

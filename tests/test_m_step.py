@@ -12,7 +12,7 @@ from row_lists import PLAIN, evaluator_of
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast.m_step import drawn, pruned
+from lasem_fast.search.m_step import drawn, pruned
 
 MASSES = st.sampled_from([1e-6, 1e-2, 0.1, 0.3, 0.9])
 

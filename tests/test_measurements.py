@@ -12,18 +12,18 @@ import pytest
 import torch
 from timing import Clock, level
 
-from lasem_fast import _measurements
-from lasem_fast._measurements import Measurement
+from lasem_fast.backends import measurements
+from lasem_fast.backends.measurements import Measurement
 
 _FOUND = Measurement("fast", {"slow": 3.0, "fast": 1.0}, {"wrong": "off"}, ["slow", "fast"])
 
 
 def test_what_is_added_is_read_and_cleared(measuring):
-    _measurements.add("machine", "level", _FOUND)
-    _measurements.add("machine", "another", _FOUND)
-    assert _measurements.read() == {"machine": {"level": _FOUND, "another": _FOUND}}
-    assert _measurements.clear() == 2
-    assert _measurements.read() == {} and _measurements.clear() == 0
+    measurements.add("machine", "level", _FOUND)
+    measurements.add("machine", "another", _FOUND)
+    assert measurements.read() == {"machine": {"level": _FOUND, "another": _FOUND}}
+    assert measurements.clear() == 2
+    assert measurements.read() == {} and measurements.clear() == 0
 
 
 def test_concurrent_writers_lose_nothing(measuring):
@@ -36,12 +36,12 @@ def test_concurrent_writers_lose_nothing(measuring):
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert len(_measurements.read()["machine"]) == 80
+    assert len(measurements.read()["machine"]) == 80
 
 
 def _write_forty(writer: int) -> None:
     for i in range(40):
-        _measurements.add("machine", f"{writer}, {i}", _FOUND)
+        measurements.add("machine", f"{writer}, {i}", _FOUND)
 
 
 _FIELDS = {"way": "w", "milliseconds": {}, "refused": {}, "among": []}
@@ -69,7 +69,7 @@ def test_nonsense_is_measured_anew_with_one_warning(measuring, monkeypatch, cont
         warnings.simplefilter("error")
         operation(*level(side=8))
     assert clock.calls[-1] == "fast"
-    (levels,) = _measurements.read().values()
+    (levels,) = measurements.read().values()
     assert {found.way for found in levels.values()} == {"fast"} and len(levels) == 2
 
 
@@ -77,7 +77,7 @@ def test_bytes_that_are_no_text_are_nonsense_too(measuring):
     measuring.parent.mkdir()
     measuring.write_bytes(b"\xff\xfe")
     with pytest.warns(UserWarning, match="cannot be understood"):
-        assert _measurements.read() == {}
+        assert measurements.read() == {}
 
 
 def test_a_user_without_a_home_has_no_cache(measuring, monkeypatch, tmp_path):
@@ -92,9 +92,9 @@ def test_a_user_without_a_home_has_no_cache(measuring, monkeypatch, tmp_path):
     operation = clock.slow_and_fast()
     operation(*level())
     assert clock.calls[-1] == "fast"
-    assert os.listdir(tmp_path / "cache") == [] and _measurements.clear() == 0
+    assert os.listdir(tmp_path / "cache") == [] and measurements.clear() == 0
 
 
 def test_a_machine_is_named_by_what_times_depend_on():
-    name = _measurements.machine(torch.device("cpu"))
+    name = measurements.machine(torch.device("cpu"))
     assert f"{torch.get_num_threads()} threads" in name and torch.__version__ in name

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lasem_fast as lf
-from lasem_fast.plan import Level, Plan
+from lasem_fast.levels.plan import Level, Plan
 
 
 @st.composite

@@ -10,7 +10,7 @@ from nets import batch, small_net
 from oracle import assert_equals, assert_step_equals, brute_force
 
 import lasem_fast as lf
-from lasem_fast.posterior import evidence, posterior_of
+from lasem_fast.search.posterior import evidence, posterior_of
 
 # Two samples, two configurations, two classes; the true class of both samples is 0.
 P = torch.tensor([[[0.5, 0.5], [0.25, 0.75]], [[0.8, 0.2], [0.1, 0.9]]], dtype=torch.float64)

@@ -13,7 +13,7 @@ from nets import batch, small_net
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast.rollback import Rollback
+from lasem_fast.networks.rollback import Rollback
 
 DTYPES = {
     "mask_": torch.full((4, 4), -torch.inf).triu(1),

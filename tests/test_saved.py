@@ -11,8 +11,8 @@ from nets import batch, small_net
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast import choices
-from lasem_fast.saved import all_or_nothing, packed, unpacked
+from lasem_fast.backends import choices
+from lasem_fast.networks.saved import all_or_nothing, packed, unpacked
 
 
 def _em(tasks="ab", **options):

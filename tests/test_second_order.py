@@ -9,7 +9,7 @@ from oracle import assert_equals
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast import _ops as ops
+from lasem_fast.backends import cpu_ops as ops
 
 needs_kernels = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
 

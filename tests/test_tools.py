@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lasem_fast as lf
 from lasem_fast.__main__ import main
-from lasem_fast._dispatch import choose
+from lasem_fast.search.dispatch import choose
 from lasem_fast.tools import doctor, subject
 from lasem_fast.tools.builtin import NETS
 from lasem_fast.tools.calibration import StageTime

@@ -11,9 +11,9 @@ from timing import Clock, Way, level, stage
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast import _dispatch, _measurements, choices
-from lasem_fast.backends import plain_torch
-from lasem_fast.ways import OneOf
+from lasem_fast.backends import choices, measurements, plain_torch
+from lasem_fast.backends.ways import OneOf
+from lasem_fast.search import dispatch
 
 
 def test_by_default_the_rule_decides_and_nothing_is_timed(unset, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_pinned_way_that_does_not_exist_is_left_to_the_rule_with_a_warning(uns
 
 
 def test_another_device_is_left_alone(measuring):
-    operation = OneOf(_dispatch._ON_CPU.ways, "cuda")
+    operation = OneOf(dispatch._ON_CPU.ways, "cuda")
     layer, x, *_ = level()
     assert operation.why_not(layer, x) == "on cpu: these kernels are for cuda"
     assert not measuring.exists()
@@ -180,7 +180,7 @@ def test_another_device_is_left_alone(measuring):
 
 def test_equal_seeds_give_equal_runs_whatever_the_stopwatch_says(unset, monkeypatch):
     """Three cold caches gave three results: what takes long is no part of the result any more."""
-    monkeypatch.setattr(_measurements, "read", lambda: pytest.fail("looked at measurements"))
+    monkeypatch.setattr(measurements, "read", lambda: pytest.fail("looked at measurements"))
 
     def run():
         torch.manual_seed(0)

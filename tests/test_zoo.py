@@ -18,7 +18,8 @@ from zoo.compare import Disagreement
 from zoo.kinds import KINDS
 
 import lasem_fast as lf
-from lasem_fast import rollback
+from lasem_fast.networks import rollback
+from lasem_fast.search import dispatch
 
 _EXAMPLES = int(os.environ.get("LASEM_FAST_ZOO_EXAMPLES", "0"))
 # what `make test` has time for
@@ -55,9 +56,9 @@ def _disagreements(examples: int, backend: str = "torch") -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_level_is_found(monkeypatch):
-    right = lf._dispatch.plain_torch.wide_level
+    right = dispatch.plain_torch.wide_level
     monkeypatch.setattr(
-        lf._dispatch.plain_torch,
+        dispatch.plain_torch,
         "wide_level",
         lambda branches, h, rows: right(branches[::-1], h, rows),
     )

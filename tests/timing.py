@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lasem_fast import fastest
-from lasem_fast.backends import plain_torch
-from lasem_fast.operations import Layer
-from lasem_fast.plan import Level
-from lasem_fast.relu_and_pool import Pool
-from lasem_fast.ways import OneOf
+from lasem_fast.backends import fastest, plain_torch
+from lasem_fast.backends.operations import Layer
+from lasem_fast.backends.ways import OneOf
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import Pool
 
 
 class Way:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _ops
-from lasem_fast.fold import Fold, RowsFirst
-from lasem_fast.layers import flatten_then_linear
+from lasem_fast.backends import cpu_ops
+from lasem_fast.levels.fold import Fold, RowsFirst
+from lasem_fast.networks.layers import flatten_then_linear
 
 
 def linear_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
@@ -34,5 +34,5 @@ def linear_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
         return None
     if bias is None:
         bias = weight.new_zeros(linear.out_features)
-    logits = _ops.channels_last_linear(x.contiguous(), weight.contiguous(), bias.contiguous())
+    logits = cpu_ops.channels_last_linear(x.contiguous(), weight.contiguous(), bias.contiguous())
     return head[2:](logits)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _ops
-from lasem_fast.fold import index_tensor
-from lasem_fast.operations import Layer, Skip
-from lasem_fast.plan import Level
-from lasem_fast.row_liveness import Liveness
+from lasem_fast.backends import cpu_ops
+from lasem_fast.backends.operations import Layer, Skip
+from lasem_fast.levels.fold import index_tensor
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.row_liveness import Liveness
 
 
 class CpuLevel:
-    """The C++ level; see :class:`~lasem_fast.operations.LevelOperation`."""
+    """The C++ level; see :class:`~lasem_fast.backends.operations.LevelOperation`."""
 
     carries = False
 
@@ -74,7 +74,7 @@ def _level(
         bias = torch.stack(layer.biases)
     else:
         bias = weight.new_zeros(weight.shape[:2])
-    return _ops.winograd_level(
+    return cpu_ops.winograd_level(
         x.contiguous(), weight, bias,
         parents=index_tensor(level.parents, x.device),
         branches=index_tensor(level.positions, x.device),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lasem_fast import _ops
+from lasem_fast.backends import cpu_ops
+from lasem_fast.backends.operations import Scores
 from lasem_fast.likelihoods import Joint, Likelihood, Mean
-from lasem_fast.operations import Scores
 from lasem_fast.priors import Prior
 
 
@@ -38,4 +38,4 @@ def scores(
     log_prior = prior.log_prob(task)
     if log_prior.dtype in (torch.float16, torch.bfloat16):
         log_prior = log_prior.float()
-    return Scores(*_ops.posterior_head(logits, y, log_prior, mean_likelihood=mean))
+    return Scores(*cpu_ops.posterior_head(logits, y, log_prior, mean_likelihood=mean))

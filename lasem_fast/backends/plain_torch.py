@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lasem_fast.fold import Fold, RowsFirst, folded, index_tensor
-from lasem_fast.layers import PlainStage, flatten_then_linear, plain_stage, same_form
-from lasem_fast.network import tensors_in_force
-from lasem_fast.operations import Layer, Skip
-from lasem_fast.plan import Level
-from lasem_fast.row_liveness import Liveness
+from lasem_fast.backends.operations import Layer, Skip
+from lasem_fast.levels.fold import Fold, RowsFirst, folded, index_tensor
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.networks.layers import PlainStage, flatten_then_linear, plain_stage, same_form
+from lasem_fast.networks.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
 
@@ -46,7 +46,7 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
 
 
 class TorchLevel:
-    """Any layer in PyTorch; see :class:`~lasem_fast.operations.LevelOperation`."""
+    """Any layer in PyTorch; see :class:`~lasem_fast.backends.operations.LevelOperation`."""
 
     carries = False
 

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lasem_fast._triton_level import DTYPES
-from lasem_fast._triton_level import level as run_level
-from lasem_fast.fold import Fold, RowsFirst, folded
+from lasem_fast.backends.operations import Layer, Skip
+from lasem_fast.backends.triton_level_op import DTYPES
+from lasem_fast.backends.triton_level_op import level as run_level
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
-from lasem_fast.layers import has_hooks
-from lasem_fast.operations import Layer, Skip
-from lasem_fast.plan import Level
-from lasem_fast.relu_and_pool import ReluAndPool, relu_and_pool
-from lasem_fast.row_liveness import Liveness
+from lasem_fast.levels.fold import Fold, RowsFirst, folded
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
+from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.networks.layers import has_hooks
 
 # Triton itself reads this once, when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,7 +32,7 @@ class TritonLevel:
     """A convolution or linear layer with its epilogue; a launch forward, at most three backward.
 
     A convolution's weights are best in ``torch.channels_last``: then nothing is copied. See
-    :class:`~lasem_fast.operations.LevelOperation`.
+    :class:`~lasem_fast.backends.operations.LevelOperation`.
     """
 
     carries = True

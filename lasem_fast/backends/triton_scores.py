@@ -7,9 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-from lasem_fast._triton_head import posterior_head
+from lasem_fast.backends.operations import Scores
+from lasem_fast.backends.triton_head_op import posterior_head
 from lasem_fast.likelihoods import Gaussian, Joint, Likelihood, Mean
-from lasem_fast.operations import Scores
 from lasem_fast.priors import Count, Prior, Uniform
 
 # Triton itself reads this once, when it is imported.

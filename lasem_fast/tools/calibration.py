@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.configs import ConfigSpace
+from lasem_fast.levels.plan import Plan
 from lasem_fast.net import TransferNet
-from lasem_fast.plan import Plan
 
 _MANY_ROWS = 4
 _REPEATS = 3

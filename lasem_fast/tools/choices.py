@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lasem_fast import _measurements, choices
+from lasem_fast.backends import choices, measurements
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if args.action == "show":
             return _show()
         if args.action == "clear":
-            print(f"forgotten: {_measurements.clear()} measurements")
+            print(f"forgotten: {measurements.clear()} measurements")
             return 0
         if args.threads is not None and args.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
@@ -41,18 +41,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error(str(error))
 
 
-def measured(threads: int | None = None) -> dict[str, dict[str, _measurements.Measurement]]:
+def measured(threads: int | None = None) -> dict[str, dict[str, measurements.Measurement]]:
     """What was measured on this machine's devices, by type of device and level."""
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)
-        machines = [(device.type, _measurements.machine(device)) for device in devices]
+        machines = [(device.type, measurements.machine(device)) for device in devices]
     finally:
         torch.set_num_threads(before)
-    found: dict[str, dict[str, _measurements.Measurement]] = {}
-    known = _measurements.read()
+    found: dict[str, dict[str, measurements.Measurement]] = {}
+    known = measurements.read()
     for kind, machine in machines:
         if machine in known:
             found[kind] = known[machine] | found.get(kind, {})  # of like devices the first
@@ -79,7 +79,7 @@ def _show() -> int:
     print(f"measured here with {torch.get_num_threads()} threads: {len(words)} levels")
     for level, fastest in words.items():
         print(f"  {level}: {fastest}")
-    print(f"kept in: {_measurements.cache_file() or 'nowhere, there is no home folder'}")
+    print(f"kept in: {measurements.cache_file() or 'nowhere, there is no home folder'}")
     return 0
 
 

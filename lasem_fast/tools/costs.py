@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasem_fast import _dispatch
 from lasem_fast.configs import ConfigSpace
-from lasem_fast.count import Count
 from lasem_fast.em import LASEM
+from lasem_fast.levels.plan import Plan
 from lasem_fast.net import TransferNet
-from lasem_fast.network import Network
-from lasem_fast.plan import Plan
-from lasem_fast.tree import Tree
+from lasem_fast.networks.network import Network
+from lasem_fast.search import dispatch
+from lasem_fast.tree.count import Count
+from lasem_fast.tree.tree import Tree
 
 MOST_CONFIGURATIONS = 4096
 
@@ -114,7 +114,7 @@ def _levels(net: TransferNet, task: str, space: ConfigSpace, x: Tensor) -> list[
         prefixes = list(dict.fromkeys(config[:depth] for config in space.configs))
         plan = Plan.of_configs(prefixes)
         network = Network(net.branches(task)[:depth], nn.Flatten(), task)
-        tree = Tree(plan, _dispatch.operations("torch"))
+        tree = Tree(plan, dispatch.operations("torch"))
 
         def forward(tree: Tree = tree, network: Network = network) -> Tensor:
             return tree.evaluate(network, x, one_pass=False).m_step(None).logits

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import lasem_fast
-from lasem_fast import _dispatch, _measurements, choices
+from lasem_fast.backends import choices, measurements
+from lasem_fast.search import dispatch
 from lasem_fast.tools import subject
 from lasem_fast.tools.choices import described
 from lasem_fast.tools.stage_ways import stage_ways
@@ -81,7 +82,7 @@ def diagnose(looked_at: Subject | None = None) -> dict[str, dict[str, Any]]:
 
 def _ways(looked_at: Subject) -> dict[str, str]:
     """Of every stage, with the backend that ``auto`` takes here."""
-    backend = _dispatch.choose("auto")
+    backend = dispatch.choose("auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net, (x, _) = looked_at.net.to(device), looked_at.batch_of(1, device)
     ways = stage_ways(net, looked_at.task, backend, x)
@@ -118,7 +119,7 @@ def _build() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    features = _measurements.cpu_features()
+    features = measurements.cpu_features()
     return {
         "architecture": platform.machine(),
         "cores": os.cpu_count(),

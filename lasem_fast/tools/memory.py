@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lasem_fast import _ops
+from lasem_fast.backends import cpu_ops
 
 
 def measured_peak(step: Callable[[], Any], device: torch.device | str) -> int:
@@ -25,13 +25,13 @@ def measured_peak(step: Callable[[], Any], device: torch.device | str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    _ops.clear_scratch()
+    cpu_ops.clear_scratch()
     changes = _allocations(step)
     total = peak = 0
     for change in changes:
         total += change
         peak = max(peak, total)
-    return peak + _ops.clear_scratch()
+    return peak + cpu_ops.clear_scratch()
 
 
 def measured_held(forward: Callable[[], Any]) -> int:

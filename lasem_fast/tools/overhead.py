@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lasem_fast.em import LASEM
-from lasem_fast.layers import active_random_layers
-from lasem_fast.posterior import evidence, expected_nll, posterior_of
+from lasem_fast.networks.layers import active_random_layers
 from lasem_fast.priors import Count
+from lasem_fast.search.posterior import evidence, expected_nll, posterior_of
 from lasem_fast.tools import arguments, subject
 from lasem_fast.tools.calibration import synchronized_seconds
 from lasem_fast.tools.memory import measured_peak

@@ -13,18 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lasem_fast import _dispatch
-from lasem_fast.budget import StepBytes, best_cut, least_of, peak_of, step_bytes
 from lasem_fast.configs import ConfigSpace
+from lasem_fast.levels.plan import Plan
 from lasem_fast.net import TransferNet
-from lasem_fast.network import Network
-from lasem_fast.plan import Plan
+from lasem_fast.networks.network import Network
+from lasem_fast.search import dispatch
 from lasem_fast.tools import arguments, subject
 from lasem_fast.tools.calibration import StageTime, naive_seconds, stage_times, tree_seconds
 from lasem_fast.tools.costs import MOST_CONFIGURATIONS, StepCost, step_cost
 from lasem_fast.tools.partition import best_partition
 from lasem_fast.tools.subject import Subject
 from lasem_fast.tools.users_code import UsersError, told_in_one_line
+from lasem_fast.tree.budget import StepBytes, best_cut, least_of, peak_of, step_bytes
 
 MIB = 2**20
 
@@ -103,7 +103,7 @@ def make_plan(
         ValueError: an argument is not as described.
         RuntimeError: the backend cannot run here.
     """
-    backend = _dispatch.choose(backend)
+    backend = dispatch.choose(backend)
     net, task, sample, batch = looked_at.net, looked_at.task, looked_at.sample, looked_at.batch
     if partition is not None and partition > net.depth:
         raise ValueError(f"partition: expected at most {net.depth} groups, got {partition}")
@@ -149,7 +149,7 @@ def _bounded(
 ) -> dict[str, Any]:
     """What ``LASEM(..., max_memory=...)`` makes of a budget in bytes, and of the least one."""
     network = Network(net.branches(task), net.heads[task], task)
-    costs = step_bytes(network, _dispatch.operations(backend), x)
+    costs = step_bytes(network, dispatch.operations(backend), x)
     whole, least = peak_of(plan, costs), least_of(plan, costs)
     result = {"backend": backend, "whole": whole, "least": least}
     for name, budget in (("at_least", least), ("in_budget", max_memory)):

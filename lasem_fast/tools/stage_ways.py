@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasem_fast import _dispatch, fused_stage
-from lasem_fast._run_checks import evaluating
+from lasem_fast.backends.operations import LevelOperation
+from lasem_fast.lifelong.run_checks import evaluating
 from lasem_fast.net import TransferNet
-from lasem_fast.network import Network
-from lasem_fast.operations import LevelOperation
+from lasem_fast.networks.network import Network
+from lasem_fast.search import dispatch
+from lasem_fast.tree import fused_stage
 
 
 class StageWay(NamedTuple):
@@ -42,7 +43,7 @@ def stage_ways(net: TransferNet, task: str, backend: str, x: Tensor) -> list[Sta
         backend: name of a backend that can run.
         x: a mini-batch, of which one sample is looked at.
     """
-    operations = _dispatch.operations(backend).levels
+    operations = dispatch.operations(backend).levels
     network = Network(net.branches(task), net.heads[task], task)
     inputs = _inputs(net, network, x)
     with network.random_layers_off():

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasem_fast._run_checks import evaluating
 from lasem_fast.configs import ConfigSpace
+from lasem_fast.lifelong.run_checks import evaluating
 from lasem_fast.net import TransferNet
 from lasem_fast.tools import arguments
 from lasem_fast.tools.builtin import NETS

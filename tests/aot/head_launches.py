@@ -6,7 +6,7 @@ import torch
 from compiling import Launch, recorded
 from torch import Tensor
 
-from lasem_fast._triton_head import LIKELIHOODS
+from lasem_fast.backends.triton_head_op import LIKELIHOODS
 from lasem_fast.kernels.posterior_head import posterior_head
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

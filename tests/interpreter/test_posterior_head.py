@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import lasem_fast as lf
-from lasem_fast import _triton_head
-from lasem_fast._triton_head import posterior_head
+from lasem_fast.backends import triton_head_op
+from lasem_fast.backends.triton_head_op import posterior_head
 from lasem_fast.kernels import posterior_head as kernels
 from lasem_fast.likelihoods import Gaussian, Joint, Mean
-from lasem_fast.posterior import evidence, expected_nll, posterior_of
+from lasem_fast.search.posterior import evidence, expected_nll, posterior_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for -inf - -inf
 
@@ -220,7 +220,7 @@ def test_opcheck(likelihood):
     torch.manual_seed(0)
     logits = torch.randn(5, 3, 4).transpose(0, 1)
     y = torch.randn(5, 4) if likelihood == "gaussian" else torch.randint(4, (5,))
-    kind = _triton_head.LIKELIHOODS.index(likelihood)
+    kind = triton_head_op.LIKELIHOODS.index(likelihood)
     wins = torch.zeros(3, dtype=torch.int64)
     torch.use_deterministic_algorithms(False)
     for others in ((None, wins, 1.0), (None, wins, None), (torch.zeros(3), None, None)):

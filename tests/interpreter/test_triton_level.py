@@ -19,16 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 import lasem_fast as lf
-from lasem_fast import fused_stage
-from lasem_fast._triton_level import Liveness, Tiles, level
 from lasem_fast.backends import triton_scores
 from lasem_fast.backends.triton_level import TritonLevel, triton_head
-from lasem_fast.fold import RowsFirst
+from lasem_fast.backends.triton_level_op import Liveness, Tiles, level
 from lasem_fast.kernels import level_forward
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
-from lasem_fast.plan import Level
+from lasem_fast.levels.fold import RowsFirst
+from lasem_fast.levels.plan import Level
 from lasem_fast.transfer import Branch
+from lasem_fast.tree import fused_stage
 
 
 def leaves_of(case, dtype=torch.float32):

@@ -1,0 +1,136 @@
+"""What a backend may do in its own way; everything that it leaves is done in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from lasem_fast.levels.fold import Fold
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import Pool
+from lasem_fast.levels.row_liveness import Liveness
+
+if TYPE_CHECKING:
+    from lasem_fast.likelihoods import Likelihood
+    from lasem_fast.priors import Prior
+
+
+class Scores(NamedTuple):
+    """The posterior head's outputs for C configurations.
+
+    Attributes:
+        log_likelihood: L_c ``[C]``; -inf where a configuration overflowed.
+        posterior: P(c | X, y) ``[C]``; 0 where it overflowed.
+        nll: mean of -log P(y_i | x_i, c) ``[C]``; inf where it overflowed.
+        loss: scalar, the sum of ``posterior * nll`` with the posterior held constant; the only
+            output with a gradient. NaN if a configuration overflowed.
+        counted: whether the operation has updated the prior itself.
+    """
+
+    log_likelihood: Tensor
+    posterior: Tensor
+    nll: Tensor
+    loss: Tensor
+    counted: bool = False
+
+
+class Layer(NamedTuple):
+    """One weighted layer in all its branches, with its epilogue.
+
+    ``pool(relu_after(relu(core(x)) + skip))``, where everything but the core may be missing.
+
+    Attributes:
+        core: the convolution or linear layer of one branch; the others have the same settings.
+        weights: one per branch, of one shape.
+        biases: one per branch, or none.
+        flatten: whether every sample is flattened first.
+        relu: whether a ReLU follows the core.
+        relu_after: whether a ReLU follows the sum with the skip.
+        pool: the max-pool at the end.
+    """
+
+    core: nn.Module
+    weights: list[Tensor]
+    biases: list[Tensor]
+    flatten: bool
+    relu: bool
+    relu_after: bool
+    pool: Pool
+
+
+class Skip(NamedTuple):
+    """What is added to a layer's output.
+
+    Attributes:
+        data: ``[S, N, H, W, C]``, rows outermost.
+        rows: for each row of the level, the row of ``data`` that it reads; None: its own.
+    """
+
+    data: Tensor
+    rows: tuple[int, ...] | None
+
+
+class LevelOperation(Protocol):
+    """A backend's way to run one layer on all rows of a level, forward and backward.
+
+    Attributes:
+        carries: whether it can pass on ``x`` for a skip further on, whose gradient it then adds
+            where it makes its own of ``x``.
+    """
+
+    carries: bool
+
+    def why_not(self, layer: Layer, x: Tensor) -> str:
+        """Why it cannot take the layer on inputs like ``x`` (dtype, device), in words; or ""."""
+
+    def __call__(
+        self,
+        layer: Layer,
+        x: Tensor,
+        level: Level,
+        skip: Skip | None,
+        liveness: Liveness | None,
+        carry: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The output ``[R, N, H, W, C]`` or ``[R, N, F]`` of the level's R rows.
+
+        Args:
+            layer: one that it takes.
+            x: the parents ``[P, N, H, W, C]`` or ``[P, N, F]``, with any strides.
+            level: the rows.
+            skip: what the layer adds, of the size of its output before the pool.
+            liveness: which rows the backward has to look at; the others' gradients are 0.
+            carry: ``x`` is a skip further on; asked only of an operation that ``carries``.
+
+        Returns:
+            With ``carry`` the output and ``x``, or the output alone where it cannot; None where
+            sizes forbid what :meth:`why_not` could not know.
+        """
+
+
+HeadOperation = Callable[[nn.Module, Fold, int], "Tensor | None"]
+"""``(head, h, rows) -> logits [rows * N, K]``, rows outermost."""
+
+ScoreOperation = Callable[[Tensor, Tensor, "Likelihood", "Prior", str, bool], "Scores | None"]
+"""``(logits [C, N, K], y, likelihood, prior, task, count) -> scores``: the posterior head of one
+mini-batch; without ``count`` the prior stays as it is."""
+
+
+class Operations(NamedTuple):
+    """A backend's operations of each kind, best first; each returns None for what it cannot take.
+
+    Attributes:
+        levels: layers on all rows of a level. A stage of which they take nothing runs in PyTorch.
+        heads: heads that can read a level's rows as they are.
+        scores: the posterior head.
+    """
+
+    levels: tuple[LevelOperation, ...] = ()
+    heads: tuple[HeadOperation, ...] = ()
+    scores: tuple[ScoreOperation, ...] = ()
+
+    def after(self, others: Operations) -> Operations:
+        """These operations behind ``others``, for what those do not take."""
+        return Operations(*(theirs + ours for ours, theirs in zip(self, others, strict=True)))

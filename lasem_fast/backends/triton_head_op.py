@@ -1,0 +1,133 @@
+"""Contract of the Triton posterior head: schema, fake and autograd.
+
+The kernels, and triton with them, are imported when the operator first runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lasem_fast.backends import second_order
+
+LIKELIHOODS = ("joint", "mean", "gaussian")
+
+_library = torch.library.Library("lasem_fast", "FRAGMENT")
+_library.define(
+    "posterior_head_triton(Tensor logits, Tensor target, Tensor? log_prior, Tensor(a!)? wins, "
+    "float? initial, int likelihood, float sigma) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_posterior_head = torch.ops.lasem_fast.posterior_head_triton.default
+
+
+@torch.library.register_fake("lasem_fast::posterior_head_triton", lib=_library)
+def _(logits, target, log_prior, wins, initial, likelihood, sigma):
+    log_likelihood, posterior, nll = (
+        logits.new_empty(logits.shape[:1], dtype=torch.float32) for _ in range(3)
+    )
+    loss = logits.new_empty((), dtype=torch.float32)
+    return log_likelihood, posterior, nll, loss, torch.empty_like(logits, dtype=torch.float32)
+
+
+@torch.library.impl(_library, "posterior_head_triton", "CUDA")
+@torch.library.impl(_library, "posterior_head_triton", "CPU")  # for Triton's interpreter
+def _(logits, target, log_prior, wins, initial, likelihood, sigma):
+    from lasem_fast.kernels import posterior_head as kernels
+
+    _check(logits, target, log_prior, wins, initial, likelihood, sigma)
+    return kernels.posterior_head(logits, target, log_prior, wins, initial, likelihood, sigma)
+
+
+def _check(logits, target, log_prior, wins, initial, likelihood, sigma):
+    def check(fits: bool, name: str, expected: str, got: object) -> None:
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, got {got}")
+
+    check(logits.dim() == 3 and logits.numel() > 0, "logits", "shape [C, N, K], not empty",
+          list(logits.shape))  # fmt: skip
+    check(logits.dtype in (torch.float32, torch.float16, torch.bfloat16), "logits",
+          "float32, float16 or bfloat16", logits.dtype)  # fmt: skip
+    configs, samples, outputs = logits.shape
+    check(likelihood in range(len(LIKELIHOODS)), "likelihood", "0, 1 or 2", likelihood)
+    if LIKELIHOODS[likelihood] == "gaussian":
+        shape, kind = [samples, outputs], target.is_floating_point()
+        check(kind, "target", "floating-point values", target.dtype)
+        check(0 < sigma < float("inf"), "sigma", "a finite number above 0", sigma)
+    else:
+        shape = [samples]
+        check(target.dtype == torch.int64, "target", "labels of torch.int64", target.dtype)
+    check(list(target.shape) == shape, "target", f"shape {shape}", list(target.shape))
+    for name, tensor in (("log_prior", log_prior), ("wins", wins)):
+        if tensor is not None:
+            check(tensor.shape == (configs,), name, f"shape [{configs}]", list(tensor.shape))
+            check(tensor.is_contiguous(), name, "a contiguous tensor", tensor.stride())
+    if wins is not None:
+        check(wins.dtype == torch.int64, "wins", "torch.int64", wins.dtype)
+    if initial is not None:
+        check(wins is not None and log_prior is None, "initial", "wins and no log_prior", initial)
+    for name, tensor in (("target", target), ("log_prior", log_prior), ("wins", wins)):
+        if tensor is not None:
+            check(tensor.device == logits.device, name, f"a tensor on {logits.device}",
+                  tensor.device)  # fmt: skip
+
+
+class _PosteriorHead(torch.autograd.Function):
+    """Only ``loss`` has a gradient, and the posterior is constant in it."""
+
+    @staticmethod
+    def forward(ctx, logits, target, *others):
+        log_likelihood, posterior, nll, loss, dlogits = _posterior_head(logits, target, *others)
+        ctx.save_for_backward(dlogits, logits, target, posterior)
+        ctx.dtype = logits.dtype
+        likelihood, sigma = others[-2:]
+        ctx.sigma = sigma if LIKELIHOODS[likelihood] == "gaussian" else None
+        ctx.mark_non_differentiable(log_likelihood, posterior, nll)
+        ctx.set_materialize_grads(False)
+        return log_likelihood, posterior, nll, loss
+
+    @staticmethod
+    def backward(ctx, _likelihood, _posterior, _nll, dloss):
+        if dloss is None:
+            return (None,) * 7
+        dlogits, *saved = ctx.saved_tensors
+        if second_order.wanted():
+            dlogits = second_order.head_gradient(*saved, dloss, ctx.sigma)
+            return dlogits.to(ctx.dtype), *(None,) * 6
+        # in float32 until the loss's scale is in: half precision would lose small posteriors
+        out = torch.empty_like(dlogits, dtype=ctx.dtype)
+        return torch.mul(dlogits, dloss, out=out), *(None,) * 6
+
+
+def posterior_head(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    log_prior: Tensor | None = None,
+    wins: Tensor | None = None,
+    initial: float | None = None,
+    likelihood: str = "joint",
+    sigma: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Posterior of every configuration, the loss whose gradient it weights, and the new count.
+
+    Args:
+        logits: ``[C, N, K]``, float32, float16 or bfloat16, with any strides.
+        target: labels ``[N]``, int64; for the Gaussian likelihood values ``[N, K]``. A label out
+            of ``[0, K)`` makes the loss NaN.
+        log_prior: ``[C]``, need not be normalised; -inf excludes a configuration. None: uniform.
+        wins: ``[C]``, int64: the most probable configuration (lowest row on ties) is counted here,
+            unless none is usable.
+        initial: with ``wins`` and no ``log_prior``: the prior of Eq. 1, P(c) in proportion to
+            ``wins[c] + initial`` as it was before this mini-batch.
+        likelihood: ``"joint"``, ``"mean"`` or ``"gaussian"``.
+        sigma: of the Gaussian likelihood.
+
+    Returns:
+        ``log_likelihood``, ``posterior``, ``nll`` (``[C]`` each) and ``loss``, float32, as
+        :class:`lasem_fast.backends.operations.Scores` has them.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    kind = LIKELIHOODS.index(likelihood)
+    return _PosteriorHead.apply(logits, target, log_prior, wins, initial, kind, sigma)

@@ -1,0 +1,123 @@
+"""What a training run over a sequence checks of its arguments, data aside."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast.configs import ConfigSpace
+from lasem_fast.em import LASEM
+from lasem_fast.lifelong.task_data import Task
+from lasem_fast.likelihoods import Likelihood
+from lasem_fast.net import TransferNet
+from lasem_fast.priors import Prior
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module has its own mode again (frozen layers)."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def own_copies(em_options: dict[str, Any] | None) -> dict[str, Any]:
+    """The options with copies of what a run would change."""
+    if em_options is None:
+        return {}
+    if not isinstance(em_options, dict):
+        raise TypeError(
+            f"em_options: expected a dict of LASEM's arguments, got {type(em_options).__name__}"
+        )
+    known = list(inspect.signature(LASEM).parameters)[1:]  # without the net
+    unknown = [name for name in em_options if name not in known]
+    if unknown:
+        raise TypeError(f"em_options: expected some of {known}, got {unknown}")
+    learns = (Prior, Likelihood)
+    return {
+        name: copy.deepcopy(value) if isinstance(value, learns) else value
+        for name, value in em_options.items()
+    }
+
+
+def checked_device(device: Any) -> torch.device:
+    try:
+        checked = torch.device(device)
+        torch.ones((), device=checked).item()
+    except Exception as error:  # what it is depends on the device's type and PyTorch's build
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"device: expected one that PyTorch can use here, got {str(device)!r} ({reason})"
+        ) from error
+    return checked
+
+
+def checked_net(net: Any) -> TransferNet:
+    if not isinstance(net, TransferNet):
+        raise TypeError(
+            f"make_net: expected a function that returns a TransferNet, got one that returns "
+            f"{type(net).__name__}"
+        )
+    if net.tasks:
+        raise ValueError(
+            f"make_net: expected a new net without tasks at every call, got one with the tasks "
+            f"{list(net.tasks)}"
+        )
+    return net if net.training else net.train()
+
+
+def checked_head(head: Any) -> nn.Module:
+    if not isinstance(head, nn.Module):
+        raise TypeError(
+            f"make_head: expected a function that returns an nn.Module, got one that returns "
+            f"{type(head).__name__}"
+        )
+    return head
+
+
+def check_fit(net: TransferNet, task: Task) -> None:
+    """The net takes a sample of every split, and the head has an output for every class."""
+    for split, (x, _) in task.splits():
+        with torch.no_grad(), evaluating(net):
+            try:
+                logits = net(x[:1], task.name, config=ConfigSpace(net.depth).all)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).partition("\n")[0]
+                raise ValueError(
+                    f"{split} of task {task.name!r}: expected samples that the network can take, "
+                    f"got shape {list(x.shape[1:])} of {x.dtype} ({reason})"
+                ) from error
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if got != [1, task.n_classes]:
+            raise ValueError(
+                f"make_head: expected a head with outputs [N, {task.n_classes}] for task "
+                f"{task.name!r}, got {got} for one sample"
+            )
+
+
+def check_functions(**functions: Any) -> None:
+    """All of them can be called."""
+    for name, value in functions.items():
+        if not callable(value):
+            raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+
+
+def check_numbers(seed: Any, **counts: Any) -> None:
+    """A seed and whole numbers of at least 1."""
+    for name, value in {"seed": seed, **counts}.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if name in counts and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a number in 0..2^63 - 1, got {seed}")

@@ -1,0 +1,73 @@
+"""A task's network as evaluators see it: branches of stages, and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lasem_fast.networks.layers import PlainStage, active_random_layers
+from lasem_fast.transfer import Branch
+
+
+class Network(NamedTuple):
+    """One task's network.
+
+    Attributes:
+        stages: for every stage its branches, `shared` first; None for one that was dropped.
+        head: maps the last stage's output to the logits.
+        task: the task's name, for messages.
+        head_writes_input: whether the head was seen to change its input tensor in place.
+    """
+
+    stages: list[Sequence[Branch | None]]
+    head: nn.Module
+    task: str
+    head_writes_input: bool = False
+
+    def protected(self, writers: Container[int]) -> Network:
+        """The same network, of which the stages at these positions write to their input.
+
+        The head's position is the depth.
+        """
+        if not writers:
+            return self
+        stages = [
+            [b and b._replace(writes_input=True) for b in branches] if i in writers else branches
+            for i, branches in enumerate(self.stages)
+        ]
+        return self._replace(stages=stages, head_writes_input=len(stages) in writers)
+
+    def modules(self, first: int = 0) -> list[nn.Module]:
+        """The branches' modules from stage ``first`` on, and the head."""
+        branches = [b for stage in self.stages[first:] for b in stage if b is not None]
+        return [*(branch.module for branch in branches), self.head]
+
+    @contextmanager
+    def random_layers_off(self, first: int = 0) -> Iterator[None]:
+        """Puts the random layers from stage ``first`` on into evaluation mode for a while."""
+        layers = [layer for m in self.modules(first) for layer in active_random_layers(m)]
+        for layer in layers:
+            layer.training = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = True
+
+
+def tensors_in_force(
+    branches: Sequence[Branch], stages: Sequence[PlainStage], name: str
+) -> list[Tensor] | list[None] | None:
+    """A parameter of every branch's weighted layer, generated or its own.
+
+    None if they cannot be put side by side: they differ in shape, or only some branches have it.
+    """
+    tensors = [
+        branch.parameter(stage.core, stage.name, name)
+        for branch, stage in zip(branches, stages, strict=True)
+    ]
+    shapes = {None if tensor is None else tensor.shape for tensor in tensors}
+    return tensors if len(shapes) == 1 else None

@@ -1,0 +1,151 @@
+"""A look at a task's stages on its first mini-batch: do they mix samples, do they write to inputs?
+
+A tree puts all rows of a level into one batch, which only a stage that treats every sample alone
+may see. Stages made of PyTorch's layers that are known to do so are not looked at; of the others a
+copy is run on two samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast.networks import checks
+from lasem_fast.networks.layers import active_random_layers, keeps_samples_apart
+from lasem_fast.networks.network import Network
+from lasem_fast.transfer import Branch
+
+# Half of the digits: less than any layer that mixes samples is off by, more than rounding.
+_FAR = 0.5
+# A batch of one may take another algorithm, in another precision inside the module than outside.
+_COARSEST = torch.finfo(torch.bfloat16).eps
+
+
+class _Run(NamedTuple):
+    output: Tensor
+    drew: bool  # random numbers
+    wrote: bool  # to its input
+
+
+@torch.no_grad()
+def look(network: Network, x: Tensor) -> frozenset[int]:
+    """Which stages write to their input, by position; the head's is the depth.
+
+    Changes nothing: neither random state nor buffers, and no hook is called.
+
+    Raises:
+        TypeError, ValueError: a stage or the head mixes samples, does not keep their number or
+            gives no tensor; the message names it.
+    """
+    depth = len(network.stages)
+    places = [*network.stages, [Branch(network.head)]]
+    unknown = [i for i, branches in enumerate(places) if not all(map(_is_known, branches))]
+    writers = set()
+    if not unknown:
+        return frozenset(writers)
+    devices = [x.device] if x.device.type == "cuda" else []
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            # a single sample is looked at beside itself turned round, at half its size
+            alone = len(x) == 1 and x.is_floating_point()
+            other = 0.5 * x.flip(tuple(range(1, x.dim()))) if alone else x[-1:]
+            h = torch.cat([x[:1], other])
+            for i, branches in enumerate(places[: unknown[-1] + 1]):
+                there = [branch for branch in branches if branch is not None]
+                for branch in there if i in unknown else ():
+                    first = _run(branch, h)
+                    if first.wrote:
+                        writers.add(i)
+                    if i < depth:
+                        where = f"stage {i + 1}"
+                        checks.check_stage_output(first.output, len(h), branch.module, where)
+                    else:
+                        where = f"the head of task {network.task!r}"
+                        checks.check_logits(first.output, 1, len(h), network.task)
+                    if len(x) > 1 or alone:
+                        _check_independent(branch, h, first, where)
+                if i < depth:
+                    h = _run(there[0], h).output
+    finally:
+        random.setstate(python_state)
+    return frozenset(writers)
+
+
+def _is_known(branch: Branch | None) -> bool:
+    return branch is None or keeps_samples_apart(branch.module)
+
+
+def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> None:
+    if _depends_on_others(branch, h, first) or _depends_on_number(branch, h, first):
+        raise ValueError(
+            f"net: expected stages that treat the samples of a batch independently, got {where} "
+            f"({checks.name_of(branch.module)}), whose output for one sample changes with the "
+            f"others; the samples of all configurations are evaluated as one batch, so use "
+            f"backend='reference' or a layer that looks at one sample at a time"
+        )
+
+
+def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
+    """Whether a sample's output changes when another one takes the other's place."""
+    tolerance = torch.finfo(first.output.dtype).eps if first.output.is_floating_point() else 0.0
+    far = lambda out, row: _far(out[row], first.output[row], tolerance)  # noqa: E731
+    again = _run(branch, h).output
+    if any(far(again, row) for row in (0, 1)):
+        return False  # it draws random numbers of its own: nothing can be said
+    outputs = [_run(branch, h[[row, row]]).output for row in (0, 1)]
+    return any(far(out, row) for row, out in enumerate(outputs))
+
+
+def _depends_on_number(branch: Branch, h: Tensor, first: _Run) -> bool:
+    """Whether both samples' outputs are others for the sample alone."""
+    if first.drew:
+        return False  # other numbers are drawn for another number of samples
+    try:
+        alone = [_run(branch, h[row : row + 1]).output for row in (0, 1)]
+    except Exception:
+        return False  # it cannot take a batch of one
+    return all(_far(out, first.output[row : row + 1], _COARSEST) for row, out in enumerate(alone))
+
+
+def _far(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Whether finite values differ by more than half of the digits; False for other shapes."""
+    if not isinstance(a, Tensor) or a.shape != b.shape:
+        return False
+    a, b = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (a, b))
+    error, size = float((a - b).abs().norm()), float(b.abs().norm())
+    return error > eps**_FAR * size and error < float("inf")
+
+
+def _run(branch: Branch, h: Tensor) -> _Run:
+    """A copy of the branch, its random layers off, on a copy of ``h``, from one random state."""
+    memo = {id(p): p for p in branch.module.parameters()}
+    module = copy.deepcopy(branch.module, memo)
+    for layer in active_random_layers(module):
+        layer.training = False
+    for layer in module.modules():
+        _forget_hooks(layer)
+    given = h.clone()
+    torch.manual_seed(0)
+    random.seed(0)
+    before, version = _random_states(h.device), checks.version_of(given)
+    output = Branch(module, branch.tensors)(given)
+    drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(h.device), strict=True))
+    # values as well: .data and inference mode count no changes
+    wrote = checks.version_of(given) != version or not torch.equal(given, h)
+    return _Run(output, drew, wrote)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _forget_hooks(layer: nn.Module) -> None:
+    if not isinstance(layer, torch.jit.ScriptModule):
+        layer._forward_hooks.clear()
+        layer._forward_pre_hooks.clear()

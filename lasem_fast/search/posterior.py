@@ -1,0 +1,68 @@
+"""From log-likelihoods to the posterior over configurations and the loss of the M-step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lasem_fast.likelihoods import Likelihood
+from lasem_fast.networks.checks import is_plain
+
+
+class Evidence(NamedTuple):
+    """What a mini-batch says about each of C configurations.
+
+    Attributes:
+        log_likelihood: L_c ``[C]``; -inf where the configuration overflowed.
+        nll: mean over the mini-batch of -log P(y_i | x_i, c), ``[C]``; NaN or infinite where it
+            overflowed. Carries the gradient.
+    """
+
+    log_likelihood: Tensor
+    nll: Tensor
+
+
+def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
+    """Scores the outputs ``[C, N, K]`` of all configurations, in float32 or better."""
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()
+    log_prob = likelihood.log_prob(output, y)
+    _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
+    nll = -log_prob.mean(dim=1)
+    value = likelihood.reduce(log_prob.detach())
+    _check_returned(value, output, 1, f"{type(likelihood).__name__}.reduce")
+    return Evidence(torch.where(torch.isfinite(nll), value, -torch.inf), nll)
+
+
+def _check_returned(value: Any, output: Tensor, dimensions: int, method: str) -> None:
+    """What a likelihood of the user's own returns: of the output's first dimensions."""
+    shape = output.shape[:dimensions]
+    if not isinstance(value, Tensor):
+        got = type(value).__name__
+    elif not is_plain(value):
+        got = "one that is sparse, nested or quantised"
+    elif value.device != output.device:
+        got = f"one on {value.device}"
+    elif value.shape != shape or not value.is_floating_point():
+        got = f"{value.dtype} of shape {list(value.shape)}"
+    else:
+        return
+    raise TypeError(
+        f"likelihood: expected {method} to return a floating-point tensor of shape {list(shape)} "
+        f"on {output.device}, got {got}"
+    )
+
+
+def posterior_of(log_prior: Tensor, log_likelihood: Tensor) -> Tensor:
+    """P(c | X, y) = softmax_c(log prior_c + L_c), exactly 0 where L_c is -inf (Algorithm 1)."""
+    return (log_prior.to(log_likelihood.dtype) + log_likelihood).softmax(dim=0)
+
+
+def expected_nll(posterior: Tensor, nll: Tensor) -> Tensor:
+    """sum_c P(c | X, y) nll_c: its gradient is minus that of Eq. 3 and 4 over the mini-batch size.
+
+    NaN if any configuration overflowed (0 * inf): one that is not left out shows.
+    """
+    return (posterior.detach().to(nll.dtype) * nll).sum()

@@ -1,0 +1,216 @@
+"""A stage's level as a run of fused layers, each of them one operation on all rows.
+
+The rows of a level are pairs (parent row, branch). The stage's first layer takes them from their
+parents; what follows goes on in the branch that each row came from. A skip from the stage's input
+is read where it lies, by parent row; one on its way from an earlier stage lies where that stage
+left it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from lasem_fast.backends import plain_torch
+from lasem_fast.backends.operations import Layer, LevelOperation, Skip
+from lasem_fast.levels.fold import Carried, Fold, RowsFirst, folded
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.transfer import Branch
+from lasem_fast.tree.lowering import FusedLayer, Program, common_program, layers_of
+
+
+def run(
+    operations: Sequence[LevelOperation],
+    branches: Sequence[Branch],
+    h: Fold,
+    level: Level,
+    liveness: Liveness | None = None,
+) -> Fold | None:
+    """The stage's output on a level's rows.
+
+    Args:
+        operations: a backend's, best first.
+        branches: the branches that the level uses, in the order of ``level.used_branches``.
+        h: the level before.
+        level: the rows.
+        liveness: which rows a later backward has to look at; None: all.
+
+    Returns:
+        The output, or None where no operation takes any of the stage's layers.
+    """
+    plan = _layers(operations, branches, h, level)
+    if plan is None:
+        return None
+    program, layers = plan
+    values = _inputs(program, layers, h, level.width)
+    if values is None or not _fits(program, values[0][0]):
+        return None
+    going_on = level.going_on() if len(layers) > 1 else level
+    for i, (fused, layer) in enumerate(zip(program.layers, layers, strict=True)):
+        x, x_rows = values[fused.source]
+        rows = level if fused.source < program.inputs else going_on
+        skip = None if fused.skip is None else _skip(values, fused.skip, program.inputs, level)
+        carry = _is_read_later(program, fused.source, i)
+        y, x = _first(operations, layer, x, rows, skip, liveness, carry)
+        values[fused.source] = (x, x_rows)
+        values.append((y, None))
+    return _outputs(values, program, level)
+
+
+def why_not(
+    operations: Sequence[LevelOperation], branches: Sequence[Branch], h: Tensor
+) -> list[tuple[str, str]] | str:
+    """How a stage reaches the operations, for people: a reason why it does not, or its layers.
+
+    Args:
+        operations: a backend's.
+        branches: the stage's branches.
+        h: an input ``[N, ...]`` of the stage.
+
+    Returns:
+        For each layer its name in the stage and "" or why no operation takes it; or the reason why
+        the stage is not looked into.
+    """
+    program = common_program([branch.module for branch in branches])
+    if isinstance(program, str):
+        return program
+    layers = _with_tensors(program, branches)
+    if layers is None:
+        return "its branches have weights of different shapes"
+    found = []
+    for fused, layer in zip(program.layers, layers, strict=True):
+        reasons = [operation.why_not(layer, h) for operation in operations]
+        found.append((fused.name, "" if "" in reasons else "; ".join(reasons)))
+    return found
+
+
+def _layers(
+    operations: Sequence[LevelOperation], branches: Sequence[Branch], h: Fold, level: Level
+) -> tuple[Program, list[Layer]] | None:
+    """The stage's program with its tensors; None where no operation takes any of its layers."""
+    if not operations:
+        return None
+    program = common_program([branch.module for branch in branches])
+    if isinstance(program, str):
+        return None
+    layers = _with_tensors(program, branches)
+    if layers is None:
+        return None
+    like = _some_tensor(h)
+    if not any(not op.why_not(layer, like) for op in operations for layer in layers):
+        return None
+    return program, layers
+
+
+def _some_tensor(h: Fold) -> Tensor:
+    if isinstance(h, Tensor):
+        return h
+    if isinstance(h, Carried):
+        return h.main.data
+    return h.data if isinstance(h, RowsFirst) else h.parts[0]
+
+
+def _with_tensors(program: Program, branches: Sequence[Branch]) -> list[Layer] | None:
+    """The layers with their branches' weights; None where those cannot be put side by side."""
+    cores = zip(*(layers_of(program, branch.module) for branch in branches), strict=True)
+    layers = []
+    for fused, of_branches in zip(program.layers, cores, strict=True):
+        tensors = [
+            [
+                branch.parameter(core, fused.name, name)
+                for branch, core in zip(branches, of_branches, strict=True)
+            ]
+            for name in ("weight", "bias")
+        ]
+        if any(len({None if t is None else t.shape for t in of}) != 1 for of in tensors):
+            return None
+        layers.append(_layer(fused, *tensors))
+    return layers
+
+
+def _layer(fused: FusedLayer, weights: list[Tensor], biases: list[Tensor | None]) -> Layer:
+    return Layer(
+        core=fused.core,
+        weights=weights,
+        biases=[] if biases[0] is None else biases,
+        flatten=fused.flatten,
+        relu=fused.relu,
+        relu_after=fused.relu_after,
+        pool=fused.pool,
+    )
+
+
+Value = tuple[Tensor, "tuple[int, ...] | None"]
+"""Rows outermost and channels last, and which of its rows each row of the level reads (None: as
+they are)."""
+
+
+def _inputs(program: Program, layers: list[Layer], h: Fold, width: int) -> list[Value] | None:
+    """The stage's inputs; None for what is neither images nor vectors."""
+    if program.inputs == 2 and isinstance(h, Carried):
+        return [(h.main.data, None), (h.skip.data, h.rows)]
+    if not isinstance(h, RowsFirst):
+        h = folded(h)
+        if h.dim() not in (2, 4):
+            return None
+        h = RowsFirst.of(h, width)
+    if program.inputs == 1:
+        return [(h.data, None)]
+    own = layers[0].weights[0].shape[1]
+    return [(h.data[..., :own], None), (h.data[..., own:], None)]
+
+
+def _fits(program: Program, x: Tensor) -> bool:
+    """Whether the layers that read the input take images, or vectors, as it has."""
+    images = x.dim() == 5
+    return all(
+        images == (type(layer.core) is not nn.Linear or layer.flatten)
+        for layer in program.layers
+        if layer.source == 0
+    )
+
+
+def _skip(values: list[Value], number: int, inputs: int, level: Level) -> Skip:
+    data, rows = values[number]
+    if number < inputs:
+        rows = level.parents if rows is None else tuple(rows[parent] for parent in level.parents)
+        if rows == tuple(range(data.shape[0])):
+            rows = None
+    return Skip(data, rows)
+
+
+def _is_read_later(program: Program, value: int, layer: int) -> bool:
+    """Whether a value that this layer reads is a skip of a later one, or leaves the stage."""
+    return value in program.outputs or any(
+        value in (later.source, later.skip) for later in program.layers[layer + 1 :]
+    )
+
+
+def _first(
+    operations: Sequence[LevelOperation],
+    layer: Layer,
+    x: Tensor,
+    level: Level,
+    skip: Skip | None,
+    liveness: Liveness | None,
+    carry: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output of the first operation that takes the layer, or PyTorch's; and ``x`` to go on."""
+    for operation in operations:
+        if not operation.why_not(layer, x):
+            out = operation(layer, x, level, skip, liveness, carry and operation.carries)
+            if out is not None:
+                return out if isinstance(out, tuple) else (out, x)
+    return plain_torch.run_level(layer, x, level, skip), x
+
+
+def _outputs(values: list[Value], program: Program, level: Level) -> Fold:
+    main, *rest = program.outputs
+    data = RowsFirst(values[main][0])
+    if not rest:
+        return data
+    skip = _skip(values, rest[0], program.inputs, level)
+    rows = tuple(range(len(level))) if skip.rows is None else skip.rows
+    return Carried(data, RowsFirst(skip.data), rows)

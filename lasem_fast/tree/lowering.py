@@ -1,0 +1,431 @@
+"""What a stage computes, as a few fused layers: how an ordinary module reaches the kernels.
+
+A fused layer is a convolution or linear layer with what kernels do in its epilogue:
+
+    pool(relu_after(relu(core(source)) + skip))
+
+where everything but the core may be missing. A stage that is made of nothing else, however its
+``forward`` is written, becomes a :class:`Program`; any other is refused with a reason, and runs in
+PyTorch as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lasem_fast.levels.relu_and_pool import Pool, max_pool, relu_and_pool
+from lasem_fast.networks.layers import has_hooks, is_random, plain_stage, same_settings
+from lasem_fast.networks.skip_layer import SkipLayer
+
+_CORES = (nn.Conv2d, nn.Linear)
+
+
+class FusedLayer(NamedTuple):
+    """One weighted layer of a stage and its epilogue.
+
+    Attributes:
+        name: the core's name inside the stage ("" if it is the stage).
+        core: the convolution or linear layer.
+        source: the value that the core reads (see :class:`Program`).
+        flatten: whether every sample is flattened first.
+        relu: whether a ReLU follows the core.
+        skip: the value that is added then, or None.
+        relu_after: whether another ReLU follows that sum.
+        pool: the max-pool at the end.
+    """
+
+    name: str
+    core: nn.Module
+    source: int = 0
+    flatten: bool = False
+    relu: bool = False
+    skip: int | None = None
+    relu_after: bool = False
+    pool: Pool = Pool()
+
+
+class Program(NamedTuple):
+    """A stage as fused layers.
+
+    Values are numbered: first the stage's inputs, then the layers' outputs in order. More than one
+    input or output are parts of one tensor, one behind the other in the channels.
+
+    Attributes:
+        inputs: number of inputs, 1 or 2.
+        layers: in the order in which they run.
+        outputs: the values that leave the stage.
+    """
+
+    inputs: int
+    layers: tuple[FusedLayer, ...]
+    outputs: tuple[int, ...]
+
+
+def program_of(module: nn.Module) -> Program | str:
+    """A stage's program, or the reason in words why it has none.
+
+    What is traced is remembered for as long as the module's layers, modes and settings stay.
+    """
+    program = _plain(module)
+    if program is not None:
+        return program
+    if type(module) is SkipLayer:
+        return _skip_layer(module)
+    if torch.compiler.is_compiling():
+        return "inside torch.compile only a sequence of layers is looked into"
+    known = _traced.get(module)
+    if known is None or not known.holds(module):
+        inner = [m for m in module.modules() if m is not module]
+        seen = _Seen.now(module), [(m, _Seen.now(m)) for m in inner]
+        known = _traced[module] = _Traced(*seen, _trace(module))
+    return known.program
+
+
+class _Seen(NamedTuple):
+    """What a trace depends on in one module; plain attributes count in a user's own modules."""
+
+    children: tuple[nn.Module | None, ...]
+    training: bool
+    settings: tuple | None
+
+    @classmethod
+    def now(cls, module: nn.Module) -> _Seen:
+        settings = None if _is_torchs(module) else _settings(module)
+        return cls(tuple(module._modules.values()), module.training, settings)
+
+    def holds(self, module: nn.Module) -> bool:
+        return (
+            module.training == self.training
+            and tuple(module._modules.values()) == self.children
+            and not has_hooks(module)
+            and (self.settings is None or _settings(module) == self.settings)
+        )
+
+
+class _Traced(NamedTuple):
+    """A program and what it depends on; does not hold the stage itself, so that it can go."""
+
+    stage: _Seen
+    inner: list[tuple[nn.Module, _Seen]]
+    program: Program | str
+
+    def holds(self, stage: nn.Module) -> bool:
+        return self.stage.holds(stage) and all(seen.holds(m) for m, seen in self.inner)
+
+
+_traced: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
+
+
+def same_program(a: Program, b: Program) -> bool:
+    """Whether two programs differ in their weights alone, whatever the weights' shapes."""
+    if (a.inputs, a.outputs, len(a.layers)) != (b.inputs, b.outputs, len(b.layers)):
+        return False
+    return all(
+        ours._replace(core=theirs.core) == theirs and same_settings(ours.core, theirs.core)
+        for ours, theirs in zip(a.layers, b.layers, strict=True)
+    )
+
+
+def common_program(modules: Sequence[nn.Module]) -> Program | str:
+    """The program that all branches of a stage have, up to their weights."""
+    program = program_of(modules[0])
+    for module in modules[1:]:
+        other = program_of(module)
+        if isinstance(program, str) or isinstance(other, str):
+            return program if isinstance(program, str) else other
+        if not same_program(program, other):
+            return "its branches are not of one form"
+    return program
+
+
+def layers_of(program: Program, module: nn.Module) -> list[nn.Module]:
+    """The cores of ``module``, a stage with this program."""
+    return [module.get_submodule(layer.name) for layer in program.layers]
+
+
+def _plain(module: nn.Module) -> Program | None:
+    """The program of a convolution or linear layer with ReLU and max-pool; needs no tracing."""
+    stage = plain_stage(module)
+    if stage is None or type(stage.core) not in _CORES:
+        return None
+    behind = relu_and_pool(stage.after)
+    if behind is None or (behind.pool.size > 1 and type(stage.core) is not nn.Conv2d):
+        return None
+    before = [layer for layer in stage.before if type(layer) is not nn.Identity]
+    flatten = bool(before)
+    if flatten and not (len(before) == 1 and _flattens(before[0])):
+        return None
+    if flatten and type(stage.core) is not nn.Linear:
+        return None
+    layer = FusedLayer(stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool)
+    return Program(1, (layer,), (1,))
+
+
+def _flattens(layer: nn.Module) -> bool:
+    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
+def _skip_layer(module: SkipLayer) -> Program | str:
+    pool = Pool() if type(module.pool) is nn.Identity else max_pool(module.pool)
+    if pool is None:
+        return f"its pool is no plain max-pool of 2 or 3: {module.pool!r}"
+    if any(has_hooks(m) for m in module.modules()) or type(module.conv) is not nn.Conv2d:
+        return "its convolution is no plain nn.Conv2d, or it has hooks"
+    inputs = 1 if module.begins else 2
+    skip = inputs - 1
+    if module.ends:
+        layer = FusedLayer("conv", module.conv, relu=True, skip=skip, pool=pool)
+        return Program(inputs, (layer,), (inputs,))
+    if pool.size > 1:
+        return "a skip passes its pool, which pools the skip too"
+    return Program(inputs, (FusedLayer("conv", module.conv, relu=True),), (inputs, skip))
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn")
+
+
+def _settings(module: nn.Module) -> tuple:
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value if isinstance(value, plain) else id(value))
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training"
+    )
+
+
+class _Refused(Exception):
+    """Why a stage has no program."""
+
+
+def _trace(module: nn.Module) -> Program | str:
+    if any(has_hooks(m) for m in module.modules()):
+        return "it has hooks"
+    before = [(m, dict(vars(m))) for m in module.modules() if not _is_torchs(m)]
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception as error:  # whatever a user's forward does with what it is traced with
+        return f"its forward cannot be traced ({type(error).__name__})"
+    finally:
+        changed = [m for m, was in before if not _same_objects(vars(m), was)]
+        for m, was in before:
+            vars(m).clear()
+            vars(m).update(was)
+    if changed:
+        return f"its forward changes attributes of {type(changed[0]).__name__}"
+    try:
+        return _Builder(module, graph).program()
+    except _Refused as reason:
+        return str(reason)
+
+
+def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+
+
+class _Layer:
+    """A fused layer that may still take in what follows it."""
+
+    def __init__(self, fields: FusedLayer) -> None:
+        self.fields = fields
+        self.value: int | None = None  # once nothing more can be fused
+
+
+class _Builder:
+    """Goes through a traced graph and gathers fused layers."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.module = module
+        self.graph = graph
+        self.layers: list[FusedLayer] = []
+        self.known: dict[fx.Node, int | _Layer] = {}
+        self.flat: set[fx.Node] = set()
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+
+    def program(self) -> Program:
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                if self.known:
+                    raise _Refused("its forward takes more than one tensor")
+                self.known[node] = 0
+            elif node.op == "output":
+                out = self._value(node.args[0])
+                return Program(1, tuple(self.layers), (out,))
+            else:
+                self._add(node)
+        raise _Refused("its forward returns nothing")
+
+    def _add(self, node: fx.Node) -> None:
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            raise _Refused(f"it uses {_name(node)} in a way that is not looked into")
+        if node.op == "call_module":
+            self._add_module(node, self.module.get_submodule(node.target))
+        elif node.op in ("call_function", "call_method"):
+            kind = _FUNCTIONS.get(node.target)
+            if kind is None:
+                raise _Refused(f"it uses {_name(node)}, which no kernel has")
+            kind(self, node)
+        else:
+            raise _Refused(f"its forward reads {node.target!r}")
+
+    def _add_module(self, node: fx.Node, layer: nn.Module) -> None:
+        source = node.args[0]
+        if type(layer) in _CORES:
+            flatten = source in self.flat
+            if flatten and type(layer) is nn.Conv2d:
+                raise _Refused("it flattens images before a convolution")
+            value = self._value(source)
+            if value > 0 and type(self.layers[value - 1].core) is not type(layer):
+                raise _Refused("it has a linear layer on images, or a convolution on vectors")
+            fields = FusedLayer(node.target, layer, value, flatten)
+            self.known[node] = _Layer(fields)
+        elif type(layer) is nn.ReLU:
+            self._relu(node)
+        elif type(layer) is nn.MaxPool2d:
+            self._pool(node, max_pool(layer))
+        elif type(layer) is nn.Identity or (is_random(layer) and not layer.training):
+            self._same(node)
+        elif _flattens(layer):
+            self._flatten(node)
+        elif is_random(layer):
+            raise _Refused(f"{type(layer).__name__} draws random numbers in training mode")
+        else:
+            raise _Refused(f"it has a layer {type(layer).__name__}, which no kernel has")
+
+    def _same(self, node: fx.Node) -> None:
+        self.known[node] = self.known[node.args[0]]
+        if node.args[0] in self.flat:
+            self.flat.add(node)
+
+    def _value(self, node: Any) -> int:
+        """The number of a node's value; nothing is fused into its layer any more."""
+        if not isinstance(node, fx.Node):
+            raise _Refused("its forward returns or uses something else than one tensor")
+        known = self.known[node]
+        if isinstance(known, int):
+            return known
+        if known.value is None:
+            self.layers.append(known.fields)
+            known.value = len(self.layers)  # value 0 is the input
+        return known.value
+
+    def _open(self, node: fx.Node, what: str) -> _Layer:
+        """The layer of a node that only one other reads, so that ``what`` can go into it."""
+        known = self.known[node]
+        if isinstance(known, int) or known.value is not None or len(node.users) > 1:
+            raise _Refused(f"{what} does not follow a convolution or linear layer of its own")
+        return known
+
+    def _relu(self, node: fx.Node) -> None:
+        layer = self._open(node.args[0], "a ReLU")
+        name = "relu" if layer.fields.skip is None else "relu_after"
+        layer.fields = layer.fields._replace(**{name: True})  # it commutes with a max-pool
+        self._same(node)
+
+    def _pool(self, node: fx.Node, pool: Pool | None) -> None:
+        layer = self._open(node.args[0], "a max-pool")
+        if pool is None:
+            raise _Refused("it has a max-pool that is no plain one of 2 or 3")
+        if layer.fields.pool.size > 1 or type(layer.fields.core) is not nn.Conv2d:
+            raise _Refused("it has two max-pools behind one layer, or one behind a linear layer")
+        layer.fields = layer.fields._replace(pool=pool)
+        self._same(node)
+
+    def _flatten(self, node: fx.Node) -> None:
+        if self.known[node.args[0]] != 0:
+            raise _Refused("it flattens what is not its input")
+        self.known[node] = 0
+        self.flat.add(node)
+
+    def _sum(self, node: fx.Node) -> None:
+        if len(node.args) != 2 or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+            raise _Refused("it adds something else than two of its own tensors")
+        if self.flat & set(node.args):
+            raise _Refused("it adds to a flattened input")
+        in_place = node.target in (operator.iadd, "add_")
+        if in_place and len(node.args[0].users) > 1:
+            raise _Refused("it adds in place to a tensor that it uses again")
+        # the layer that comes later takes the other's output in
+        ready = [arg for arg in node.args if self._may_take(arg)]
+        if not ready or self.known[node.args[0]] is self.known[node.args[1]]:
+            raise _Refused("a sum does not follow a convolution or linear layer of its own")
+        last = max(ready, key=self.order.__getitem__)
+        other = node.args[1] if last is node.args[0] else node.args[0]
+        layer = self.known[last]
+        layer.fields = layer.fields._replace(skip=self._value(other))
+        self.known[node] = layer
+
+    def _may_take(self, node: fx.Node) -> bool:
+        known = self.known[node]
+        if isinstance(known, int) or known.value is not None or len(node.users) > 1:
+            return False
+        return known.fields.skip is None and known.fields.pool.size == 1
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _only(count: int, *keywords: str) -> Callable:
+    """Runs the builder's method for a call with ``count`` arguments and these keywords at most."""
+
+    def wrap(method: Callable) -> Callable:
+        def run(builder: _Builder, node: fx.Node) -> None:
+            if len(node.args) > count or set(node.kwargs) - set(keywords):
+                raise _Refused(f"it uses {_name(node)} in a way that is not looked into")
+            method(builder, node)
+
+        return run
+
+    return wrap
+
+
+_relu = _only(1, "inplace")(_Builder._relu)
+_sum = _only(2)(_Builder._sum)
+
+
+@_only(2, "start_dim", "end_dim")
+def _flatten(builder: _Builder, node: fx.Node) -> None:
+    start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+    if (start, node.kwargs.get("end_dim", -1)) != (1, -1):
+        raise _Refused("it flattens something else than every sample")
+    builder._flatten(node)
+
+
+def _function_pool(builder: _Builder, node: fx.Node) -> None:
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    plain = all(isinstance(v, (int, tuple, type(None))) for v in given.values())
+    if "kernel_size" not in given or set(given) - set(names) or not plain:
+        raise _Refused("it uses max_pool2d in a way that is not looked into")
+    if given.pop("return_indices", False):
+        raise _Refused("it uses the indices of a max-pool")
+    given = {name: value for name, value in given.items() if value is not None}
+    builder._pool(node, max_pool(nn.MaxPool2d(**given)))
+
+
+_FUNCTIONS: dict[Any, Callable[[_Builder, fx.Node], None]] = {
+    torch.relu: _relu,
+    torch.relu_: _relu,
+    F.relu: _relu,
+    F.relu_: _relu,
+    "relu": _relu,
+    "relu_": _relu,
+    operator.add: _sum,
+    operator.iadd: _sum,
+    torch.add: _sum,
+    "add": _sum,
+    "add_": _sum,
+    torch.flatten: _flatten,
+    "flatten": _flatten,
+    F.max_pool2d: _function_pool,
+    torch.max_pool2d: _function_pool,
+    Tensor.relu: _relu,
+}

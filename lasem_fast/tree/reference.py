@@ -1,0 +1,69 @@
+"""The naive loop over configurations, as published: the specification of what the tree computes.
+
+Every configuration is a network of d stages and a head that is run on its own, once for the E-step
+and once more for the M-step. Nothing is shared between configurations but the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lasem_fast.configs import Configuration
+from lasem_fast.levels.plan import SHARED, SPECIFIC
+from lasem_fast.networks import checks
+from lasem_fast.networks.network import Network
+from lasem_fast.tree.evaluation import Evaluation, Follow, Part, Whole
+
+
+class NaiveLoop:
+    """Evaluates configurations, given as bits, one after another."""
+
+    def __init__(self, configs: Sequence[Configuration]) -> None:
+        self.configs = configs
+
+    def logits(self, network: Network, x: Tensor) -> Tensor:
+        """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
+        outputs = []
+        for config in self.configs:
+            h = x.clone()  # a stage may write to its input
+            for i, (branches, shared) in enumerate(zip(network.stages, config, strict=True)):
+                branch = branches[SHARED if shared else SPECIFIC]
+                h = branch(h)
+                checks.check_is_tensor(h, branch.module, f"stage {i + 1}")
+            logits = network.head(h)
+            checks.check_logits(logits, 1, x.shape[0], network.task)
+            outputs.append(logits)
+        return torch.stack(outputs)
+
+    def evaluate(
+        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+    ) -> Evaluation:
+        """Every configuration for the E-step (dropout off, no gradient), and for the M-step."""
+        if one_pass:
+            logits = self.logits(network, x)
+            return Whole(logits, logits)
+        return _TwoForwards(self, network, x)
+
+
+class _TwoForwards:
+    """As published: the M-step has a forward of its own."""
+
+    whole = None
+
+    def __init__(self, loop: NaiveLoop, network: Network, x: Tensor) -> None:
+        self.loop, self.network, self.x = loop, network, x
+        with torch.no_grad(), network.random_layers_off():
+            self.e_step = loop.logits(network, x)
+
+    def m_step(self, weighs: Tensor | None) -> Part:
+        if weighs is None:
+            return Part(None, self.loop.logits(self.network, self.x))
+        rows = weighs.nonzero().flatten().tolist()
+        some = NaiveLoop([self.loop.configs[row] for row in rows])
+        return Part(tuple(rows), some.logits(self.network, self.x))
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        return None

@@ -1,0 +1,265 @@
+"""The shared-prefix tree: evaluates every configuration of a plan, each prefix once.
+
+All rows of a level are one batch (see fold.py), so that a level is one wide dense operation, never
+a loop over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast.backends import plain_torch
+from lasem_fast.backends.operations import Operations
+from lasem_fast.levels.fold import Fold, Stacks, folded, index_tensor, rows_of
+from lasem_fast.levels.liveness import TreeLiveness
+from lasem_fast.levels.plan import Level, Plan
+from lasem_fast.networks import checks
+from lasem_fast.networks.layers import active_random_layers, has_hooks, may_write_input
+from lasem_fast.networks.network import Network
+from lasem_fast.transfer import Branch
+from lasem_fast.tree import fused_stage
+from lasem_fast.tree.evaluation import Evaluation, Follow, Part, Whole
+
+
+class Tree:
+    """Evaluates networks over a plan.
+
+    Args:
+        plan: what to evaluate.
+        operations: a backend's operations on whole levels and on the leaves.
+        cut: the stage that the plan has been split at, if it has been: two levels are one stage.
+        first: number of the plan's first stage in the net, from 0.
+    """
+
+    def __init__(
+        self, plan: Plan, operations: Operations, cut: int | None = None, first: int = 0
+    ) -> None:
+        self.plan = plan
+        self.operations = operations
+        self.cut = cut
+        self.first = first
+
+    def logits(self, network: Network, x: Tensor) -> Tensor:
+        """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
+        return self.finish(network, self.advance(network, x, 0, len(network.stages)), x.shape[0])
+
+    def evaluate(
+        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+    ) -> Evaluation:
+        """Outputs for both steps of EM; what lies before the first random layer runs once."""
+        if follow == "few" and not one_pass and torch.is_grad_enabled():
+            return _TwoForwards(self, network, x)
+        cut = None if one_pass else first_random_stage(network)
+        if cut is None:
+            liveness = self._liveness(follow)
+            h = self.advance(network, x, 0, len(network.stages), liveness)
+            logits = self.finish(network, h, x.shape[0])
+            return Whole(logits, logits, liveness)
+        first = cut
+        network, plan, cut = split_at(network, self.plan, cut)
+        split = first if len(plan.levels) > len(self.plan.levels) else None
+        return Tree(plan, self.operations, split)._evaluate_twice(network, x, cut, follow)
+
+    def _evaluate_twice(self, network: Network, x: Tensor, cut: int, follow: Follow) -> Whole:
+        depth = len(network.stages)
+        liveness = self._liveness(follow)
+        trunk = self.advance(network, x, 0, cut, liveness)
+        with torch.no_grad(), network.random_layers_off(cut):
+            calm = self.advance(network, trunk, cut, depth)
+            calm = self.finish(network, calm, x.shape[0])
+        noisy = self.advance(network, trunk, cut, depth, liveness)
+        return Whole(calm, self.finish(network, noisy, x.shape[0]), liveness)
+
+    def _liveness(self, follow: Follow) -> TreeLiveness | None:
+        wanted = follow != "all" and torch.is_grad_enabled()
+        return TreeLiveness(self.plan) if wanted else None
+
+    def advance(
+        self,
+        network: Network,
+        h: Fold,
+        first: int,
+        stop: int,
+        liveness: TreeLiveness | None = None,
+    ) -> Fold:
+        """Runs the stages ``first .. stop - 1`` on a level's rows."""
+        for i in range(first, stop):
+            branches, level = network.stages[i], self.plan.levels[i]
+            used = [branches[b] for b in level.used_branches]
+            live = None if liveness is None else liveness.levels[i]
+            out = fused_stage.run(self.operations.levels, used, h, level, live)
+            if liveness is not None:
+                liveness.followed &= out is not None
+            if out is not None:
+                h = out
+            elif self.plan.continues(i):
+                h = self._continue(used, h, level, i)
+            else:
+                goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
+                merge = not goes_on or _is_parameter_free(network.stages[i + 1])
+                h = self._branch_out(used, h, level, merge, i)
+        return h
+
+    def _branch_out(
+        self, used: Sequence[Branch], h: Fold, level: Level, merge: bool, stage: int
+    ) -> Fold:
+        """A level in PyTorch whose rows go through different branches of the same input."""
+        h = folded(h)
+        if merge and level.is_full:
+            out = plain_torch.wide_level(used, h, level.width)
+            if out is not None:
+                return out
+        parts = []
+        for b, branch in zip(level.used_branches, used, strict=True):
+            rows = rows_of(h, level.width, level.parents_of(b))
+            parts.append(self._call(branch, rows, stage))
+        return Stacks(parts, level)
+
+    def _continue(self, used: Sequence[Branch], h: Fold, level: Level, stage: int) -> Fold:
+        """A level in PyTorch whose rows go on in the branch that they came from."""
+        if not isinstance(h, Stacks):
+            h = folded(h)
+            if _is_parameter_free(used):
+                return self._call(used[0], h, stage)
+            h = Stacks(
+                [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
+            )
+        parts = [
+            self._call(branch, part, stage) for branch, part in zip(used, h.parts, strict=True)
+        ]
+        return Stacks(parts, level)
+
+    def _call(self, branch: Branch, h: Tensor, stage: int) -> Tensor:
+        """The branch's output; ``h`` stays as it is, because others read it too."""
+        split = self.cut is not None and stage > self.cut
+        where = f"stage {self.first + stage + (0 if split else 1)}"
+        if branch.writes_input or may_write_input(branch.module):
+            h = h.clone()
+            version = None
+        else:
+            version = checks.version_of(h)
+        out = branch(h)
+        checks.check_stage_output(out, h.shape[0], branch.module, where)
+        checks.check_input_as_it_was(version, h, branch.module, where)
+        return out
+
+    def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
+        """The head on the leaves, one configuration after another."""
+        leaves = len(self.plan.levels[-1])
+        logits = self._rows_first_logits(network, h, leaves, samples)
+        if self.plan.leaves == tuple(range(leaves)):
+            return logits
+        return logits[index_tensor(self.plan.leaves, logits.device)]
+
+    def _rows_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
+        for operation in self.operations.heads:
+            logits = operation(network.head, h, leaves)
+            if logits is not None:
+                checks.check_logits(logits, leaves, samples, network.task)
+                return logits.unflatten(0, (leaves, samples))
+        h = folded(h)
+        if network.head_writes_input or may_write_input(network.head):
+            h = h.clone()
+        version = checks.version_of(h)
+        logits = network.head(h)
+        checks.check_logits(logits, leaves, samples, network.task)
+        if not (network.head_writes_input or may_write_input(network.head)):
+            where = f"the head of task {network.task!r}"
+            checks.check_input_as_it_was(version, h, network.head, where)
+        return logits.unflatten(0, (samples, leaves)).transpose(0, 1)
+
+
+class _TwoForwards:
+    """A forward without a graph for the E-step, and one of what the M-step follows."""
+
+    whole = None
+
+    def __init__(self, tree: Tree, network: Network, x: Tensor) -> None:
+        self.tree, self.network, self.x = tree, network, x
+        with torch.no_grad(), network.random_layers_off():
+            self.e_step = tree.logits(network, x)
+
+    def m_step(self, weighs: Tensor | None) -> Part:
+        if weighs is None:
+            return Part(None, self.tree.logits(self.network, self.x))
+        rows = tuple(weighs.nonzero().flatten().tolist())
+        some = Tree(self.tree.plan.only(rows), self.tree.operations)
+        return Part(rows, some.logits(self.network, self.x))
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        rows = weighs.nonzero().flatten().tolist()
+        plan = self.tree.plan
+        return plan.only(rows).stage_evaluations / plan.stage_evaluations
+
+
+def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:
+    """Whether the branches of a stage are one and the same function."""
+    there = [branch for branch in branches if branch is not None]
+    if any(branch.tensors for branch in there):
+        return False
+    return not any(True for b in there for _ in (*b.module.parameters(), *b.module.buffers()))
+
+
+def first_random_stage(network: Network) -> int | None:
+    """The first stage with an active random layer; the depth if only the head has one."""
+    for i, branches in enumerate(network.stages):
+        if any(active_random_layers(b.module) for b in branches if b is not None):
+            return i
+    return len(network.stages) if active_random_layers(network.head) else None
+
+
+def split_at(network: Network, plan: Plan, cut: int) -> tuple[Network, Plan, int]:
+    """The same network with a stage cut in two where its random layers begin, if that can be.
+
+    Returns:
+        The network and its plan, and the first stage with a random layer in them.
+    """
+    if cut < len(network.stages) and (halves := _split(network.stages[cut])) is not None:
+        stages = [*network.stages[:cut], *halves, *network.stages[cut + 1 :]]
+        return network._replace(stages=stages), plan.split(cut), cut + 1
+    return network, plan, cut
+
+
+def _split(branches: Sequence[Branch | None]) -> tuple[list, list] | None:
+    """A stage cut in two before its first random layer, or None where that cannot be done."""
+    modules = [branch.module for branch in branches if branch is not None]
+    if any(type(m) is not nn.Sequential or has_hooks(m) for m in modules):
+        return None
+    at = min(
+        next((i for i, layer in enumerate(m) if active_random_layers(layer)), len(m))
+        for m in modules
+    )
+    if at == 0:
+        return None
+    halves = [
+        (None, None) if b is None else (_part(b, 0, at), _part(b, at, None)) for b in branches
+    ]
+    return [first for first, _ in halves], [second for _, second in halves]
+
+
+def _part(branch: Branch, start: int, stop: int | None) -> Branch:
+    module = _slice(branch.module, start, stop)
+    layers = dict(module.named_children())
+    tensors = {k: t for k, t in branch.tensors.items() if k.partition(".")[0] in layers}
+    # which part writes is not known
+    return Branch(module, tensors, branch.writes_input)
+
+
+def _slice(module: nn.Sequential, start: int, stop: int | None) -> nn.Sequential:
+    """Some of a stage's layers as a module; the same object for as long as the layers stay."""
+    if torch.compiler.is_compiling():
+        return module[start:stop]
+    parts = _slices.setdefault(module, {})
+    layers = list(module)[start:stop]
+    known = parts.get((start, stop))
+    if known is None or list(known) != layers:
+        known = parts[start, stop] = module[start:stop]
+    known.training = module.training
+    return known
+
+
+_slices: WeakKeyDictionary[nn.Sequential, dict[tuple, nn.Sequential]] = WeakKeyDictionary()
