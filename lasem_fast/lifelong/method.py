@@ -1,0 +1,69 @@
+"""What a training run over a sequence of tasks asks of a method."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast.configs import Configuration
+from lasem_fast.lifelong.task_data import Task
+
+Optimizer = torch.optim.Optimizer
+
+
+class Phase(NamedTuple):
+    """Where a task's training stands; ``epoch`` counts from 1 to ``epochs``."""
+
+    epoch: int
+    epochs: int
+    first_epoch_of_run: int  # epochs of the tasks before, for schedules over the whole run
+
+
+class StepResult(NamedTuple):
+    """Of one mini-batch: the loss, detached, and the posterior ``[C]`` where there is one."""
+
+    loss: Tensor
+    posterior: Tensor | None = None
+
+
+class Method(Protocol):
+    """One way to train a network on tasks that come one after the other.
+
+    The run makes the object once, then for every task: `add_task`, for every epoch `begin_epoch`
+    and `step` for every mini-batch, accuracies from `logits` in evaluation mode in between, and
+    `end_task`. `module` holds all weights and all state of training that a resumed run needs
+    (``state_dict``), except the optimiser that the run made.
+
+    Attributes:
+        module: what is moved to a device, put into train or eval mode, saved and loaded.
+        labels: of the configurations that a posterior is over; [] where there is none.
+    """
+
+    module: nn.Module
+    labels: list[str]
+
+    def add_task(self, task: Task, head: nn.Module) -> list[nn.Parameter]:
+        """Makes room for a task; gives what the run's optimiser is to train, made anew per task."""
+
+    def begin_epoch(self, task: Task, phase: Phase) -> None:
+        """Told before every epoch; a method that trains in phases changes its own here."""
+
+    def step(self, x: Tensor, y: Tensor, task: str, optimizer: Optimizer) -> StepResult:
+        """One mini-batch: forward, backward and the optimiser's step."""
+
+    def config(self, task: str) -> Configuration | None:
+        """The configuration that is best now or was kept; None for a method without."""
+
+    def prior(self, task: str) -> list[float]:
+        """Probabilities ``[C]`` of the configurations so far; [] for a method without."""
+
+    def end_task(self, task: Task) -> Configuration | None:
+        """Ends a task: chooses, rolls back and drops, as the method has it."""
+
+    def logits(self, x: Tensor, task: str) -> Tensor:
+        """Outputs ``[N, n_classes]`` as they stand now."""
+
+    def kept_parameters(self) -> int:
+        """How many numbers have to be kept to solve all tasks so far, heads included."""
