@@ -2,16 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 #include <unordered_map>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "pages.h"
 
 namespace lasem_fast {
 namespace {
@@ -23,7 +19,6 @@ constexpr bool kReuse = false;
 constexpr size_t kGrain = size_t{256} << 10;
 constexpr bool kReuse = true;
 #endif
-constexpr size_t kHugePage = size_t{2} << 20;
 
 struct Block {
   void* data;
@@ -47,7 +42,7 @@ std::atomic<bool> poison{false};
 
 void drop(Pool& p, size_t index) {
   p.idle_bytes -= p.idle[index].capacity;
-  std::free(p.idle[index].data);
+  give_pages_back(p.idle[index].data, p.idle[index].capacity);
   p.idle.erase(p.idle.begin() + index);
 }
 
@@ -78,11 +73,7 @@ void* allocate(size_t bytes) {
     // at every step.
     const size_t limit = std::max(p.most_used_bytes, used) / 2 * 3;
     while (!p.idle.empty() && used + p.idle_bytes > limit) drop(p, 0);
-    block = {std::aligned_alloc(std::min(kGrain, kHugePage), capacity), capacity};
-    if (!block.data) throw std::bad_alloc();
-#if defined(__linux__)
-    if (capacity >= kHugePage) madvise(block.data, capacity, MADV_HUGEPAGE);
-#endif
+    block = {take_pages(capacity), capacity};
   }
   p.in_use.emplace(block.data, block.capacity);
   p.used_bytes += block.capacity;
@@ -97,7 +88,7 @@ void release(void* data) {
   const size_t capacity = entry->second;
   p.in_use.erase(entry);
   p.used_bytes -= capacity;
-  if (!kReuse) return std::free(data);
+  if (!kReuse) return give_pages_back(data, capacity);
   p.idle.push_back({data, capacity});
   p.idle_bytes += capacity;
 }

@@ -1,13 +1,9 @@
 #include "scratch.h"
 
-#include <cstdlib>
 #include <mutex>
-#include <new>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "pages.h"
 
 namespace lasem_fast {
 namespace {
@@ -44,15 +40,12 @@ Scratch::Scratch(size_t bytes) : data_(nullptr), capacity_(0) {
     }
   }
   if (capacity_ >= bytes && data_) return;
-  std::free(data_);
-  capacity_ = (bytes + kPage - 1) / kPage * kPage;
-  data_ = std::aligned_alloc(kPage, capacity_);
-  if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-  // The transforms write one cache line to each of 36 batches in turn: small pages would miss the
-  // TLB.
-  madvise(data_, capacity_, MADV_HUGEPAGE);
-#endif
+  give_pages_back(data_, capacity_);
+  // Whole huge pages: the transforms write one cache line to each of 36 batches in turn, and small
+  // pages would miss the TLB.
+  const size_t capacity = (bytes + kPage - 1) / kPage * kPage;
+  data_ = take_pages(capacity);
+  capacity_ = capacity;
 }
 
 Scratch::~Scratch() {
@@ -60,7 +53,7 @@ Scratch::~Scratch() {
   try {
     idle().push_back({data_, capacity_});
   } catch (...) {
-    std::free(data_);
+    give_pages_back(data_, capacity_);
   }
 }
 
@@ -69,7 +62,7 @@ size_t clear_scratch() {
   size_t bytes = 0;
   for (const Block& block : idle()) {
     bytes += block.capacity;
-    std::free(block.data);
+    give_pages_back(block.data, block.capacity);
   }
   idle().clear();
   return bytes;

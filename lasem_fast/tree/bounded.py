@@ -20,6 +20,7 @@ from lasem_fast.levels.plan import Plan, SubPlan
 from lasem_fast.networks.network import Network
 from lasem_fast.tree.budget import Cut, best_cut, bytes_of, step_bytes
 from lasem_fast.tree.evaluation import Evaluation, Follow, Part
+from lasem_fast.tree.heap import Heap
 from lasem_fast.tree.tree import Tree, first_random_stage
 
 
@@ -106,6 +107,7 @@ class _Chunked:
         self.tree, self.network, self.cut, self.parts = tree, network, cut, parts
         self.samples = x.shape[0]
         self._top = Tree(tree.plan.top(cut.stage), tree.operations)
+        self._heap = None if x.device.type == "cuda" else Heap(cut.peak / 8)
         # up to here both steps see the same activations
         same = cut.stage if random is None else min(random, cut.stage)
         self._shared = self._top.advance(network, x, 0, same)
@@ -173,6 +175,8 @@ class _Chunked:
         return split_rows(h, width, sizes)
 
     def _run(self, i: int, h: Fold) -> Tensor:
+        if self._heap is not None:
+            self._heap.keep_down()
         part = self.parts[i]
         tree = Tree(part.plan, self.tree.operations, first=self.cut.stage)
         network = self.network._replace(stages=self.network.stages[self.cut.stage :])
