@@ -12,21 +12,30 @@ from torch import nn
 import lasem_fast as lf
 
 STEPS = 14
+# by name: stages, and what the search is asked for
+KINDS = {
+    "whole": (2, {}),
+    "bounded, pruned": (5, {"max_memory": 600_000, "prune": 0.2}),
+    "bounded, drawn, reused": (5, {"max_memory": 600_000, "m_step_draws": 3, "e_step_every": 2}),
+}
 ORDER = "aabbabcc"  # a and b alternate, then end; c comes later
 
 
-def _net():
-    net = small_net(2, tasks=("a", "b", "c"), extra=(lambda: nn.Dropout(0.2),), dtype=torch.float32)
+def _net(depth):
+    net = small_net(
+        depth, tasks=("a", "b", "c"), extra=(lambda: nn.Dropout(0.2),), dtype=torch.float32
+    )
     net.shared[0].register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
     net.shared[1].register_buffer("steps", torch.zeros((), dtype=torch.int64))
     return net
 
 
-def run(folder: str) -> None:
+def run(folder: str, kind: str) -> None:
     """Trains to the end, from the last complete state in ``folder`` on."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    em = lf.LASEM(_net(), prior="mean_posterior")
+    depth, options = KINDS[kind]
+    em = lf.LASEM(_net(depth), prior="mean_posterior", **options)
     saved = Path(folder) / "run.pt"
     start, optimizers = 0, {}
     if saved.exists():
@@ -46,7 +55,7 @@ def run(folder: str) -> None:
             em.end_task(ended, {2} if step == 7 else None)
             optimizers[ended] = torch.optim.Adam(em.net.task_parameters(ended), lr=0.01)
         optimizers[task].zero_grad()
-        em(*batch(seed=step, dtype=torch.float32), task).loss.backward()
+        em(*batch(samples=16, seed=step, dtype=torch.float32), task).loss.backward()
         optimizers[task].step()
         em.net.shared[1].steps += 1
         state = {task: optimizer.state_dict() for task, optimizer in optimizers.items()}

@@ -7,16 +7,17 @@ import random
 import time
 
 import killed_run
+import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
 
-def _run_and_kill(context, folder, kills):
+def _run_and_kill(context, folder, kind, kills):
     """Runs to the end, killed after a step more and some milliseconds, ``kills`` times."""
     saved = folder / "run.pt"
     for left in range(kills, -1, -1):
         before = saved.stat().st_mtime_ns if saved.exists() else 0
-        process = context.Process(target=killed_run.run, args=(str(folder),))
+        process = context.Process(target=killed_run.run, args=(str(folder), kind))
         process.start()
         while left and process.is_alive():
             if saved.exists() and saved.stat().st_mtime_ns != before:
@@ -29,14 +30,15 @@ def _run_and_kill(context, folder, kills):
     return torch.load(saved, weights_only=True)
 
 
-def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("kind", killed_run.KINDS)
+def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, tmp_path):
     # a fork needs no new import; behind a CUDA build's autograd threads it may not train
     method = "forkserver" if torch.cuda.is_available() else "fork"
     context = multiprocessing.get_context(method)
     states = []
     for name, kills in (("whole", 0), ("killed", 4)):
         (tmp_path / name).mkdir()
-        states.append(tree_flatten(_run_and_kill(context, tmp_path / name, kills)))
+        states.append(tree_flatten(_run_and_kill(context, tmp_path / name, kind, kills)))
     (whole, structure), (killed, other) = states
     assert structure == other
     for a, b in zip(whole, killed, strict=True):
