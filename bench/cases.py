@@ -35,6 +35,8 @@ class Case:
         device: ``"cpu"`` or ``"cuda"``.
         groups: sizes of groups of stages that are shared together, None for none.
         without: columns that this row does not have.
+        favours: how many configurations the columns with pruned M-steps follow; 0: the row has
+            no such columns.
     """
 
     net: str
@@ -43,6 +45,7 @@ class Case:
     device: str = "cpu"
     groups: tuple[int, ...] | None = None
     without: tuple[str, ...] = ()
+    favours: int = 0
 
     @property
     def id(self) -> str:
@@ -87,6 +90,11 @@ class Problem:
     x: Tensor
     y: Tensor
 
+    def favoured(self) -> list[int]:
+        """The configurations that pruned M-steps follow: evenly spread over the space."""
+        count = len(self.space)
+        return [i * count // self.case.favours for i in range(self.case.favours)]
+
 
 def _scale(net: TransferNet, batch: int) -> None:
     """Weights that keep activations of size 1, and logits so small that no configuration wins.
@@ -118,20 +126,26 @@ def quick() -> list[Case]:
 
 def gpu(device: str) -> list[Case]:
     """The rows of ``bench/on_gpu.sh``, the most important first: minutes on one GPU."""
+    eight, four = (1,) * 8, (2,) * 4
     rows = [
-        ("cifar-4", 10, None),
-        ("stl-6", 10, None),
-        ("office-home-4", 16, None),
-        ("residual-17", 10, (1,) * 8),
-        ("residual-17", 128, (1,) * 8),
+        ("cifar-4", 10, None, 0),
+        ("stl-6", 10, None, 0),
+        ("office-home-4", 16, None, 0),
+        ("residual-17", 10, eight, 16),
+        ("residual-17", 128, eight, 16),
+        ("residual-17", 10, four, 2),
+        ("residual-17", 128, four, 2),
     ]
     slow = (*NAIVE, *COMPILED[:1], *VMAP)
-    first = [Case(net, batch, "bf16", device, groups, slow) for net, batch, groups in rows]
+    first = [
+        Case(net, batch, "bf16", device, groups, slow, favours)
+        for net, batch, groups, favours in rows
+    ]
     slower = (*slow, *COMPILED)
     others = [
         Case(net, batch, dtype, device, groups, slower)
         for dtype in ("tf32", "fp32")
-        for net, batch, groups in rows[:4]
+        for net, batch, groups, _ in rows[:4]
     ]
     return [*first, *others]
 
@@ -152,12 +166,16 @@ def grouped(device: str) -> list[Case]:
         ("cifar-8", (2, 2, 2, 2)),
     ]
     without = (NAIVE[1], *COMPILED, *VMAP, "plain tree, channels last")
-    return [Case(net, 10, "fp32", device, groups, without) for net, groups in rows]
+    return [
+        Case(net, 10, "fp32", device, groups, without, favours=2 ** len(groups) // 8)
+        for net, groups in rows
+    ]
 
 
 def smoke(device: str) -> list[Case]:
     """One small row with the columns that are quick: whether the suite runs at all."""
-    return [Case("cifar-4", 2, "fp32", device, without=(*COMPILED, *VMAP, *NAIVE))]
+    without = (*COMPILED, *VMAP, *NAIVE)
+    return [Case("cifar-4", 2, "fp32", device, without=without, favours=2)]
 
 
 def full(device: str) -> list[Case]:

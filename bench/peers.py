@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +45,15 @@ class Column:
         build: makes the runner of a problem.
         slack: how many times the naive loop's error the column may be off. 4: a fold of P
             prefixes sums P times as many terms of a gradient in one go.
-        all_configurations: False for the base learner, which infers nothing.
+        weighs: which configurations its gradients are of: "all", "one" (the base learner, which
+            infers nothing) or "favoured" (a pruned M-step, see :meth:`bench.cases.Case.favoured`).
         device: the only kind of device it runs on, "" for any.
     """
 
     name: str
     build: Callable[[Problem], Runner]
     slack: float = 4.0
-    all_configurations: bool = True
+    weighs: Literal["all", "one", "favoured"] = "all"
     device: str = ""
 
 
@@ -318,6 +319,33 @@ def ours(problem: Problem, backend: str) -> Runner:
     return Runner(net, step)
 
 
+# What the others have together is nothing beside what an M-step may leave out, or rounding.
+_UNFAVOURED = 1e-12
+_PRUNE = 1e-3
+
+
+def ours_pruned(problem: Problem, backend: str) -> Runner:
+    """The library under a prior that favours some configurations, its M-step following only them.
+
+    With the posterior so clear, every backend and precision follows the same ones.
+    """
+    net = _copied(problem)
+    favoured = problem.favoured()
+    prior = torch.full((len(problem.space),), _UNFAVOURED, dtype=torch.float64)
+    prior[favoured] = 1
+    em = lf.LASEM(net, problem.space, backend=backend, prior=prior, prune=_PRUNE)
+    em = em.to(problem.x.device)
+
+    def step() -> Outcome:
+        net.zero_grad()
+        with problem.case.precision():
+            result = em(problem.x, problem.y, task=TASK)
+        result.loss.backward()
+        return Outcome(result.loss.detach(), result.posterior[favoured])
+
+    return Runner(net, step)
+
+
 class _NoUpdate(torch.optim.Optimizer):
     """Leaves the weights alone: no column's step has an optimiser."""
 
@@ -351,7 +379,7 @@ def ours_captured(problem: Problem, backend: str) -> Runner:
 BASE = "base learner"
 
 PEERS = [
-    Column(BASE, base_learner, all_configurations=False),
+    Column(BASE, base_learner, weighs="one"),
     Column("naive loop, two forwards", naive_two_forwards),
     Column("naive loop, one forward", naive_one_forward),
     Column("vmap", stacked_vmap),
@@ -359,7 +387,7 @@ PEERS = [
     Column("plain tree", plain_tree),
     Column("plain tree, channels last", channels_last_tree),
     Column("compiled tree", compiled_tree),
-    Column(f"{BASE}, CUDA graph", graphed_base_learner, all_configurations=False, device="cuda"),
+    Column(f"{BASE}, CUDA graph", graphed_base_learner, weighs="one", device="cuda"),
     Column("plain tree, CUDA graph", graphed_tree, device="cuda"),
 ]
 
@@ -379,16 +407,25 @@ _BACKENDS = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}
 
 
 def library_columns(device: str) -> list[Column]:
-    """The library with every backend that can run here; the naive reference is a peer above."""
+    """The library with every backend that can run here; the naive reference is a peer above.
+
+    With pruned M-steps too, which a row only has if it favours some configurations.
+    """
     known = lf.backends()
     here = [name for name in _BACKENDS[device] if known[name] == "available"]
-    columns = [library_column(name) for name in here]
+    whole = [library_column(name) for name in here]
+    columns = list(whole)
     if device == "cuda":
         columns += [
             replace(column, name=f"{column.name}, captured",
                     build=partial(ours_captured, backend=name))
-            for name, column in zip(here, columns, strict=True)
+            for name, column in zip(here, whole, strict=True)
         ]  # fmt: skip
+    columns += [
+        replace(column, name=f"{column.name}, pruned", weighs="favoured",
+                build=partial(ours_pruned, backend=name))
+        for name, column in zip(here, whole, strict=True)
+    ]  # fmt: skip
     return columns
 
 
@@ -397,5 +434,7 @@ def columns(case: Case) -> list[Column]:
     return [
         column
         for column in [*PEERS, *library_columns(case.device)]
-        if column.name not in case.without and column.device in ("", case.device)
+        if column.name not in case.without
+        and column.device in ("", case.device)
+        and (case.favours or column.weighs != "favoured")
     ]

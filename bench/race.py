@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench import ceilings
-from bench.cases import Case
+from bench.cases import Case, Problem
 from bench.ceilings import synchronize
 from bench.gate import Gate, WrongResult, answer_of
 from bench.peers import Column
@@ -57,11 +57,10 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
     ceilings.set_tf32(case.dtype == "tf32")
     problem = case.problem()
     slack = max(column.slack for column in columns)
-    gates = {}
-    if any(column.all_configurations for column in columns):
-        gates[True] = Gate(problem, largest_slack=slack)
-    if not all(column.all_configurations for column in columns):
-        gates[False] = Gate(problem, [problem.space.all], largest_slack=slack)
+    gates = {
+        weighs: Gate(problem, _configs(problem, weighs), largest_slack=slack)
+        for weighs in dict.fromkeys(column.weighs for column in columns)
+    }
     lanes, steps, repeats, round_time = {}, {}, {}, 0.0
     for column in columns:
         lane = lanes[column.name] = Lane()
@@ -71,7 +70,7 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
             outcome = runner.step()
             synchronize(case.device)
             lane.first_step = time.perf_counter() - start
-            gate = gates[column.all_configurations]
+            gate = gates[column.weighs]
             lane.errors = gate.check(column, answer_of(runner, outcome))
         except WrongResult as error:
             lane.refused = str(error)
@@ -95,6 +94,15 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
             lanes[name].seconds.append(_seconds(step, case.device, repeats[name]))
     torch.compiler.reset()
     return lanes
+
+
+def _configs(problem: Problem, weighs: str) -> list[tuple[bool, ...]] | None:
+    """The configurations that a column weighs; None: all."""
+    if weighs == "one":
+        return [problem.space.all]
+    if weighs == "favoured":
+        return [problem.space.configs[i] for i in problem.favoured()]
+    return None
 
 
 def _seconds(step: Callable[[], object], device: str, repeats: int) -> float:

@@ -26,7 +26,7 @@ def extra_info(
 ) -> dict[str, Any]:
     """A timed column as :mod:`bench.measured` reads it."""
     cost = _cost(case)
-    flops = cost.flops if column.all_configurations else cost.base_flops
+    flops = cost.flops if column.weighs != "one" else cost.base_flops
     # fp16 has the peak of bf16
     dtype = "bf16" if case.dtype == "fp16" else case.dtype
     peak = max(p for name, p in peaks.items() if p and name.endswith(dtype))

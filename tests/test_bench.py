@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_all_columns_pass_and_take_turns(tiny, dtype):
 
             return Runner(runner.net, step)
 
-        return Column(column.name, build, column.slack, column.all_configurations)
+        return Column(column.name, build, column.slack, column.weighs)
 
     columns = peers.columns(case)
     lanes = race.race(case, [noting(column) for column in columns], budget=0)
@@ -166,7 +167,24 @@ def test_every_backend_of_the_library_is_a_column(monkeypatch):
     states = {"reference": "available", "torch": "available", "cpp": "available", "triton": "no"}
     monkeypatch.setattr("lasem_fast.backends", lambda: states)
     found = {column.name: column.slack for column in peers.library_columns("cpu")}
-    assert found == {"lasem_fast torch": 4.0, "lasem_fast cpp": 12.0}
+    exact = {"lasem_fast torch": 4.0, "lasem_fast cpp": 12.0}
+    assert found == exact | {f"{name}, pruned": slack for name, slack in exact.items()}
+
+
+def test_pruned_columns_follow_the_favoured_configurations_alone(tiny):
+    case = replace(tiny, favours=2)
+    pruned = [column for column in peers.columns(case) if column.weighs == "favoured"]
+    assert len(pruned) == len(peers.columns(case)) - len(peers.columns(tiny)) > 0
+    problem = case.problem()
+    truth = gate.Gate(problem, [problem.space.configs[i] for i in problem.favoured()], 12.0)
+    for column in pruned:
+        runner = column.build(problem)
+        outcome = runner.step()
+        truth.check(column, gate.answer_of(runner, outcome))
+        assert outcome.posterior.sum() == pytest.approx(1)
+    wrong = gate.Gate(problem, largest_slack=12.0)
+    with pytest.raises(gate.WrongResult):
+        wrong.check(column, gate.answer_of(runner, outcome))
 
 
 def test_the_suites_have_every_column_of_the_peers():
