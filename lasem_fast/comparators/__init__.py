@@ -2,7 +2,8 @@
 
 from lasem_fast.comparators.apd import APDNet
 from lasem_fast.comparators.darts import DARTS
+from lasem_fast.comparators.den import DEN
 from lasem_fast.comparators.fixed import FixedProbability
 from lasem_fast.comparators.prognn import ProgNN
 
-__all__ = ["DARTS", "APDNet", "FixedProbability", "ProgNN"]
+__all__ = ["DARTS", "DEN", "APDNet", "FixedProbability", "ProgNN"]
