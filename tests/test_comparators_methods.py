@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ def _arch(transfer="hps"):
 
 
 ARCH = _arch()
+DOCS = Path(__file__).parent.parent / "docs" / "comparators.md"
 METHODS = {
     "prognn": partial(ProgNN, scale=2.0, init=release_),
     "apd": APDNet,
@@ -147,3 +150,15 @@ def test_layers_with_skips(kind):
     assert bool(torch.isfinite(loss))
     with pytest.raises(ValueError, match=r"stages\[1\]: expected one convolution"):
         ProgNN(_stages(arch))
+
+
+def test_the_docs_example_runs_for_every_method_that_it_names(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    made = re.findall(r"^# or (.*)$", block, re.MULTILINE)
+    assert len(made) == 4
+    for call in (None, *made):
+        lines = block if call is None else re.sub(r"method = .*", f"method = {call}", block)
+        if call and "DEN" in call:
+            lines = lines.replace("(1, 2)", "range(1, 6)").replace("epoch, 2", "epoch, 5")
+        exec(lines, {})
+    assert capsys.readouterr().out.count("tensor(") == 5

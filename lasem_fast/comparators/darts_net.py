@@ -15,7 +15,7 @@ from lasem_fast.comparators.optimizer_state import load_plain, to_plain
 from lasem_fast.configs import Configuration
 from lasem_fast.net import TransferNet
 from lasem_fast.networks import checks
-from lasem_fast.networks.layers import plain_stage
+from lasem_fast.networks.layers import may_write_input, plain_stage
 from lasem_fast.networks.rollback import Rollback
 from lasem_fast.networks.saved import all_or_nothing, packed, unpacked
 from lasem_fast.networks.task_modules import TaskModules
@@ -192,5 +192,5 @@ def _layers_of(after: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
 
 def _run(branch: Branch, ahead: int | None, h: Tensor) -> Tensor:
     if ahead is None:
-        return branch(h)
+        return branch(h.clone() if may_write_input(branch.module) else h)
     return branch._replace(module=branch.module[:ahead])(h)
