@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparator_cases import same_bits, values
+from safetensors.torch import save
 from torch import nn
 
 from lasem_fast import nets
@@ -98,7 +99,7 @@ def test_a_run_learns_and_what_it_leaves_can_be_saved_copied_and_moved(name):
     for losses in _run(method):
         assert min(losses) < 0.75 * losses[0], losses
     state = method.module.state_dict()
-    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert len(save(state)) > 0  # tensors alone, none of them twice
     x = _task(0).test[0]
     twin = copy.deepcopy(method)
     twin.module.double()
