@@ -17,6 +17,7 @@ from lasem_fast.likelihoods import Likelihood, as_likelihood
 from lasem_fast.net import TransferNet
 from lasem_fast.networks import checks
 from lasem_fast.networks.network import Network
+from lasem_fast.networks.random_state import random_state_kept_on_error
 from lasem_fast.networks.rollback import Rollback
 from lasem_fast.networks.saved import all_or_nothing, lasting, packed, unpacked
 from lasem_fast.priors import Prior, as_prior
@@ -222,11 +223,10 @@ class LASEM(nn.Module):
     ) -> EMStep:
         """A step; one that fails leaves the random state and the prior as they were."""
         known = task in self._prior.states
-        random_state = _RandomState(x.device)
         try:
-            return self._step(x, y, task, posterior, config)
+            with random_state_kept_on_error([x]):
+                return self._step(x, y, task, posterior, config)
         except BaseException:
-            random_state.restore()
             if not known:
                 self._forget_prior(task)
             raise
@@ -244,12 +244,8 @@ class LASEM(nn.Module):
         network, evaluator = self._network(task, x), self._search.present_evaluator()
         if torch.compiler.is_compiling():
             return evaluator.logits(network, x)
-        random_state = _RandomState(x.device)
-        try:
+        with random_state_kept_on_error([x]):
             return checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
-        except BaseException:
-            random_state.restore()
-            raise
 
     def prior(self, task: str) -> Tensor:
         """The present prior P(c) of a task, ``[C]``."""
@@ -496,22 +492,6 @@ class LASEM(nn.Module):
         self._posteriors.restore_structure(state.get("posteriors", {}), self._bits)
         self._search.few = set(state.get("few", ()))
         choices.process().restore(saved)
-
-
-class _RandomState:
-    """PyTorch's random state on the host and on a device, to go back to."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.host = torch.get_rng_state()
-        self.device = device if device.type == "cuda" else None
-        if self.device is not None and torch.cuda.is_current_stream_capturing():
-            self.device = None  # a graph keeps its own
-        self.on_device = None if self.device is None else torch.cuda.get_rng_state(self.device)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.host)
-        if self.on_device is not None:
-            torch.cuda.set_rng_state(self.on_device, self.device)
 
 
 def _flag(value: Any, name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lasem_fast.configs import Configuration, parse_config
 from lasem_fast.networks import checks
 from lasem_fast.networks.network import Network
+from lasem_fast.networks.random_state import random_state_kept_on_error
 from lasem_fast.networks.saved import all_or_nothing, packed, unpacked
 from lasem_fast.networks.task_modules import TaskModules
 from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
@@ -88,7 +88,7 @@ class TransferNet(nn.Module):
         """
         checks.check_new_task(task, self._configs)
         checks.check_head(head, self)
-        with torch.inference_mode(False), _random_state_kept_on_error(self.parameters()):
+        with torch.inference_mode(False), random_state_kept_on_error(self.parameters()):
             specific = [self._new_specific(i) for i in range(self.depth)]
             adapters = [self._new_adapters(i) for i in range(self.depth)]
         self.heads[task] = head
@@ -202,7 +202,7 @@ class TransferNet(nn.Module):
             raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
         if torch.compiler.is_compiling():
             return self._output(path, x, task)
-        with _random_state_kept_on_error([x]):
+        with random_state_kept_on_error([x]):
             try:
                 return self._output(path, x, task)
             except (RuntimeError, IndexError) as error:
@@ -315,23 +315,6 @@ def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
     if transfer not in MECHANISMS:
         raise ValueError(f"transfer: expected one of {sorted(MECHANISMS)}, got {transfer!r}")
     return MECHANISMS[transfer]()
-
-
-@contextmanager
-def _random_state_kept_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Puts PyTorch's random state, of the tensors' devices too, back if an error comes."""
-    cuda = {t.device.index for t in tensors if t.device.type == "cuda"}
-    if cuda and torch.cuda.is_current_stream_capturing():
-        cuda = set()  # a graph keeps its own
-    states = {index: torch.cuda.get_rng_state(index) for index in cuda}
-    state = torch.get_rng_state()
-    try:
-        yield
-    except BaseException:
-        torch.set_rng_state(state)
-        for index, kept in states.items():
-            torch.cuda.set_rng_state(kept, index)
-        raise
 
 
 def _named(module: nn.Module | None, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
