@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -62,7 +63,7 @@ def _read_pair(source: Source, root: Root, part: str) -> Labelled:
     return Labelled(x[:, None], y.astype(np.int64))
 
 
-def _find(source: Source, root: Root, stem: str, n_dims: int):
+def _find(source: Source, root: Root, stem: str, n_dims: int) -> Path:
     name = f"{stem}-idx{n_dims}-ubyte"
     return source.find(root, f"{name}.gz", name, f"{stem}.idx{n_dims}-ubyte")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Source:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise self.damaged(path, str(error)) from error
 
-    def _first(self, root: Root, names: tuple[str, ...], is_there) -> Path:
+    def _first(self, root: Root, names: tuple[str, ...], is_there: Callable[[Path], bool]) -> Path:
         for path in self._candidates(root, names):
             if is_there(path):
                 return path
