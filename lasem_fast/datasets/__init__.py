@@ -10,7 +10,7 @@ from lasem_fast.datasets.description import Description
 from lasem_fast.datasets.mnist_tasks import mnist
 from lasem_fast.datasets.office_home_tasks import office_home
 from lasem_fast.datasets.registry import NAMES, describe, load, options
-from lasem_fast.datasets.standin_tasks import digits, fashion_mnist
+from lasem_fast.datasets.stand_in_tasks import digits, fashion_mnist
 from lasem_fast.datasets.stl10_tasks import stl10
 
 __all__ = [

@@ -17,7 +17,7 @@ from lasem_fast.datasets.mnist_tasks import describe_mnist, mnist
 from lasem_fast.datasets.office_home_tasks import describe_office_home, office_home
 from lasem_fast.datasets.option_checks import seeds
 from lasem_fast.datasets.source import Root
-from lasem_fast.datasets.standin_tasks import (
+from lasem_fast.datasets.stand_in_tasks import (
     describe_digits,
     describe_fashion_mnist,
     digits,

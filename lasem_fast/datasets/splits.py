@@ -47,15 +47,19 @@ def task_of(number: int, splits: list[Split], n_classes: int, note: str) -> Task
 def standardise(x: np.ndarray, full_scale: int = 255) -> np.ndarray:
     """(x - mean) / max(sd, 1 / sqrt(n)) per channel of ``[N, C, H, W]``, as float32.
 
-    ``x`` counts as x / full_scale, in [0, 1]; mean and sd are taken over all n = N * H * W values
-    of the channel, and sd is the population's. The sums are exact, whatever the order of images.
+    ``x`` is uint8 and counts as x / full_scale; mean and sd are taken over all n = N * H * W
+    values of the channel, and sd is the population's. The order of images does not matter.
     """
-    n = x.size // x.shape[1]
-    values = x.astype(np.int64)
-    mean = values.sum(axis=(0, 2, 3)) / n
-    sd = np.sqrt((values * values).sum(axis=(0, 2, 3)) / n - mean * mean)
-    scale = np.maximum(sd, full_scale / np.sqrt(n))
-    return ((values - mean[:, None, None]) / scale[:, None, None]).astype(np.float32)
+    levels = np.arange(256.0)  # of a pixel; what becomes of each is found once
+    standardised = np.empty(x.shape, dtype=np.float32)
+    for channel in range(x.shape[1]):
+        counts = np.bincount(x[:, channel].ravel(), minlength=256)
+        n = counts.sum()
+        away = levels - counts @ levels / n
+        sd = np.sqrt(counts @ away**2 / n)
+        becomes = (away / max(sd, full_scale / np.sqrt(n))).astype(np.float32)
+        standardised[:, channel] = becomes[x[:, channel]]
+    return standardised
 
 
 def unit_range(x: np.ndarray) -> np.ndarray:

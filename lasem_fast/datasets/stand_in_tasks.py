@@ -72,6 +72,7 @@ def describe_fashion_mnist(
 ) -> Description:
     """What :func:`fashion_mnist` gives."""
     as_cifar = flag(as_cifar, "as_cifar")
+    classes = _n_classes(n_tasks, classes_per_task)
     nets = ("cifar-4", "cifar-6", "cifar-8", "residual-17")
     return Description(
         name="fashion-mnist",
@@ -79,8 +80,8 @@ def describe_fashion_mnist(
         home=FASHION_MNIST.home,
         files=FILES,
         input_shape=(3, _CIFAR_SIDE, _CIFAR_SIDE) if as_cifar else (1, 28, 28),
-        classes=_n_classes(n_tasks, classes_per_task),
-        sizes=_sizes(percent, classes_per_task, n_test=1000),
+        classes=classes,
+        sizes=_sizes(percent, classes[0], n_test=1000),
         batch_size=10,
         architecture="cifar100" if as_cifar else None,
         builtin_nets=nets if as_cifar else (),
@@ -102,8 +103,8 @@ def digits(
     Args:
         n_tasks: number of tasks.
         classes_per_task: number of classes of each, of 10.
-        percent: 4 gives 170 images to train on, 30 for validation and 250 for test; more than 11
-            are not there for tasks of 5 classes.
+        percent: 4 gives 170 images to train on, 30 for validation and 250 (50 of each class) for
+            test; tasks of 5 classes can have 11 at most.
         trial: draws the order of the images. All trials have the same images.
         seed: draws the splits and the classes of the tasks, for all trials.
 
@@ -129,14 +130,15 @@ def digits(
 
 def describe_digits(*, n_tasks: Any, classes_per_task: Any, percent: Any, **_: Any) -> Description:
     """What :func:`digits` gives."""
+    classes = _n_classes(n_tasks, classes_per_task)
     return Description(
         name="digits",
         title="scikit-learn's digits",
         home="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_digits.html",
         files=(),
         input_shape=(1, 8, 8),
-        classes=_n_classes(n_tasks, classes_per_task),
-        sizes=_sizes(percent, classes_per_task, n_test=250),
+        classes=classes,
+        sizes=_sizes(percent, classes[0], n_test=50 * classes[0]),
         batch_size=10,
     )
 
@@ -153,10 +155,10 @@ def _n_classes(n_tasks: Any, classes_per_task: Any) -> tuple[int, ...]:
     return (per_task,) * n_tasks
 
 
-def _sizes(percent: Any, classes_per_task: Any, n_test: int) -> tuple[int, int, int]:
+def _sizes(percent: Any, n_classes: int, n_test: int) -> tuple[int, int, int]:
     """CIFAR-100's, equally many of each class."""
     wanted = (*cifar100_sizes(percentage(percent)), n_test)
-    train, valid, test = (size - size % int(classes_per_task) for size in wanted)
+    train, valid, test = (size - size % n_classes for size in wanted)
     return train, valid, test
 
 
