@@ -15,6 +15,7 @@ from published_files import pixels, python2_pickle, write_idx_pairs
 import lasem_fast as lf
 from lasem_fast import datasets
 from lasem_fast.datasets.cifar100_classes import COARSE_OF_FINE
+from lasem_fast.datasets.streams import stream
 from lasem_fast.lifelong.task_data import check_tasks
 from lasem_fast.tools.builtin import NETS
 
@@ -97,6 +98,13 @@ def test_the_paper_s_mini_batches():
     }  # fmt: skip
 
 
+def test_streams_of_random_numbers_are_apart_and_take_large_seeds():
+    keys = [("a",), ("b",), ("a", 0), ("a", 1), ("a", 2**32), ("a", 1, 2**63 - 1), ("a", 2**63 - 1)]
+    drawn = {stream(*key).integers(2**62) for key in keys}
+    assert len(drawn) == len(keys)
+    assert stream("a", 5, 7).integers(2**62) == stream("a", 5, 7).integers(2**62)
+
+
 def test_padded_fashion_mnist_fits_the_nets_of_cifar():
     described = datasets.describe("fashion-mnist", as_cifar=True)
     assert described.input_shape == lf.nets.cifar100().input_shape
@@ -130,8 +138,14 @@ def test_options_by_name_are_those_of_the_function(name):
         ("cifar-100", {"percent": 2.5}, TypeError, "percent: expected a whole number"),
         ("cifar-10", {"n_tasks": 20}, ValueError, "n_tasks: expected one of 5, 10, got 20"),
         ("mnist", {"n_tasks": "5"}, ValueError, "n_tasks: expected one of 5, 10, got '5'"),
-        ("mnist", {"trial": -1}, ValueError, "trial: expected a whole number of at least 0"),
-        ("mnist", {"seed": None}, TypeError, "seed: expected a whole number of at least 0"),
+        ("mnist", {"trial": -1}, ValueError, r"trial: expected a number in 0\.\.2\^63 - 1"),
+        (
+            "mnist",
+            {"trial": 2**63},
+            ValueError,
+            "trial: expected a number in .* 9223372036854",
+        ),
+        ("mnist", {"seed": None}, TypeError, "seed: expected a whole number, got None"),
         ("office-home", {"incremental": 1}, TypeError, "incremental: expected True or False"),
         ("office-home", {"seed": 1}, TypeError, "no option 'seed'; it has incremental, trial"),
         ("stl-10", {"n_tasks": 10}, ValueError, "n_tasks: expected one of 20, 15, got 10"),

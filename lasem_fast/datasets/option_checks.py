@@ -33,8 +33,13 @@ def percentage(value: Any) -> int:
 
 
 def seeds(trial: Any, seed: Any = 0) -> tuple[int, int]:
-    """The values of ``trial`` and ``seed``, whole numbers of at least 0."""
-    return whole_number(trial, "trial", least=0), whole_number(seed, "seed", least=0)
+    """The values of ``trial`` and ``seed``, whole numbers in 0..2^63 - 1 as elsewhere."""
+    for option, value in (("trial", trial), ("seed", seed)):
+        if not is_whole(value):
+            raise TypeError(f"{option}: expected a whole number, got {value!r}")
+        if not 0 <= int(value) < 2**63:
+            raise ValueError(f"{option}: expected a number in 0..2^63 - 1, got {int(value)}")
+    return int(trial), int(seed)
 
 
 def optional_module(module: str, project: str, title: str) -> ModuleType:
