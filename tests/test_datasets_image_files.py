@@ -144,7 +144,7 @@ def encoded(pillow, array: np.ndarray, kind: str) -> bytes:
 def test_office_home_finds_its_folders_and_sorts_its_images(tmp_path, pillow, spelling):
     folder = tmp_path / "OfficeHomeDataset_10072016" / spelling / "alarm_clock"
     folder.mkdir(parents=True)
-    for i, name in enumerate(("00010.jpg", "00002.JPG", "00001.png", "notes.txt")):
+    for i, name in enumerate(("00010.jpg", "00002.JPG", "00001.png", "._1.jpg")):
         image = np.full((20 + i, 30, 3), 40 * i + 10, dtype=np.uint8)
         (folder / name).write_bytes(encoded(pillow, image, "PNG"))
     images = read_domain(tmp_path, "Real World", [CLASSES.index("Alarm_Clock")])

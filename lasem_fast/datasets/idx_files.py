@@ -55,11 +55,11 @@ def read_fashion_mnist(root: Root) -> Published:
 def _read_pair(source: Source, root: Root, part: str) -> Labelled:
     x = _read_idx(source, root, f"{part}-images", n_dims=3)
     y = _read_idx(source, root, f"{part}-labels", n_dims=1)
+    labels = _find(source, root, f"{part}-labels", n_dims=1)
     if len(x) != len(y):
-        raise ValueError(f"{root}: {len(x)} {part} images but {len(y)} labels")
+        raise source.damaged(labels, f"{len(x)} {part} images but {len(y)} labels")
     if y.max(initial=0) > 9:
-        path = _find(source, root, f"{part}-labels", n_dims=1)
-        raise source.damaged(path, f"expected labels in 0..9, got {y.max()}")
+        raise source.damaged(labels, f"expected labels in 0..9, got {y.max()}")
     return Labelled(x[:, None], y.astype(np.int64))
 
 

@@ -59,13 +59,16 @@ def read_domain(root: Root, domain: str, classes: Iterable[int]) -> dict[int, np
 
 
 def _files(folder: Path, name: str) -> list[Path]:
-    own = [path for path in folder.iterdir() if path.name.lower() == name.lower()]
+    own = [p for p in folder.iterdir() if p.name.lower() == name.lower() and p.is_dir()]
     if not own:
         raise FileNotFoundError(
             f"Office-Home: no folder {name} in {folder}: get it from {OFFICE_HOME.home} and "
             f"{OFFICE_HOME.advice}"
         )
-    paths = sorted(path for path in own[0].iterdir() if path.suffix.lower() in _SUFFIXES)
+    paths = sorted(
+        path for path in own[0].iterdir()
+        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+    )  # fmt: skip
     if not paths:
         raise OFFICE_HOME.damaged(own[0], "no image (.jpg, .png) in it")
     return paths
