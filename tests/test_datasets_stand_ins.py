@@ -17,12 +17,13 @@ from lasem_fast.datasets.idx_files import GARMENTS
 from lasem_fast.lifelong.task_data import check_tasks
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+TRAIN, TEST = pixels(600, 28, 28), pixels(2500, 28, 28, seed=1)
 
 
 @pytest.fixture
 def fashion_folder(tmp_path):
-    train, test = np.arange(600) % 10, np.arange(2000) % 10
-    write_idx_pairs(tmp_path, (pixels(600, 28, 28), train), (pixels(2000, 28, 28, seed=1), test))
+    """Image i is of class i % 10."""
+    write_idx_pairs(tmp_path, (TRAIN, np.arange(600) % 10), (TEST, np.arange(2500) % 10))
     return tmp_path
 
 
@@ -40,18 +41,20 @@ def test_fashion_mnist_has_the_sizes_of_cifar100(fashion_folder):
 
 def test_images_of_fashion_mnist(fashion_folder, monkeypatch):
     monkeypatch.setattr(stand_in_tasks, "standardise", as_they_are)
-    label_of = {}
-    for part, (x, n) in {"train": (pixels(600, 28, 28), 600), "test": (None, 2000)}.items():
-        x = pixels(2000, 28, 28, seed=1) if x is None else x
-        label_of[part] = {x[i].tobytes(): GARMENTS[i % 10] for i in range(n)}
-    apart: dict = {"train": set(), "valid": set()}
+    row_of = {
+        part: {image.tobytes(): row for row, image in enumerate(x)}
+        for part, x in (("train", TRAIN), ("test", TEST))
+    }
+    used: dict = {"train": set(), "valid": set(), "test": set()}
     for task in datasets.fashion_mnist(fashion_folder):
+        names = task.note.split()
         for name, (x, y) in task.splits():
-            images = [image.byte().numpy().tobytes() for image in x]
-            names = label_of["test" if name == "test" else "train"]
-            assert [names[image] for image in images] == [task.note.split()[label] for label in y]
-            apart.get(name, set()).update(images)
-    assert not apart["train"] & apart["valid"]
+            of_file = row_of["test" if name == "test" else "train"]
+            found = [of_file[image.byte().numpy().tobytes()] for image in x]
+            assert [GARMENTS[row % 10] for row in found] == [names[label] for label in y]
+            used[name].update(found)
+    assert not used["train"] & used["valid"]
+    assert used["test"] == set(range(2000))  # the first 200 of each class
 
 
 def test_trials_and_seeds_of_fashion_mnist(fashion_folder):

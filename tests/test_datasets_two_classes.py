@@ -104,6 +104,9 @@ def mnist(monkeypatch):
         rng.permutation(np.repeat(np.arange(10), counts))
         for counts in (MNIST_VALID, MNIST_TRAIN, MNIST_TEST)
     )
+    for part, border in ((valid, -1), (train, 0)):  # zeros where the one ends and the other begins
+        zero = np.flatnonzero(part == 0)[0]
+        part[[zero, border]] = part[[border, zero]]
     published = Published(
         numbered(np.concatenate([valid, train]), 1), numbered(test, 1), tuple("0123456789")
     )
@@ -156,6 +159,13 @@ def test_one_digit_against_all(mnist):
     other = datasets.mnist("", trial=1)
     assert all(torch.equal(a.test[0], b.test[0]) for a, b in zip(tasks, other, strict=True))
     assert not any(torch.equal(a.train[0], b.train[0]) for a, b in zip(tasks, other, strict=True))
+
+
+def test_validation_of_mnist_is_the_first_5000_of_the_training_file(mnist):
+    task, *_ = datasets.mnist("", percent=100)
+    zeros = rows(task.valid[0][task.valid[1] == 1] * 255)  # fewer than half of 1,000: all there are
+    assert sorted(zeros) == np.flatnonzero(mnist.train.y[:5000] == 0).tolist()
+    assert zeros.max() == 4999 and mnist.train.y[5000] == 0
 
 
 def test_pairs_of_digits_for_which_validation_has_too_few(mnist):
