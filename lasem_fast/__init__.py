@@ -5,7 +5,7 @@ a network as a latent variable; this package evaluates all configurations throug
 tree.
 """
 
-from lasem_fast import initialisers, likelihoods, nets, optim, priors, transfer
+from lasem_fast import datasets, initialisers, likelihoods, nets, optim, priors, transfer
 from lasem_fast.backends import choices
 from lasem_fast.capture import CapturedStep, capture
 from lasem_fast.configs import ConfigSpace
@@ -25,6 +25,7 @@ __all__ = [
     "backends",
     "capture",
     "choices",
+    "datasets",
     "initialisers",
     "likelihoods",
     "nets",

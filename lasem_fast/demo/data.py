@@ -9,9 +9,7 @@ are worth sharing differs from task to task.
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lasem_fast.datasets.idx_files import read_fashion_mnist
+from lasem_fast.datasets.published import Labelled
 from lasem_fast.lifelong import Task
 
 NOISE_MEANS = (-0.1, -0.05, 0.0, 0.05)
@@ -61,24 +61,18 @@ def digits(seed: int) -> Images:
     return Images((x[train], y[train]), (x[valid], y[valid]), (x[test], y[test]), names)
 
 
-FASHION_CLASSES = (
-    "T-shirt", "trouser", "pullover", "dress", "coat",
-    "sandal", "shirt", "sneaker", "bag", "boot",
-)  # fmt: skip
-
-
 def fashion_mnist(root: str | Path, seed: int) -> Images:
     """Fashion-MNIST (28 x 28) from its four idx files in ``root``, gzipped or not.
 
     A tenth of the 60,000 training images, drawn at random, is for validation. Raises
     ``FileNotFoundError`` or ``ValueError`` where a file is missing or is not what it should be.
     """
-    root = Path(root)
-    x, y = _idx_pair(root, "train")
+    published = read_fashion_mnist(root)
+    x, y = _tensors(published.train)
     order = _shuffled(torch.arange(len(x)), torch.Generator().manual_seed(seed))
     valid, train = order.split([len(x) // 10, len(x) - len(x) // 10])
     return Images(
-        (x[train], y[train]), (x[valid], y[valid]), _idx_pair(root, "t10k"), FASHION_CLASSES
+        (x[train], y[train]), (x[valid], y[valid]), _tensors(published.test), published.class_names
     )
 
 
@@ -173,31 +167,6 @@ def _shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)]
 
 
-def _idx_pair(root: Path, part: str) -> tuple[Tensor, Tensor]:
-    x = _read_idx(root, f"{part}-images-idx3-ubyte", n_dims=3)
-    y = _read_idx(root, f"{part}-labels-idx1-ubyte", n_dims=1)
-    if len(x) != len(y):
-        raise ValueError(f"{root}: {len(x)} {part} images but {len(y)} labels")
-    return torch.from_numpy(x).float().div(255).sub(0.5).unsqueeze(1), torch.from_numpy(y).long()
-
-
-def _read_idx(root: Path, name: str, n_dims: int) -> np.ndarray:
-    """One idx file of unsigned bytes: 00 00 08 <dims>, big-endian sizes, then the values."""
-    path = next((p for p in (root / f"{name}.gz", root / name) if p.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"no {name}.gz or {name} in {root}: pass the folder of Fashion-MNIST's idx files "
-            "(Debian's package dataset-fashion-mnist puts them in "
-            "/usr/share/datasets/fashion-mnist)"
-        )
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if raw[:4] != bytes([0, 0, 8, n_dims]):
-        raise ValueError(f"{path} is not an idx file of bytes with {n_dims} dimensions")
-    shape = np.frombuffer(raw, ">u4", n_dims, offset=4)
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * n_dims)
-    if values.size != shape.prod(dtype=np.int64):
-        raise ValueError(f"{path}: {values.size} values for shape {tuple(shape.tolist())}")
-    return values.reshape(shape).copy()
+def _tensors(images: Labelled) -> tuple[Tensor, Tensor]:
+    x = torch.from_numpy(images.x.astype(np.float32))
+    return x.div(255).sub(0.5), torch.from_numpy(images.y)
