@@ -96,6 +96,27 @@ def test_pruning_drops_the_least_probable_first():
     assert pruned(below_one, 1 - 1e-12).weighs.tolist() == [False, True]
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("prior", ["count", "mean_posterior"])
+def test_with_nothing_to_leave_out_a_step_is_the_exact_one(backend, prior):
+    if lf.backends()[backend] != "available":
+        pytest.skip(lf.backends()[backend])
+    results = []
+    for mass in (0.0, 1e-30):
+        torch.manual_seed(0)
+        net = small_net(dtype=torch.float32)
+        em = lf.LASEM(net, backend=backend, prior=prior, prune=mass)
+        for seed in (1, 2):  # the second one sees what the prior has counted
+            net.zero_grad()
+            step = em(*batch(seed=seed, dtype=torch.float32), "a")
+            step.loss.backward()
+        assert float(step.dropped_mass) == 0
+        gradients = [p.grad for p in net.parameters()]
+        results.append([step.loss, step.posterior, step.nll, em.prior("a"), *gradients])
+    for exact, pruned_ in zip(*results, strict=True):
+        assert torch.equal(exact, pruned_)
+
+
 def test_dropout_goes_with_pruning():
     net = small_net(extra=(lambda: nn.Dropout(0.5),))
     x, y = batch()

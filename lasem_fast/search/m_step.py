@@ -61,6 +61,10 @@ class MStep(NamedTuple):
         """Whether every configuration is followed with its posterior."""
         return self.prune == 0 and self.draws is None
 
+    def follows_all(self, posterior: Tensor) -> bool:
+        """Whether nothing of this posterior ``[C]`` may be left out; waits for the device."""
+        return self.is_exact or (self.draws is None and posterior.min().item() > self.prune)
+
     def weights(self, posterior: Tensor) -> Weights:
         """The weights for a posterior ``[C]``."""
         if self.draws is not None:

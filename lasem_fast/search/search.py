@@ -112,9 +112,10 @@ class Search:
             e_output = evaluation.e_step
             checks.check_logits_device(e_output, y, network.task)
             self.likelihood.check_target(y, e_output, values=reads_values)
-            if frozen is None and rows is None and self.m_step.is_exact:
-                found = self._scored(evaluation, y, network.task, reads_values, counts)
-                if found is not None:
+            if frozen is None and rows is None and self._may_follow_all(reads_values):
+                exact = self.m_step.is_exact
+                found = self._scored(evaluation, y, network.task, reads_values, counts and exact)
+                if found is not None and (exact or self.m_step.follows_all(found.posterior)):
                     return found
             e_step = evidence(e_output, y, self.likelihood)
             if reads_values and (overflowed := _numbers(~torch.isfinite(e_step.nll), rows)):
@@ -145,6 +146,10 @@ class Search:
             dropped_mass=weights.dropped_mass,
             counted=False,
         )
+
+    def _may_follow_all(self, reads_values: bool) -> bool:
+        """Whether an M-step that follows every configuration is possible, and seen to be one."""
+        return self.m_step.is_exact or (reads_values and self.m_step.draws is None)
 
     def _all_but(self, bad: set[int]) -> tuple[int, ...] | None:
         """The configurations that are left; None for all."""
