@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -41,7 +41,12 @@ class Lane:
     refused: str = ""
 
 
-def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
+def race(
+    case: Case,
+    columns: list[Column],
+    budget: float,
+    found: Callable[[Column, Lane], None] | None = None,
+) -> dict[str, Lane]:
     """One round is one step (on a GPU: some steps) of every column that passed the gate.
 
     Rounds fill the budget.
@@ -50,6 +55,8 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
         case: the row.
         columns: the columns, each timed once per round in this order.
         budget: seconds that all rounds together should take; at least three rounds are run.
+        found: told of every column as soon as it is known to be right or refused, before the
+            rounds, with one time of its own: what a run that is cut short still knows.
 
     Returns:
         A lane for every column, by name.
@@ -74,9 +81,11 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
             lane.errors = gate.check(column, answer_of(runner, outcome))
         except WrongResult as error:
             lane.refused = str(error)
-            continue
         except Exception as error:  # a peer that cannot run here must not end the suite
             lane.refused = f"{column.name} did not run: {type(error).__name__}: {error}"
+        if lane.refused:
+            if found is not None:
+                found(column, lane)
             continue
         runner.net.zero_grad()
         start = time.perf_counter()
@@ -85,6 +94,9 @@ def race(case: Case, columns: list[Column], budget: float) -> dict[str, Lane]:
         if case.device == "cuda":
             once = _seconds(runner.step, case.device, 3)
             repeats[column.name] = max(1, min(_MOST_REPEATS, round(_LEAST_SECONDS_ON_A_GPU / once)))
+        if found is not None:
+            once = _seconds(runner.step, case.device, repeats[column.name])
+            found(column, replace(lane, seconds=[once] * _FEWEST_ROUNDS))
         round_time += (time.perf_counter() - start) * repeats[column.name]
         steps[column.name] = runner.step
     rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(budget / max(round_time, 1e-6))))

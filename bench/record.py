@@ -49,7 +49,7 @@ def extra_info(
 
 
 class ResultsFile:
-    """A results file that grows row by row, so that a run cut short leaves what it has.
+    """A results file that grows column by column, so that a run cut short leaves what it has.
 
     Args:
         path: the file; rows that are there already are kept.
@@ -73,21 +73,34 @@ class ResultsFile:
         self.data |= {"machine_info": here, "commit_info": _commit(), "peaks": peaks}
         self._write()
 
-    def has(self, case: Case) -> bool:
-        """Whether the row was run."""
-        rows = {b["extra_info"]["row"] for b in self.data["benchmarks"]}
-        return case.id in rows | {refused["row"] for refused in self.data["refused"]}
+    def has(self, case: Case, columns: list[Column]) -> bool:
+        """Whether these columns of the row were run, against one another."""
+        known = [b["extra_info"] for b in self.data["benchmarks"]]
+        known = [info for info in known if not info.get("alone")]
+        there = {(e["row"], e["column"]) for e in [*known, *self.data["refused"]]}
+        return all((case.id, column.name) in there for column in columns)
 
-    def add(self, case: Case, columns: list[Column], lanes: dict[str, Lane]) -> None:
-        """Adds a row and writes the file."""
-        for column in columns:
-            lane = lanes[column.name]
-            if lane.refused:
-                refused = {"row": case.id, "column": column.name, "why": lane.refused}
-                self.data["refused"].append(refused)
-            else:
-                info = extra_info(case, column, lane, self.peaks)
-                self.data["benchmarks"].append({"group": case.id, "extra_info": info})
+    def add(self, case: Case, column: Column, lane: Lane, *, alone: bool = False) -> None:
+        """Adds a column of a row, in place of what was known of it, and writes the file.
+
+        Args:
+            case: the row.
+            column: the column.
+            lane: what is known of it.
+            alone: its time was not taken in turns with the others'.
+        """
+        key = case.id, column.name
+        self.data["benchmarks"] = [
+            b for b in self.data["benchmarks"]
+            if (b["extra_info"]["row"], b["extra_info"]["column"]) != key
+        ]  # fmt: skip
+        refused = [r for r in self.data["refused"] if (r["row"], r["column"]) != key]
+        if lane.refused:
+            refused.append({"row": case.id, "column": column.name, "why": lane.refused})
+        else:
+            info = extra_info(case, column, lane, self.peaks) | ({"alone": True} if alone else {})
+            self.data["benchmarks"].append({"group": case.id, "extra_info": info})
+        self.data["refused"] = refused
         self._write()
 
     def _write(self) -> None:
