@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
-# Everything that only a GPU shows, in one call of at most nine minutes and without a network.
+# Everything that only a GPU shows, in three calls of at most nine minutes and without a network.
 #
-#   bench/on_gpu.sh [all|tests|bench] [--rehearse] [DIR]
+#   bench/on_gpu.sh [kernels|tests|peers|all] [--rehearse] [DIR]
 #
-# tests   the tests marked gpu, and some of them under compute-sanitizer where there is one
-# bench   the rows of the benchmark; a second call goes on where the first one ended
-# all     both (default)
+# kernels  every tile of every kernel against float64, then the benchmark's rows, our columns
+# tests    the tests marked gpu, and kernels under compute-sanitizer where there is one
+# peers    the benchmark's rows, all other columns
+# all      the three of them in the time of one (default)
 #
-# Leaves doctor.txt, tests.txt, bench.json and bench.md in DIR, bench/results/<device> by default.
-# PYTHON names the interpreter (python3); MINUTES the time there is (9). --rehearse does the same on
-# a CPU with a few tests and one small row. A stage that fails does not stop the next one; the exit
-# status is 0 only if all stages passed and no row was refused or left out.
+# Each call is of use alone; a second one with the same folder goes on where the first one ended.
+# Leaves environment.txt, doctor.txt, tiles.jsonl, tests.txt, bench.json, bench.md, the choices that
+# were measured and Triton's cache in DIR, bench/results/<device> by default. PYTHON names the
+# interpreter (python3); MINUTES the time there is (9). --rehearse does the same on a CPU with a few
+# tests, some kernels in Triton's interpreter and one small row. What fails does not stop what comes
+# next; the exit status is 0 only if all passed and no row was refused or left out.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
 stage=all device=cuda out=
 for argument in "$@"; do
   case $argument in
-    all | tests | bench) stage=$argument ;;
+    all | kernels | tests | peers) stage=$argument ;;
     --rehearse) device=cpu ;;
     -*)
-      echo "on_gpu.sh: expected all, tests, bench, --rehearse or a folder, got $argument" >&2
+      echo "on_gpu.sh: expected kernels, tests, peers, all, --rehearse or a folder, got $argument" >&2
       exit 2
       ;;
     *) out=$argument ;;
@@ -32,18 +35,28 @@ failed=()
 
 remaining() { echo $((seconds - SECONDS > 1 ? seconds - SECONDS : 1)); }
 
-# Runs a command for at most that many seconds and notes whether it passed.
+# What this stage may take: all that is left, or a third of the whole where all three run.
+share() {
+  local left third
+  left=$(remaining) third=$((seconds / 3))
+  [ "$stage" = all ] && [ "$third" -lt "$left" ] && left=$third
+  echo "$left"
+}
+
+# Runs a command for at most that many seconds and notes whether it passed. An interrupt lets a
+# program write what it has.
 run_stage() {
   local name=$1 limit=$2 status
   shift 2
   echo "== $name, at most $limit s"
-  timeout --kill-after=10 "$limit" "$@"
+  timeout --signal=INT --kill-after=10 "$limit" "$@"
   status=$?
   case $status in
     0) echo "== $name: passed" ;;
     124 | 137) failed+=("$name (time limit of $limit s)") ;;
     *) failed+=("$name (exit status $status)") ;;
   esac
+  return "$status"
 }
 
 # This tree comes first whatever is installed; the C++ kernels are for CPUs and are not built.
@@ -71,52 +84,119 @@ if [ "$device" = cuda ]; then
 fi
 out=${out:-bench/results/$name}
 mkdir -p "$out" || exit 2
+export PYTHONUNBUFFERED=1
 "$python" -m lasem_fast doctor | tee "$out/doctor.txt"
+
+# A cache of Triton's serves another machine only if its library is the same file.
+environment() {
+  "$python" - <<'PYTHON'
+import hashlib, platform
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+print("python", platform.python_version())
+for package in ("torch", "triton", "numpy", "pytest", "pytest-xdist"):
+    try:
+        print(package, metadata.version(package))
+    except metadata.PackageNotFoundError:
+        print(package, "not installed")
+spec = find_spec("triton")
+for library in sorted(Path(spec.origin).parent.glob("_C/libtriton*.so")) if spec else []:
+    print("sha256 of", library.name, hashlib.sha256(library.read_bytes()).hexdigest())
+PYTHON
+  command -v nvidia-smi >/dev/null &&
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+  for tool in ptxas ncu compute-sanitizer; do
+    command -v $tool >/dev/null && echo "$tool: $($tool --version | tail -1)"
+  done
+}
+environment >"$out/environment.txt" 2>&1
 
 # Bits that do not depend on which stream a matrix product runs on.
 export CUBLAS_WORKSPACE_CONFIG=:4096:8
+workers=12
+[ "$device" = cpu ] && workers=0
+
+tiles() {
+  local arguments=(--device "$device" --workers "$workers")
+  if [ "$device" = cpu ]; then
+    arguments+=(--dtypes fp32 --pools 2 --channels 3 --size 2 --few)
+    export TRITON_INTERPRET=1
+  fi
+  "$python" -m bench.tiles "${arguments[@]}" "$@"
+}
+
+bench() {
+  local suite=gpu timing=3 limit=$1 columns=$2
+  [ "$device" = cpu ] && suite=smoke timing=0
+  # the row that is under way when the budget ends still has a quarter of the time
+  run_stage "bench, $columns" "$limit" "$python" -m bench.run --suite "$suite" \
+    --device "$device" --columns "$columns" --seconds "$timing" --budget $((limit * 3 / 4)) \
+    --out "$out/bench.json"
+  [ -f "$out/bench.json" ] && "$python" -m bench.report "$out/bench.json" >"$out/bench.md"
+}
+
+kernels_stage() {
+  local begin=$SECONDS limit
+  limit=$(share)
+  if [ "$device" = cuda ]; then
+    export TRITON_CACHE_DIR="$PWD/$out/triton-cache" LASEM_FAST_CHOICES=measure
+  fi
+  export -f tiles
+  export python device workers
+  if ! run_stage tiles $((limit * 6 / 10)) bash -c "tiles --out '$out/tiles.jsonl'"; then
+    # the compiler that comes with Triton has been at fault elsewhere
+    if [ "$device" = cuda ] && command -v ptxas >/dev/null; then
+      TRITON_PTXAS_PATH=$(command -v ptxas) TRITON_CACHE_DIR="$out/other-cache" run_stage \
+        "tiles, another ptxas" $((limit / 5)) bash -c "tiles --out '$out/tiles-ptxas.jsonl'"
+    fi
+  fi
+  limit=$((limit - SECONDS + begin))
+  bench $((limit > 1 ? limit : 1)) ours
+  "$python" -m lasem_fast choices show >"$out/choices.txt" 2>&1
+  if [ -d "$out/triton-cache" ]; then
+    tar -czf "$out/triton-cache.tgz" -C "$out" triton-cache
+    rm -rf "$out/triton-cache" "$out/other-cache"
+  fi
+}
 
 # pytest.ini options of the suite need plugins that may not be there: none of them is used.
 pytest=("$python" -m pytest -o addopts= -q --strict-markers -p no:cacheprovider)
+# A capture that fails may spoil those that come after it in its process.
+failing="test_a_stage_that_waits"
 tests_stage() {
-  local files limit
+  local files side=()
   mapfile -t files < <(grep -l --include='*.py' -r 'mark\.gpu' tests)
   if [ "$device" = cpu ]; then
-    run_stage tests "$(remaining)" "${pytest[@]}" tests/test_backend_parity.py \
+    run_stage tests "$(share)" "${pytest[@]}" tests/test_backend_parity.py \
       -m "not gpu" -k "torch and pool"
     return
   fi
-  limit=$(remaining)
-  [ "$stage" = all ] && limit=$((limit * 4 / 10))
-  run_stage tests "$limit" "${pytest[@]}" -m gpu -ra "${files[@]}"
+  "$python" -c "import xdist" 2>/dev/null && side=(-n "$workers")
+  run_stage tests $(($(share) * 7 / 10)) "${pytest[@]}" "${side[@]}" -m gpu -ra \
+    -k "not $failing" "${files[@]}"
+  run_stage "tests, failing captures" 60 "${pytest[@]}" -m gpu -ra -k "$failing" "${files[@]}"
   if command -v compute-sanitizer >/dev/null; then
-    limit=$(remaining)
-    [ "$stage" = all ] && limit=60
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_stage compute-sanitizer "$limit" \
-      compute-sanitizer --tool memcheck --error-exitcode 9 "${pytest[@]}" -m gpu \
-      tests/test_backend_parity.py \
-      -k "test_every_net_on_the_gpu and triton and bf16 and (stage or linear)"
+    workers=0
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_stage compute-sanitizer "$(share)" \
+      compute-sanitizer --tool memcheck --error-exitcode 9 \
+      "$python" -m bench.tiles --few --dtypes bf16 tf32 --pools 2 --channels 72 --size 10 \
+      --out "$out/sanitized.jsonl"
   else
     echo "== compute-sanitizer: not on this machine"
   fi
 }
 
-bench_stage() {
-  local limit suite=gpu timing=3
-  [ "$device" = cpu ] && suite=smoke timing=0
-  limit=$(remaining)
-  # the row that is under way when the budget ends still has a quarter of the time
-  run_stage bench "$limit" "$python" -m bench.run --suite "$suite" --device "$device" \
-    --seconds "$timing" --budget $((limit * 3 / 4)) --out "$out/bench.json"
+peers_stage() {
+  bench "$(share)" peers
 }
 
-if [ "$stage" != bench ]; then
-  tests_stage > >(tee "$out/tests.txt") 2>&1
-fi
-if [ "$stage" != tests ]; then
-  bench_stage > >(tee "$out/bench.log") 2>&1
-  [ -f "$out/bench.json" ] && "$python" -m bench.report "$out/bench.json" >"$out/bench.md"
-fi
+for one in kernels tests peers; do
+  if [ "$stage" = all ] || [ "$stage" = $one ]; then
+    ${one}_stage > >(tee "$out/$one.txt") 2>&1
+  fi
+done
 
 echo "== results in $out after $SECONDS s"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -3,9 +3,9 @@
 One level of 2 parents and 3 samples through both branches, forward and backward, for every tile,
 dtype, pool and number of channels. Outputs are poisoned beforehand (NaN in memory that nothing has
 written), every case is run twice and has to give the same bits, and may be off from float64 by at
-most twice as much as PyTorch at that precision, the choices of ReLU and pool held as the kernel
-made them. Results are written case by case, one JSON object a line; a second call with the same
-file goes on. The exit status is 1 if a case failed.
+most twice as much as PyTorch at that precision, or as one rounding of what is added up, the choices
+of ReLU and pool held as the kernel made them. Results are written case by case, one JSON object a
+line; a second call with the same file goes on. The exit status is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -157,10 +157,15 @@ def check(case: Case) -> tuple[dict[str, list[float]], str]:
         same = same and all(torch.equal(first[name], second[name]) for name in first)
         exact = _plain(torch.float64, dtype, x, weights, biases, dy, geometry, code)
         rounded = _plain(dtype, dtype, x, weights, biases, dy, geometry, code)
+        sizes = [[t.abs() for t in tensors] for tensors in ([x], weights, biases, [dy])]
+        (x, *_), weights, biases, (dy, *_) = sizes
+        added = _plain(torch.float64, dtype, x, weights, biases, dy, geometry, code)
     errors, failed = {}, [] if same else ["two runs differ"]
     for name, truth in exact.items():
         error = _error(first[name], truth)
-        allowed = SLACK * max(_error(rounded[name], truth), unit)
+        # PyTorch may be lucky: sums are taken in fp32, and rounded once more where they are kept
+        rounding = unit + 2**-24 * float(added[name].norm() / truth.norm())
+        allowed = SLACK * max(_error(rounded[name], truth), rounding)
         errors[name] = [error, allowed]
         if not error <= allowed:
             failed.append(f"{name} is off by {error:.3g}, allowed {allowed:.3g}")

@@ -43,7 +43,8 @@ def rehearsal(tmp_path_factory):
 def test_both_stages_pass_and_leave_results(rehearsal):
     done, out = rehearsal
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "== tests: passed" in done.stdout and "== bench: passed" in done.stdout
+    for name in ("tiles", "bench, ours", "tests", "bench, peers"):
+        assert f"== {name}: passed" in done.stdout
     assert " passed" in (out / "tests.txt").read_text()
     results = measured.Results.load(out / "bench.json")
     assert results.rows() == [cases.smoke("cpu")[0].id]
@@ -83,12 +84,12 @@ def test_results_of_two_machines_are_not_mixed(tmp_path):
 
 def test_wrong_arguments():
     done = _on_gpu("--fast")
-    assert done.returncode == 2 and "expected all, tests, bench" in done.stderr
+    assert done.returncode == 2 and "expected kernels, tests, peers, all" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = _on_gpu("bench", str(tmp_path), PYTHON=str(_without_pip(tmp_path)))
+    done = _on_gpu("peers", str(tmp_path), PYTHON=str(_without_pip(tmp_path)))
     assert done.returncode == 2 and "PyTorch finds no CUDA device" in done.stderr
     assert "pip cannot install here; the package is used from this folder" in done.stdout
 
@@ -104,7 +105,8 @@ def test_a_stage_that_fails_shows_in_the_exit_status(tmp_path):
     done = _on_gpu("--rehearse", str(tmp_path / "out"), PYTHON=str(stub))
     assert done.returncode == 1
     assert "== failed: tests (exit status 4)" in done.stdout
-    assert "== failed: bench (exit status 4)" in done.stdout
+    assert "== failed: bench, ours (exit status 4)" in done.stdout
+    assert "== failed: bench, peers (exit status 4)" in done.stdout
 
 
 def _without_pip(folder):
