@@ -46,7 +46,7 @@ def test_a_wrong_backend_is_found(net, monkeypatch):
     monkeypatch.setattr(
         dispatch.plain_torch,
         "wide_level",
-        lambda branches, h, rows: right(branches[::-1], h, rows),
+        lambda branches, *rest: right(branches[::-1], *rest),
     )
     with pytest.raises(WrongResult):
         parity.check("torch", parity.problem(net))

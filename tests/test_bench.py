@@ -32,7 +32,7 @@ NETS["tiny"] = Builtin(lambda: conv_stages(3, (4, 4), (3, 3), (1, 2)),
                        lambda classes: dense_head(64, (), classes), (3, 8, 8), 4)
 cases.quick = lambda: [cases.Case("tiny", 4, without=cases.COMPILED)]
 right = dispatch.plain_torch.wide_level
-dispatch.plain_torch.wide_level = lambda branches, h, rows: right(branches[::-1], h, rows)
+dispatch.plain_torch.wide_level = lambda branches, *rest: right(branches[::-1], *rest)
 """
 
 

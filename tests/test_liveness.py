@@ -42,7 +42,7 @@ def test_the_share_is_that_of_the_prefixes_used(configs, data):
     weighs = torch.tensor([c in rows for c in range(len(configs))])
     liveness = TreeLiveness(plan)
     assert liveness.share_of(weighs) is None, "a backward that looks at it leaves the rest out"
-    liveness.followed = False
+    liveness.levels[0].followed = False
 
     def prefixes(some):
         return {config[: i + 1] for config in some for i in range(len(config))}

@@ -60,7 +60,7 @@ def test_a_wrong_level_is_found(monkeypatch):
     monkeypatch.setattr(
         dispatch.plain_torch,
         "wide_level",
-        lambda branches, h, rows: right(branches[::-1], h, rows),
+        lambda branches, *rest: right(branches[::-1], *rest),
     )
     assert any("off by" in found for found in _disagreements(10))
 

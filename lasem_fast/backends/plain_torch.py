@@ -9,22 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lasem_fast.backends.followed_core import Places, followed, follows
 from lasem_fast.backends.operations import Layer, Skip
 from lasem_fast.levels.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.levels.plan import Level
-from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.levels.row_liveness import Liveness, passed_over
 from lasem_fast.networks.layers import PlainStage, flatten_then_linear, plain_stage, same_form
 from lasem_fast.networks.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
 
-def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
+def wide_level(
+    branches: Sequence[Branch], h: Fold, rows: int, liveness: Liveness | None = None
+) -> Tensor | None:
     """A level on which every row goes through every branch, as one wide layer.
 
     Args:
         branches: the B branches of a stage.
         h: the level's input, folded ``[N * P, ...]``.
-        rows: number of rows P; the wide layer does not need it.
+        rows: number of rows P.
+        liveness: which rows a later backward has to look at; None: all.
 
     Returns:
         The output ``[N * P * B, ...]``, branch innermost; None unless every branch is one
@@ -39,7 +43,12 @@ def wide_level(branches: Sequence[Branch], h: Fold, rows: int) -> Tensor | None:
         h = layer(h)
     if isinstance(stage.core, nn.Linear) and h.dim() != 2:
         return None
-    h = functional_call(stage.core, weights, (h,))
+    if follows(stage.core, h, liveness):
+        places = Places(torch.arange(rows * len(branches)).view(rows, -1), samples_first=True)
+        h = followed(stage.core, h, weights["weight"], weights.get("bias"), liveness, places)
+    else:
+        h = functional_call(stage.core, weights, (h,))
+        passed_over(liveness)
     for layer in stage.after:
         h = layer(h)
     return _branches_into_batch(h, len(branches))
@@ -62,10 +71,12 @@ class TorchLevel:
         liveness: Liveness | None,
         carry: bool = False,
     ) -> Tensor:
-        return run_level(layer, x, level, skip)
+        return run_level(layer, x, level, skip, liveness)
 
 
-def run_level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tensor:
+def run_level(
+    layer: Layer, x: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None = None
+) -> Tensor:
     """Any layer on any list of rows, rows outermost and channels last.
 
     Args:
@@ -73,6 +84,7 @@ def run_level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tenso
         x: the parents, images ``[P, N, H, W, C]`` or vectors ``[P, N, F]``.
         level: the rows.
         skip: what is added behind the layer's first ReLU, or None.
+        liveness: which rows a later backward has to look at; None: all.
 
     Returns:
         The R rows, ``[R, N, H', W', C']`` or ``[R, N, F']``.
@@ -82,7 +94,9 @@ def run_level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tenso
         wide = {"weight": torch.cat(layer.weights)}
         if layer.biases:
             wide["bias"] = torch.cat(layer.biases)
-        y = _branches_into_rows(_core(layer, x, wide), level.width, len(layer.weights))
+        rows = torch.arange(len(level)).view(level.width, -1)
+        y = _core(layer, x, wide, liveness, rows)
+        y = _branches_into_rows(y, level.width, len(layer.weights))
     else:
         parts = []
         for b, branch in enumerate(level.used_branches):
@@ -90,7 +104,8 @@ def run_level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tenso
             if layer.biases:
                 own["bias"] = layer.biases[b]
             parents = x.index_select(0, index_tensor(level.parents_of(branch), x.device))
-            parts.append(_core(layer, parents, own))
+            rows = index_tensor(level.rows_of(branch), torch.device("cpu"))[:, None]
+            parts.append(_core(layer, parents, own, liveness, rows))
         y = torch.cat(parts).unflatten(0, (len(level), samples))
         y = y.index_select(0, index_tensor(level.merge_order(), x.device)).flatten(0, 1)
     if layer.relu:
@@ -109,13 +124,22 @@ def run_level(layer: Layer, x: Tensor, level: Level, skip: Skip | None) -> Tenso
     return y.unflatten(0, (len(level), samples))
 
 
-def _core(layer: Layer, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """The convolution or linear layer on all rows of ``x``, channels first, rows outermost."""
+def _core(
+    layer: Layer, x: Tensor, weights: dict[str, Tensor], liveness: Liveness | None, rows: Tensor
+) -> Tensor:
+    """The convolution or linear layer on all rows of ``x``, channels first, rows outermost.
+
+    ``rows``: for each row of ``x`` and each branch whose weights these are, the level's row.
+    """
     x = _channels_first(x)
     if layer.flatten:
         x = x.flatten(1)
     if weights["weight"].dim() == 4 and x.device.type != "cpu":
         weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
+    if follows(layer.core, x, liveness):
+        places = Places(rows, samples_first=False)
+        return followed(layer.core, x, weights["weight"], weights.get("bias"), liveness, places)
+    passed_over(liveness)
     return functional_call(layer.core, weights, (x,))
 
 

@@ -15,12 +15,10 @@ class TreeLiveness:
 
     Attributes:
         levels: one per stage, handed to the operations of that level.
-        followed: whether all levels so far were run by operations that look at it.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.followed = True
         self.levels = [Liveness() for _ in plan.levels]
 
     def keep(self, weighs: Tensor) -> None:
@@ -33,8 +31,8 @@ class TreeLiveness:
             live = _any_of(live, index_tensor(level.parents, device), level.width)
 
     def share_of(self, weighs: Tensor) -> float | None:
-        """The share of the tree's rows that some configurations use; None if it is followed."""
-        if self.followed:
+        """The share of the tree's rows that some configurations use; None if all is followed."""
+        if all(level.followed for level in self.levels):
             return None
         used = self.plan.only(weighs.nonzero().flatten().tolist())
         return used.stage_evaluations / self.plan.stage_evaluations

@@ -13,6 +13,14 @@ class Liveness:
 
     Attributes:
         live: bool ``[R]`` on the level's device; None: all.
+        followed: whether the backward of everything on this level looks at it.
     """
 
     live: Tensor | None = None
+    followed: bool = True
+
+
+def passed_over(liveness: Liveness | None) -> None:
+    """Notes that something's backward runs on all rows."""
+    if liveness is not None:
+        liveness.followed = False

@@ -203,7 +203,7 @@ def _first(
             out = operation(layer, x, level, skip, liveness, carry and operation.carries)
             if out is not None:
                 return out if isinstance(out, tuple) else (out, x)
-    return plain_torch.run_level(layer, x, level, skip), x
+    return plain_torch.run_level(layer, x, level, skip, liveness), x
 
 
 def _outputs(values: list[Value], program: Program, level: Level) -> Fold:

@@ -17,6 +17,7 @@ from lasem_fast.backends.operations import Operations
 from lasem_fast.levels.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.levels.liveness import TreeLiveness
 from lasem_fast.levels.plan import Level, Plan
+from lasem_fast.levels.row_liveness import Liveness, passed_over
 from lasem_fast.networks import checks
 from lasem_fast.networks.layers import active_random_layers, has_hooks, may_write_input
 from lasem_fast.networks.network import Network
@@ -92,34 +93,41 @@ class Tree:
             used = [branches[b] for b in level.used_branches]
             live = None if liveness is None else liveness.levels[i]
             out = fused_stage.run(self.operations.levels, used, h, level, live)
-            if liveness is not None:
-                liveness.followed &= out is not None
             if out is not None:
                 h = out
             elif self.plan.continues(i):
-                h = self._continue(used, h, level, i)
+                h = self._continue(used, h, level, i, live)
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
                 merge = not goes_on or _is_parameter_free(network.stages[i + 1])
-                h = self._branch_out(used, h, level, merge, i)
+                h = self._branch_out(used, h, level, merge, i, live)
         return h
 
     def _branch_out(
-        self, used: Sequence[Branch], h: Fold, level: Level, merge: bool, stage: int
+        self,
+        used: Sequence[Branch],
+        h: Fold,
+        level: Level,
+        merge: bool,
+        stage: int,
+        live: Liveness | None,
     ) -> Fold:
         """A level in PyTorch whose rows go through different branches of the same input."""
         h = folded(h)
         if merge and level.is_full:
-            out = plain_torch.wide_level(used, h, level.width)
+            out = plain_torch.wide_level(used, h, level.width, live)
             if out is not None:
                 return out
+        passed_over(live)
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
             rows = rows_of(h, level.width, level.parents_of(b))
             parts.append(self._call(branch, rows, stage))
         return Stacks(parts, level)
 
-    def _continue(self, used: Sequence[Branch], h: Fold, level: Level, stage: int) -> Fold:
+    def _continue(
+        self, used: Sequence[Branch], h: Fold, level: Level, stage: int, live: Liveness | None
+    ) -> Fold:
         """A level in PyTorch whose rows go on in the branch that they came from."""
         if not isinstance(h, Stacks):
             h = folded(h)
@@ -128,6 +136,7 @@ class Tree:
             h = Stacks(
                 [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
             )
+        passed_over(live)
         parts = [
             self._call(branch, part, stage) for branch, part in zip(used, h.parts, strict=True)
         ]
