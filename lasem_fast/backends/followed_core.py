@@ -12,7 +12,7 @@ from lasem_fast.levels.row_liveness import Liveness
 from lasem_fast.networks.checks import is_transformed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# What picking rows and one product per branch cost: above it the whole backward is faster.
+# Picking rows moves memory: where nearly all count, the whole backward is faster.
 _MOST_LIVE = 0.9
 
 
@@ -102,12 +102,15 @@ def _followed_gradients(
     dx = torch.zeros_like(x) if wanted[0] else None
     parts = []
     for b, own in enumerate(weight.chunk(branches)):
-        rows = live[places.rows[:, b]].nonzero().flatten()
-        index = _samples_of(rows, parents, x.shape[0] // parents, places.samples_first)
-        upstream = dy[index].chunk(branches, dim=1)[b]
-        back, *of_weights = _gradients(core, x[index], own, upstream, wanted)
-        if dx is not None:
-            dx = dx.index_add(0, index, back)
+        upstream, alive = dy.chunk(branches, dim=1)[b], live[places.rows[:, b]]
+        if bool(alive.all()):
+            back, *of_weights = _gradients(core, x, own, upstream, wanted)
+            dx = None if dx is None else dx + back
+        else:
+            rows = alive.nonzero().flatten()
+            index = _samples_of(rows, parents, x.shape[0] // parents, places.samples_first)
+            back, *of_weights = _gradients(core, x[index], own, upstream[index], wanted)
+            dx = None if dx is None else dx.index_add(0, index, back)
         parts.append(of_weights)
     gathered = [
         torch.cat([part[i] for part in parts]) if wants else None
