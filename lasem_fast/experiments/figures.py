@@ -66,7 +66,7 @@ def _static_configurations(experiments: Sequence[Experiment]) -> Figure | None:
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axis.set_title(f"{experiment.name}, {transfer}", fontsize=10)
         axis.set_ylabel("peak per-task accuracy, %")
-        axis.legend(fontsize=8, frameon=False)
+    _legend(figure, axes)
     return figure
 
 
@@ -88,7 +88,7 @@ def _ranges(experiments: Sequence[Experiment]) -> Figure | None:
     axis.set_xticks(range(len(names)), names)
     axis.set_xlim(-0.6, len(panels) - 0.4)
     axis.set_ylabel("peak per-task accuracy, %")
-    axis.legend(fontsize=8, frameon=False)
+    _legend(figure, [axis])
     return figure
 
 
@@ -114,7 +114,7 @@ def _share_frequencies(experiments: Sequence[Experiment]) -> Figure | None:
         axis.set_xlabel("layer (1 is next to the input)")
         axis.set_ylabel("share frequency")
         axis.set_title(experiment.name, fontsize=10)
-        axis.legend(fontsize=8, frameon=False)
+    _legend(figure, axes)
     return figure
 
 
@@ -137,7 +137,7 @@ def _ablation(experiments: Sequence[Experiment]) -> Figure | None:
         axis.set_xlabel("P")
         axis.set_ylabel("peak per-task accuracy, %")
         axis.set_title(experiment.name, fontsize=10)
-        axis.legend(fontsize=8, frameon=False)
+    _legend(figure, axes)
     return figure
 
 
@@ -149,6 +149,17 @@ def _figure(panels: int, width: float) -> tuple[Figure, list[Axes]]:
         axis.grid(axis="y", color="#dddddd", lw=0.6)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One for all panels, above them, where it covers no point."""
+    found = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        found.values(), found.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=8
+    )
 
 
 def _with_intervals(

@@ -81,11 +81,9 @@ def table2(experiments: Sequence[Experiment]) -> Rows:
                 "configurations": len(record.configurations),
             }
             row |= _cell("peak_accuracy", search.interval("peak_accuracy"), 100)
-            row |= _cell("all_shared", shared[0].interval("peak_accuracy") if shared else None, 100)
-            row |= _cell(
-                "best_static", ranked[-1].interval("peak_accuracy") if ranked else None, 100
-            )
-            row["best_static_name"] = ranked[-1].label if ranked else None
+            row |= _cell("all_shared", everything, 100)
+            row |= _cell("best_static", best and best.interval("peak_accuracy"), 100)
+            row["best_static_name"] = best and best.label
             for measure in _RATIOS:
                 row |= _cell(measure, search.interval(measure))
             rows.append(row)

@@ -30,6 +30,7 @@ def work(plain: dict[str, Any], out: str) -> None:
     """Works on all runs of a config that are left, and waits for those that others work on."""
     experiment = Experiment.of(plain, Path(out))
     torch.set_num_threads(experiment.config.threads)
+    _import_all()
     failed: set[Path] = set()
     for wait in (False, True):
         for unit in experiment.units():
@@ -38,6 +39,13 @@ def work(plain: dict[str, Any], out: str) -> None:
             if not unit.finished and unit.folder not in failed:
                 if not _done(experiment, unit, wait):
                     failed.add(unit.folder)
+
+
+def _import_all() -> None:
+    """A process's first optimiser step imports for seconds, which no run's times should hold."""
+    weight = torch.zeros(1, requires_grad=True)
+    weight.sum().backward()
+    torch.optim.SGD([weight], lr=0.0).step()
 
 
 def _done(experiment: Experiment, unit: Unit, wait: bool) -> bool:
