@@ -224,3 +224,16 @@ def test_what_is_no_method_is_refused_by_name():
         cases.run(SingleTask, em_options={"backend": "torch"})
     with pytest.raises(ValueError, match="space: expected configurations of the net's 2 stages"):
         BruteForce(cases.make_net(), ConfigSpace(3))
+
+
+@pytest.mark.parametrize("method", ["lasem", "brute"])
+def test_evaluating_less_often_changes_nothing_else(method):
+    often, seldom = cases.run(method, epochs=5), cases.run(method, epochs=5, evaluate_every=2)
+    for every, some in zip(often.tasks, seldom.tasks, strict=True):
+        assert some.evaluated == [2, 4, 5] and every.evaluated == []
+        assert len(some.loss) == 5
+        if method == "lasem":  # a brute-force search chooses by what it has seen
+            assert some.loss == every.loss and some.posterior == every.posterior
+            assert some.valid == [every.valid[epoch - 1] for epoch in some.evaluated]
+            assert some.test == [every.test[epoch - 1] for epoch in some.evaluated]
+        assert some.peak == some.test[some.valid.index(max(some.valid))]

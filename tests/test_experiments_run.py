@@ -142,10 +142,10 @@ def test_a_prediction_counts_trials_and_epochs(write, monkeypatch):
     experiment = Experiment.of(tomllib.loads(write().read_text()))
     found = prediction.predict(experiment)
     # 3 tasks, 3 epochs of 3 mini-batches of mean cost 3; 9 evaluations of the task itself, 3 x 1
-    # of those before it, and half of 1 + 2 + 3 at the ends, which look at one split of two
-    assert found["all-hps"] == 3 * 3 * 3 * 3 + (9 + 3 + 3) * 20
+    # of those before it, and 1 + 2 + 3 at the ends
+    assert found["all-hps"] == 3 * 3 * 3 * 3 + (9 + 3 + 6) * 20
     # 1 + 4 trainings of 2 tasks
-    assert found["brute-force-hps"] == 5 * 3 * 3 * 3 + (15 + 2.5 + 1.5) * 20
+    assert found["brute-force-hps"] == 5 * 3 * 3 * 3 + (15 + 2.5 + 3) * 20
 
 
 def test_curves_for_tensorboard(write, tmp_path):

@@ -155,6 +155,7 @@ class Experiment:
             "optimizer": partial(OPTIMIZERS[training["optimizer"]], lr=training["lr"]),
             "schedule": falling(training["lr_decay"]),
             "drop_last": training["drop_last"],
+            "evaluate_every": training["evaluate_every"],
             "evaluate_earlier_every": training["epochs"] if every == "end" else every,
             "seed": unit.seed,
             "device": self.config.device,

@@ -13,7 +13,8 @@ from lasem_fast.experiments.variants import Variant
 from lasem_fast.lifelong import Method, Phase, Task
 from lasem_fast.lifelong.training import accuracy
 
-_STEPS = 3
+_STEPS = 2
+_IMAGES = 256  # that an evaluation is timed with, at most
 
 
 class Cost(NamedTuple):
@@ -47,10 +48,11 @@ def _seconds(experiment: Experiment, unit: Unit) -> float:
     steps = max(1, n // size if arguments["drop_last"] else -(-n // size))
     trainings = trials(unit.variant, len(experiment.network.space), len(tasks))
     training = trainings * epochs * steps * sum(cost.step) / 2
-    # after every epoch the task itself, every so often those before it too, at its end again all
-    often = epochs // arguments["evaluate_earlier_every"]
+    # every so often the task itself, or those before it too; at its end the test data of all
+    own = -(-epochs // arguments["evaluate_every"])
+    often = -(-epochs // arguments["evaluate_earlier_every"])
     earlier = trainings * often * (len(tasks) - 1) / 2
-    evaluations = trainings * epochs + earlier + len(tasks) * (len(tasks) + 1) / 4
+    evaluations = trainings * own + earlier + len(tasks) * (len(tasks) + 1) / 2
     return training + evaluations * sum(cost.evaluation) / 2
 
 
@@ -98,11 +100,13 @@ def _at(method: Method, task: Task, arguments: dict[str, Any]) -> tuple[float, f
         method.step(x, y, task.name, optimizer)
 
     def evaluate() -> None:
-        for split in (task.valid, task.test):
-            accuracy(method, task.name, *split)
+        inputs, labels = task.test
+        accuracy(method, task.name, inputs[:_IMAGES], labels[:_IMAGES])
 
     step()  # the first one makes what later ones use again
-    return _timed(step, _STEPS, x.device), _timed(evaluate, 1, x.device)
+    images = len(task.valid[0]) + len(task.test[0])
+    scale = images / min(_IMAGES, len(task.test[0]))
+    return _timed(step, _STEPS, x.device), scale * _timed(evaluate, 1, x.device)
 
 
 def _timed(function: Callable[[], None], times: int, device: torch.device) -> float:

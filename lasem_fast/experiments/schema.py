@@ -50,6 +50,7 @@ class Training(Part):
     lr: Annotated[float, Field(gt=0)] | None = None
     lr_decay: Annotated[float, Field(ge=0)] | None = None
     drop_last: bool | None = None
+    evaluate_every: Positive = 1
     evaluate_earlier_every: Positive | Literal["end"] = "end"
 
 

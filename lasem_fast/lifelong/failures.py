@@ -51,7 +51,7 @@ def failure_told(run: Run, record: RunRecord, entry: TaskRecord) -> Iterator[Non
         ended = ", ".join(repr(task.name) for task in record.tasks) or "none"
         number = [task.name for task in run.tasks].index(entry.name) + 1
         raise SequenceError(
-            f"task {entry.name!r} ({number} of {len(run.tasks)}) failed after {len(entry.test)} of "
+            f"task {entry.name!r} ({number} of {len(run.tasks)}) failed after {len(entry.loss)} of "
             f"{record.epochs} epochs: {type(error).__name__}: {error} (ended before: {ended}; see "
             f"this error's .record)",
             record,

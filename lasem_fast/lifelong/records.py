@@ -34,12 +34,13 @@ class TaskRecord:
     config: list[bool]  # [d], the one kept (search) or prescribed (static); [] for none
     label: str
     loss: list[float] = field(default_factory=list)  # [E], mean over mini-batches
-    valid: list[float] = field(default_factory=list)  # [E]
-    test: list[float] = field(default_factory=list)  # [E]
+    valid: list[float] = field(default_factory=list)  # [E], or of the epochs in ``evaluated``
+    test: list[float] = field(default_factory=list)  # likewise
     peak: float = float("nan")  # `metrics.peak_accuracy`
     learning_curve_area: float = float("nan")  # `metrics.learning_curve_area`
     posterior: list[list[float]] = field(default_factory=list)  # [E][C], mean over mini-batches
     prior: list[float] = field(default_factory=list)  # [C], at the end of the task
+    evaluated: list[int] = field(default_factory=list)  # epochs of valid and test; []: all of them
     # where several configurations were tried: label, config, best valid accuracy, peak of each
     trials: list[dict[str, Any]] = field(default_factory=list)
 

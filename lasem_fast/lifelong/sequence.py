@@ -75,6 +75,7 @@ def train_sequence(
     on_task: Callable[[RunRecord], None] | None = None,
     schedule: Callable[[int], float] | None = None,
     drop_last: bool = False,
+    evaluate_every: int = 1,
     folder: str | os.PathLike[str] | None = None,
     save_every: float = 0.0,
 ) -> RunRecord:
@@ -106,6 +107,8 @@ def train_sequence(
         schedule: a factor on the learning rate, given the number of epochs that the whole run has
             behind it; None: no change.
         drop_last: leave out a last mini-batch that is smaller, unless it is the only one.
+        evaluate_every: every how many epochs, and after the last, the current task is evaluated;
+            the best epoch is sought among these. Tasks before it are evaluated then at most.
         folder: keeps the state of the run, after every epoch; a run with the same arguments goes
             on from there, to the same end. For a method that tries configurations, several
             processes may share the folder: each of them takes a part of the trials and gives the
@@ -129,8 +132,9 @@ def train_sequence(
     optional = {"on_epoch": on_epoch, "on_task": on_task, "schedule": schedule}
     check_functions(**{name: given for name, given in optional.items() if given is not None})
     check_numbers(
-        seed, epochs=epochs, batch_size=batch_size, evaluate_earlier_every=evaluate_earlier_every
-    )
+        seed, epochs=epochs, batch_size=batch_size, evaluate_earlier_every=evaluate_earlier_every,
+        evaluate_every=evaluate_every,
+    )  # fmt: skip
     em_options = own_copies(em_options)
     if em_options and callable(method):
         raise ValueError(f"em_options: expected None for a method of your own, got {em_options}")
@@ -145,11 +149,13 @@ def train_sequence(
         return checked_method(_factory(method, em_options)(new_net))
 
     arguments = {"method": name, "seed": seed, "epochs": epochs, "batch_size": batch_size}
-    arguments |= {"drop_last": drop_last, "evaluate_earlier_every": evaluate_earlier_every}
+    arguments |= {"drop_last": drop_last, "evaluate_every": evaluate_every}
+    arguments |= {"evaluate_earlier_every": evaluate_earlier_every}
     identity = "" if folder is None else checkpoints.identity_of(tasks, **arguments)
     run = Run(
         new_method, make_head, tasks, optimizer, schedule, name, epochs, batch_size, drop_last,
-        evaluate_earlier_every, device, _seeds(seed, 1 + len(tasks)), identity, save_every,
+        evaluate_every, evaluate_earlier_every, device, _seeds(seed, 1 + len(tasks)),
+        identity, save_every,
     )  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(

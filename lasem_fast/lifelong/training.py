@@ -20,7 +20,7 @@ from lasem_fast.lifelong.records import RunRecord, TaskRecord
 from lasem_fast.lifelong.run_checks import check_fit, checked_head, evaluating
 from lasem_fast.lifelong.task_data import Task
 
-_EVALUATION_BATCH = 1024
+_EVALUATION_BATCH = 256  # larger ones spend their time on getting memory
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Progress:
     epochs: int
     label: str  # the best configuration so far, as in "{2,4}"; "" for a method without
     loss: float
-    valid: float
+    valid: float  # as last evaluated; NaN before that
     test: float
     trial: int = 1
     trials: int = 1
@@ -70,6 +70,7 @@ class Run:
     epochs: int
     batch_size: int
     drop_last: bool
+    evaluate_every: int
     evaluate_earlier_every: int
     device: torch.device
     seeds: list[int]  # one for the net, then one per task: a task begins alike in every method
@@ -123,21 +124,34 @@ def train(
         entry.loss.append(loss)
         if posterior is not None:
             entry.posterior.append(posterior)
-        earlier = epoch % run.evaluate_earlier_every == 0 or epoch == run.epochs
-        seen = run.tasks[: number + 1] if earlier else [task]
-        with clock.time("evaluate"):
-            valid = [accuracy(method, t.name, *t.valid) for t in seen]
-            test = [accuracy(method, t.name, *t.test) for t in seen]
-        entry.valid.append(valid[-1])
-        entry.test.append(test[-1])
-        if earlier:
-            now.curves.append({"task": number, "epoch": epoch, "valid": valid, "test": test})
+        if epoch % run.evaluate_every == 0 or epoch == run.epochs:
+            with clock.time("evaluate"):
+                _evaluate(run, method, now, epoch)
         now.epoch = epoch
         saved(epoch == run.epochs)
         yield Progress(
             run.name, task.name, number + 1, len(run.tasks), epoch, run.epochs,
-            label_of(method.config(task.name)), loss, valid[-1], test[-1],
+            label_of(method.config(task.name)), loss, *_last(entry),
         )  # fmt: skip
+
+
+def _evaluate(run: Run, method: Method, now: Training, epoch: int) -> None:
+    """Notes the accuracies on the task, and every so often on those before it."""
+    number, entry = now.number, now.entry
+    earlier = epoch % run.evaluate_earlier_every == 0 or epoch == run.epochs
+    seen = run.tasks[: number + 1] if earlier else run.tasks[number : number + 1]
+    valid = [accuracy(method, t.name, *t.valid) for t in seen]
+    test = [accuracy(method, t.name, *t.test) for t in seen]
+    entry.valid.append(valid[-1])
+    entry.test.append(test[-1])
+    if run.evaluate_every > 1:
+        entry.evaluated.append(epoch)
+    if earlier:
+        now.curves.append({"task": number, "epoch": epoch, "valid": valid, "test": test})
+
+
+def _last(entry: TaskRecord) -> tuple[float, float]:
+    return (entry.valid[-1], entry.test[-1]) if entry.valid else (float("nan"),) * 2
 
 
 def _set_learning_rate(
