@@ -137,15 +137,28 @@ def test_the_seed_is_the_trial_of_the_data(write):
 
 def test_a_prediction_counts_trials_and_epochs(write, monkeypatch):
     """With a clock that says how many steps and evaluations were asked for."""
-    costs = prediction.Cost((2.0, 4.0), (10.0, 30.0))
+    costs = prediction.Cost(3.0, 20.0)
     monkeypatch.setattr(prediction, "_measured", lambda arguments, variant: costs)
-    experiment = Experiment.of(tomllib.loads(write().read_text()))
-    found = prediction.predict(experiment)
-    # 3 tasks, 3 epochs of 3 mini-batches of mean cost 3; 9 evaluations of the task itself, 3 x 1
+    plain = tomllib.loads(write().read_text())
+    plain["training"]["evaluate_earlier_every"] = 3
+    found = prediction.predict(Experiment.of(plain))
+    # 3 tasks, 3 epochs of 3 mini-batches of cost 3; 9 evaluations of the task itself, 3 x 1
     # of those before it, and 1 + 2 + 3 at the ends
     assert found["all-hps"] == 3 * 3 * 3 * 3 + (9 + 3 + 6) * 20
     # 1 + 4 trainings of 2 tasks
     assert found["brute-force-hps"] == 5 * 3 * 3 * 3 + (15 + 2.5 + 3) * 20
+
+
+def test_test_samples_are_spread_over_the_split(write):
+    plain = tomllib.loads(write().read_text())
+    plain["training"]["test_samples"] = 10
+    experiment = Experiment.of(plain)
+    found = experiment.tasks(experiment.units()[0])
+    for task, whole in zip(found, cases.make_tasks(3), strict=True):
+        rows = [int(i * 2.5) for i in range(10)]
+        assert task.test[0].tolist() == whole.test[0][rows].tolist()
+        assert task.test[1].tolist() == whole.test[1][rows].tolist()
+        assert len(task.valid[0]) == len(whole.valid[0])
 
 
 def test_curves_for_tensorboard(write, tmp_path):

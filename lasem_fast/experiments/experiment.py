@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,9 @@ class Experiment:
     def tasks(self, unit: Unit) -> list[Task]:
         """The tasks of a run."""
         if unit.seed not in self._tasks:
-            self._tasks[unit.seed] = task_source.load(self.config.data, unit.seed)
+            loaded = task_source.load(self.config.data, unit.seed)
+            most = self.config.training.test_samples
+            self._tasks[unit.seed] = [_with_fewer_tests(task, most) for task in loaded]
         tasks = self._tasks[unit.seed]
         if unit.variant.tasks is not None and unit.variant.tasks > len(tasks):
             raise ConfigError(
@@ -156,10 +158,18 @@ class Experiment:
             "schedule": falling(training["lr_decay"]),
             "drop_last": training["drop_last"],
             "evaluate_every": training["evaluate_every"],
-            "evaluate_earlier_every": training["epochs"] if every == "end" else every,
+            "evaluate_earlier_every": None if every == "never" else every,
             "seed": unit.seed,
             "device": self.config.device,
         }
+
+
+def _with_fewer_tests(task: Task, most: int | None) -> Task:
+    x, y = task.test
+    if most is None or most >= len(x):
+        return task
+    rows = torch.arange(most) * len(x) // most
+    return replace(task, test=(x[rows], y[rows]))
 
 
 def falling(decay: float) -> Callable[[int], float] | None:

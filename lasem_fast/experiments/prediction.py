@@ -18,16 +18,17 @@ _IMAGES = 256  # that an evaluation is timed with, at most
 
 
 class Cost(NamedTuple):
-    """Seconds of a step and of evaluating one task, with one task and with all of them."""
+    """Seconds of a step and of evaluating one task, means over the tasks."""
 
-    step: tuple[float, float]
-    evaluation: tuple[float, float]
+    step: float
+    evaluation: float
 
 
 def predict(experiment: Experiment) -> dict[str, float]:
     """Seconds of one run of every variant, by its slug, on one worker.
 
-    Measured on this machine with the first task and, because some methods grow, with the last.
+    Measured on this machine with the first task and, because some methods grow with the tasks, the
+    middle one and the last.
     """
     torch.set_num_threads(experiment.config.threads)
     seed = experiment.config.seeds[0]
@@ -47,13 +48,14 @@ def _seconds(experiment: Experiment, unit: Unit) -> float:
     n, size = len(tasks[0].train[0]), arguments["batch_size"]
     steps = max(1, n // size if arguments["drop_last"] else -(-n // size))
     trainings = trials(unit.variant, len(experiment.network.space), len(tasks))
-    training = trainings * epochs * steps * sum(cost.step) / 2
+    training = trainings * epochs * steps * cost.step
     # every so often the task itself, or those before it too; at its end the test data of all
     own = -(-epochs // arguments["evaluate_every"])
-    often = -(-epochs // arguments["evaluate_earlier_every"])
+    every = arguments["evaluate_earlier_every"]
+    often = 0 if every is None else -(-epochs // every)
     earlier = trainings * often * (len(tasks) - 1) / 2
     evaluations = trainings * own + earlier + len(tasks) * (len(tasks) + 1) / 2
-    return training + evaluations * sum(cost.evaluation) / 2
+    return training + evaluations * cost.evaluation
 
 
 def trials(variant: Variant, configurations: int, n_tasks: int) -> int:
@@ -69,14 +71,19 @@ def _measured(arguments: dict[str, Any], variant: Variant) -> Cost:
     built = arguments["method"]
     method = built(lambda: built.make_net().to(device))
     first = _at(method, tasks[0], arguments)
-    if variant.settings["method"] == "brute-force" or len(tasks) == 1:
-        return Cost((first[0],) * 2, (first[1],) * 2)
-    method.end_task(tasks[0])
-    for task in tasks[1:-1]:
-        _added(method, task, arguments)
-        method.end_task(task)
-    last = _at(method, tasks[-1], arguments)
-    return Cost((first[0], last[0]), (first[1], last[1]))
+    if variant.settings["method"] == "brute-force" or len(tasks) < 3:
+        return first
+    found = {0: first}
+    for number, task in enumerate(tasks[1:], 1):
+        method.end_task(tasks[number - 1])
+        if number in (len(tasks) // 2, len(tasks) - 1):
+            found[number] = _at(method, task, arguments)
+        else:
+            _added(method, task, arguments)
+    middle, last = found[len(tasks) // 2], found[len(tasks) - 1]
+    # Simpson's rule: a progressive network grows with the square of the tasks
+    means = [(a + 4 * b + c) / 6 for a, b, c in zip(first, middle, last, strict=True)]
+    return Cost(*means)
 
 
 def _added(method: Method, task: Task, arguments: dict[str, Any]) -> list[Any]:
@@ -86,7 +93,7 @@ def _added(method: Method, task: Task, arguments: dict[str, Any]) -> list[Any]:
     return parameters
 
 
-def _at(method: Method, task: Task, arguments: dict[str, Any]) -> tuple[float, float]:
+def _at(method: Method, task: Task, arguments: dict[str, Any]) -> Cost:
     """Seconds of one step and of one evaluation of a task that is added now."""
     parameters = _added(method, task, arguments)
     task = task.to(arguments["device"])
@@ -106,7 +113,7 @@ def _at(method: Method, task: Task, arguments: dict[str, Any]) -> tuple[float, f
     step()  # the first one makes what later ones use again
     images = len(task.valid[0]) + len(task.test[0])
     scale = images / min(_IMAGES, len(task.test[0]))
-    return _timed(step, _STEPS, x.device), scale * _timed(evaluate, 1, x.device)
+    return Cost(_timed(step, _STEPS, x.device), scale * _timed(evaluate, 1, x.device))
 
 
 def _timed(function: Callable[[], None], times: int, device: torch.device) -> float:

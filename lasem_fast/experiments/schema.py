@@ -51,7 +51,8 @@ class Training(Part):
     lr_decay: Annotated[float, Field(ge=0)] | None = None
     drop_last: bool | None = None
     evaluate_every: Positive = 1
-    evaluate_earlier_every: Positive | Literal["end"] = "end"
+    evaluate_earlier_every: Positive | Literal["never"] = "never"
+    test_samples: Positive | None = None  # of every task, spread over its test split; None: all
 
 
 class Method(Part):

@@ -68,7 +68,7 @@ def train_sequence(
     batch_size: int = 16,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.Adam,
     seed: int = 0,
-    evaluate_earlier_every: int = 1,
+    evaluate_earlier_every: int | None = 1,
     em_options: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[Progress], None] | None = None,
@@ -98,7 +98,8 @@ def train_sequence(
         optimizer: from ``net.task_parameters(task)`` to an optimiser; a new one for each task.
         seed: of initial weights and mini-batches. The caller's random state is left as it was.
         evaluate_earlier_every: every how many epochs the tasks before the current one are
-            evaluated too. The current task is evaluated after every epoch.
+            evaluated too, and after the last; None: only once a task has ended. The current task
+            is evaluated after every epoch.
         em_options: keyword arguments for `LASEM`, with ``method="lasem"``.
         device: where to train.
         on_epoch: called after every epoch.
@@ -131,10 +132,9 @@ def train_sequence(
     check_functions(make_net=make_net, make_head=make_head, optimizer=optimizer)
     optional = {"on_epoch": on_epoch, "on_task": on_task, "schedule": schedule}
     check_functions(**{name: given for name, given in optional.items() if given is not None})
-    check_numbers(
-        seed, epochs=epochs, batch_size=batch_size, evaluate_earlier_every=evaluate_earlier_every,
-        evaluate_every=evaluate_every,
-    )  # fmt: skip
+    check_numbers(seed, epochs=epochs, batch_size=batch_size, evaluate_every=evaluate_every)
+    if evaluate_earlier_every is not None:
+        check_numbers(seed, evaluate_earlier_every=evaluate_earlier_every)
     em_options = own_copies(em_options)
     if em_options and callable(method):
         raise ValueError(f"em_options: expected None for a method of your own, got {em_options}")

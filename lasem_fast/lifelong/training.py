@@ -71,7 +71,7 @@ class Run:
     batch_size: int
     drop_last: bool
     evaluate_every: int
-    evaluate_earlier_every: int
+    evaluate_earlier_every: int | None
     device: torch.device
     seeds: list[int]  # one for the net, then one per task: a task begins alike in every method
     identity: str
@@ -138,7 +138,8 @@ def train(
 def _evaluate(run: Run, method: Method, now: Training, epoch: int) -> None:
     """Notes the accuracies on the task, and every so often on those before it."""
     number, entry = now.number, now.entry
-    earlier = epoch % run.evaluate_earlier_every == 0 or epoch == run.epochs
+    every = run.evaluate_earlier_every
+    earlier = every is not None and (epoch % every == 0 or epoch == run.epochs)
     seen = run.tasks[: number + 1] if earlier else run.tasks[number : number + 1]
     valid = [accuracy(method, t.name, *t.valid) for t in seen]
     test = [accuracy(method, t.name, *t.test) for t in seen]
