@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import drawn_experiment
 import pytest
 
@@ -180,3 +182,23 @@ def test_every_table_has_a_default_for_what_can_be_left_out():
     assert [type(m) for m in checked.methods] == [
         schema.Lasem, schema.Static, schema.SingleTask, schema.BruteForce
     ]  # fmt: skip
+
+
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples" / "experiments").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_ready_configs_are_right(path):
+    experiment = Experiment.of(config.read(path), planned=True)
+    assert experiment.config.name == path.stem
+    unit = experiment.units()[0]
+    assert experiment.variants[0].settings["method"] == "lasem"
+    if experiment.config.data.name == "office-home":  # its sizes are those of the files
+        with pytest.raises(ConfigError, match="data: "):
+            experiment.tasks(unit)
+        return
+    assert experiment.settings(unit)["training"]["epochs"] >= 5
+    tasks = experiment.tasks(unit)
+    net = experiment.network.net("hps")
+    net.add_task("t", experiment.network.head(tasks[0], "hps"))
+    assert net(tasks[0].test[0][:1], "t", config=0).shape == (1, tasks[0].n_classes)

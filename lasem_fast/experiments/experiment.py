@@ -63,6 +63,7 @@ class Experiment:
 
     checked: Checked
     out: Path
+    planned: bool = False  # nothing is to be trained: tasks of the same form will do
     _tasks: dict[int, list[Task]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,10 +75,12 @@ class Experiment:
             raise ConfigError(f"seeds: expected different ones, got {self.config.seeds}")
 
     @classmethod
-    def of(cls, plain: dict[str, Any], out: Path | None = None) -> Experiment:
+    def of(
+        cls, plain: dict[str, Any], out: Path | None = None, planned: bool = False
+    ) -> Experiment:
         """The experiment of a config that has been read."""
         checked = configs.check(plain)
-        return cls(checked, checked.out if out is None else out)
+        return cls(checked, checked.out if out is None else out, planned)
 
     def units(self) -> list[Unit]:
         """All runs, seed by seed in the order of the config."""
@@ -90,7 +93,8 @@ class Experiment:
     def tasks(self, unit: Unit) -> list[Task]:
         """The tasks of a run."""
         if unit.seed not in self._tasks:
-            loaded = task_source.load(self.config.data, unit.seed)
+            load = task_source.load_stand_ins if self.planned else task_source.load
+            loaded = load(self.config.data, unit.seed)
             most = self.config.training.test_samples
             self._tasks[unit.seed] = [_with_fewer_tests(task, most) for task in loaded]
         tasks = self._tasks[unit.seed]

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     console = Console()
     try:
         plain = _changed(config.read(args.config), args)
-        experiment = Experiment.of(plain, args.out)
+        experiment = Experiment.of(plain, args.out, planned=args.plan)
         seconds = predict(experiment)
         console.print(display.plan_table(experiment, seconds))
         if args.plan:
