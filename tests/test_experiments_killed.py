@@ -32,14 +32,14 @@ def _start(context, text, out):
 
 
 def _work(context, text, out, workers, kills):
-    """Runs to the end; every time one worker is killed after some milliseconds of work."""
+    """Runs to the end; every time one worker after the other is killed within milliseconds."""
     for _ in range(kills):
         processes = [_start(context, text, out) for _ in range(workers)]
         before = _newest(out)
         while processes[0].is_alive() and _newest(out) == before:
             time.sleep(0.002)
-        time.sleep(random.uniform(0, 0.25))
-        for process in processes if random.random() < 0.5 else processes[:1]:
+        for process in processes:  # those that are left may take over what the first had
+            time.sleep(random.uniform(0, 0.1))
             process.kill()
         for process in processes:
             process.join(timeout=120)

@@ -32,13 +32,13 @@ def work(plain: dict[str, Any], out: str) -> None:
     torch.set_num_threads(experiment.config.threads)
     _import_all()
     failed: set[Path] = set()
-    for wait in (False, True):
+    # what is free, then together what is shared out, then what another one had and may have left
+    for shared, wait in ((False, False), (True, False), (False, True)):
         for unit in experiment.units():
-            if unit.shared and not wait:
-                continue  # last, together
-            if not unit.finished and unit.folder not in failed:
-                if not _done(experiment, unit, wait):
-                    failed.add(unit.folder)
+            if unit.shared != shared or unit.finished or unit.folder in failed:
+                continue
+            if not _done(experiment, unit, wait):
+                failed.add(unit.folder)
 
 
 def _import_all() -> None:
