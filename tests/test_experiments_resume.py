@@ -118,3 +118,21 @@ def test_times_go_on_from_those_before(tmp_path):
     record = cases.run(folder=tmp_path)
     spent = json.loads(before)["seconds"]
     assert all(record.seconds[phase] >= spent[phase] > 0 for phase in ("train", "evaluate"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folder": 3}, r"folder: expected a folder that can be written, or None, got 3"),
+        ({"folder": __file__}, r"folder: expected a folder that can be written"),
+        ({"save_every": -1.0}, r"save_every: expected a finite number of at least 0, got -1"),
+        ({"drop_last": 1}, r"drop_last: expected True or False, got 1"),
+        ({"evaluate_every": 0}, r"evaluate_every: expected at least 1, got 0"),
+        ({"schedule": 0.1}, r"schedule: expected a function, got float"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_made(change, message):
+    built = []
+    with pytest.raises((TypeError, ValueError, OSError), match=message):
+        cases.run(**change, make_net=lambda: built.append(0))
+    assert not built

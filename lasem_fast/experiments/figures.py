@@ -99,14 +99,16 @@ def _share_frequencies(experiments: Sequence[Experiment]) -> Figure | None:
         return None
     figure, axes = _figure(len(with_search), 3.6)
     for axis, experiment in zip(axes, with_search, strict=True):
-        for search, style in zip(experiment.of_kind("lasem"), _STYLES, strict=False):
+        searches = experiment.of_kind("lasem")
+        for i, (search, style) in enumerate(zip(searches, _STYLES, strict=False)):
             per_seed = np.array([r.share_frequency for r in search.records.values()])
             stages = np.arange(1, per_seed.shape[1] + 1)
             found = [metrics.mean_interval(column) for column in per_seed.T]
             halves = [0.0 if f.n == 1 else f.half for f in found]
             color, marker, line = style
+            beside = 0.08 * (i - (len(searches) - 1) / 2)  # so that no interval hides another
             axis.errorbar(
-                stages, [f.mean for f in found], halves,
+                stages + beside, [f.mean for f in found], halves,
                 color=color, marker=marker, ls=line, ms=6, capsize=3, label=search.label,
             )  # fmt: skip
         axis.set_xticks(stages)

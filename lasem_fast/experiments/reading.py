@@ -78,8 +78,8 @@ class Experiment:
         return [t for t in dict.fromkeys(found) if t is not None]
 
     def lasem(self, transfer: str | None) -> Method | None:
-        """The search to compare a method with: of its transfer mechanism, or the first."""
-        same = self.of_kind("lasem", transfer)
+        """The search to compare a method with: of its mechanism; of hps where it has none."""
+        same = self.of_kind("lasem", transfer or "hps") or self.of_kind("lasem", transfer)
         return same[0] if same else None
 
     @property

@@ -111,28 +111,37 @@ def table3(experiments: Sequence[Experiment]) -> Rows:
 
 
 def differences(experiments: Sequence[Experiment]) -> Rows:
-    """The search minus every other method, seed by seed, on the same tasks."""
+    """Every search minus every other method of its mechanism or of none, seed by seed."""
     rows = []
     for experiment in experiments:
-        for method in experiment.methods:
-            search = experiment.lasem(method.transfer)
-            if search is None or method is search or not _comparable(search, [method]):
-                continue
-            row = {"experiment": experiment.name, "method": search.label, "against": method.label}
-            for name, measure, scale in (
-                ("peak_difference", "peak_accuracy", 100),
-                ("forgetting_difference", "forgetting_ratio_to_end", 1),
-            ):
-                mine, others = search.values(measure), method.values(measure)
-                seeds = [seed for seed in mine if seed in others]
-                found = None
-                if seeds:
-                    found = metrics.paired_difference(
-                        [mine[seed] for seed in seeds], [others[seed] for seed in seeds]
-                    )
-                row |= {"seeds": len(seeds)} | _cell(name, found, scale)
-            rows.append(row)
+        for search in experiment.of_kind("lasem"):
+            others = [
+                method
+                for method in experiment.methods
+                if method is not search and method.transfer in (None, search.transfer)
+            ]
+            rows += [
+                {"experiment": experiment.name, **_difference(search, method)}
+                for method in _comparable(search, others)
+            ]
     return rows
+
+
+def _difference(search: Method, method: Method) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": search.label, "against": method.label}
+    for name, measure, scale in (
+        ("peak_difference", "peak_accuracy", 100),
+        ("forgetting_difference", "forgetting_ratio_to_end", 1),
+    ):
+        mine, others = search.values(measure), method.values(measure)
+        seeds = [seed for seed in mine if seed in others]
+        found = None
+        if seeds:
+            found = metrics.paired_difference(
+                [mine[seed] for seed in seeds], [others[seed] for seed in seeds]
+            )
+        row |= {"seeds": len(seeds)} | _cell(name, found, scale)
+    return row
 
 
 def _names(experiment: Experiment, method: Method) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._numbers import finite_number
 from lasem_fast.em import LASEM
 from lasem_fast.lifelong.method import Method
 from lasem_fast.lifelong.task_data import Task
@@ -119,6 +121,21 @@ def checked_method(method: Any) -> Method:
             f"method: expected an nn.Module as its module, got {type(method.module).__name__}"
         )
     return method
+
+
+def checked_folder(folder: Any, save_every: Any) -> Path | None:
+    """A place for a run's state, made if it is not there, and how often it is written."""
+    finite_number(save_every, "save_every", zero=True)
+    if folder is None:
+        return None
+    try:
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+    except (TypeError, OSError) as error:
+        raise type(error)(
+            f"folder: expected a folder that can be written, or None, got {folder!r} ({error})"
+        ) from error
+    return place
 
 
 def check_functions(**functions: Any) -> None:

@@ -34,6 +34,7 @@ from lasem_fast.lifelong.run_checks import (
     check_functions,
     check_numbers,
     checked_device,
+    checked_folder,
     checked_method,
     checked_net,
     own_copies,
@@ -135,6 +136,9 @@ def train_sequence(
     check_numbers(seed, epochs=epochs, batch_size=batch_size, evaluate_every=evaluate_every)
     if evaluate_earlier_every is not None:
         check_numbers(seed, evaluate_earlier_every=evaluate_earlier_every)
+    if not isinstance(drop_last, bool):
+        raise TypeError(f"drop_last: expected True or False, got {drop_last!r}")
+    place = checked_folder(folder, save_every)
     em_options = own_copies(em_options)
     if em_options and callable(method):
         raise ValueError(f"em_options: expected None for a method of your own, got {em_options}")
@@ -151,7 +155,7 @@ def train_sequence(
     arguments = {"method": name, "seed": seed, "epochs": epochs, "batch_size": batch_size}
     arguments |= {"drop_last": drop_last, "evaluate_every": evaluate_every}
     arguments |= {"evaluate_earlier_every": evaluate_earlier_every}
-    identity = "" if folder is None else checkpoints.identity_of(tasks, **arguments)
+    identity = "" if place is None else checkpoints.identity_of(tasks, **arguments)
     run = Run(
         new_method, make_head, tasks, optimizer, schedule, name, epochs, batch_size, drop_last,
         evaluate_every, evaluate_earlier_every, device, _seeds(seed, 1 + len(tasks)),
@@ -163,9 +167,6 @@ def train_sequence(
         )
         learner = run.method()
         record = RunRecord(name, seed, epochs, batch_size, list(learner.labels))
-        place = None if folder is None else Path(folder)
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
         if hasattr(learner, "candidates"):
             if place is None:
                 place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
