@@ -172,7 +172,7 @@ def test_presets_of_the_training():
     cifar = presets.training("cifar-100", 40)
     assert (cifar["epochs"], cifar["lr"], cifar["lr_decay"]) == (2000, 1e-4, 1 / 4000)
     assert cifar["optimizer"] == "tf-rmsprop" and cifar["drop_last"]
-    found = Experiment.of(changed(training={"preset": "stl-10", "epochs": 7})).training(0)
+    found = Experiment.of(changed(training={"preset": "stl-10", "epochs": 7})).training()
     assert (found["epochs"], found["lr"], found["lr_decay"]) == (7, 1e-4, 0.0)
 
 

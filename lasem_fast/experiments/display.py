@@ -35,7 +35,8 @@ def plan_table(experiment: Experiment, seconds: dict[str, float]) -> Table:
     table.add_column("each", justify="right")
     for variant in experiment.variants:
         runs = sum(unit.variant.slug == variant.slug for unit in left)
-        table.add_row(variant.label, str(runs), duration(seconds[variant.slug]))
+        if runs:
+            table.add_row(variant.label, str(runs), duration(seconds[variant.slug]))
     return table
 
 
@@ -108,9 +109,8 @@ class _Watch:
     def _under_way(self, unit: Unit) -> tuple[float, str]:
         if unit.shared:
             ended = len(list(unit.state.glob("task*-*.json"))) if unit.state.exists() else 0
-            total = trials(
-                unit.variant, len(self._experiment.network.space), len(self._experiment.tasks(unit))
-            )
+            n_tasks = self._experiment.n_tasks(unit.variant)
+            total = trials(unit.variant, len(self._experiment.network.space), n_tasks)
             return ended / total, f"{ended} of {total} trials"
         try:
             told = json.loads((unit.state / "progress.json").read_text(encoding="utf-8"))

@@ -65,6 +65,7 @@ class Experiment:
     out: Path
     planned: bool = False  # nothing is to be trained: tasks of the same form will do
     _tasks: dict[int, list[Task]] = field(default_factory=dict)
+    _length: int | None = None
 
     def __post_init__(self) -> None:
         self.config: schema.Config = self.checked.config
@@ -92,12 +93,7 @@ class Experiment:
 
     def tasks(self, unit: Unit) -> list[Task]:
         """The tasks of a run."""
-        if unit.seed not in self._tasks:
-            load = task_source.load_stand_ins if self.planned else task_source.load
-            loaded = load(self.config.data, unit.seed)
-            most = self.config.training.test_samples
-            self._tasks[unit.seed] = [_with_fewer_tests(task, most) for task in loaded]
-        tasks = self._tasks[unit.seed]
+        tasks = self._of_seed(unit.seed)
         if unit.variant.tasks is not None and unit.variant.tasks > len(tasks):
             raise ConfigError(
                 f"tasks of {unit.variant.label!r}: expected at most the sequence's {len(tasks)}, "
@@ -105,7 +101,24 @@ class Experiment:
             )
         return tasks[: unit.variant.tasks]
 
-    def training(self, seed: int) -> dict[str, Any]:
+    def n_tasks(self, variant: Variant | None = None) -> int:
+        """Number of tasks of the sequence, or of a variant's part of it."""
+        if self._length is None:
+            self._length = len(self._of_seed(self.config.seeds[0]))
+        most = None if variant is None else variant.tasks
+        return self._length if most is None else most
+
+    def _of_seed(self, seed: int) -> list[Task]:
+        if seed not in self._tasks:
+            load = task_source.load_stand_ins if self.planned else task_source.load
+            most = self.config.training.test_samples
+            # those of one seed at a time: they may be large
+            self._tasks = {
+                seed: [_with_fewer_tests(task, most) for task in load(self.config.data, seed)]
+            }
+        return self._tasks[seed]
+
+    def training(self) -> dict[str, Any]:
         """Optimiser, epochs and so on: the preset's, and over them the config's own."""
         given = self.config.training.model_dump(exclude={"preset"}, exclude_none=True)
         name = self.config.training.preset
@@ -117,11 +130,10 @@ class Experiment:
                 f"training.preset: expected one of {', '.join(presets.TRAINING)}, got {name!r}"
                 f"{suggestion(name, presets.TRAINING)}"
             )
-        if name is not None and "epochs" not in given:
-            self.tasks(Unit(self.variants[0], seed, self.out))
-            given = {**presets.training(name, len(self._tasks[seed])), **given}
-        elif name is not None:
-            given = {**presets.training(name, 1), **given}
+        if name is not None:
+            shared_out = "epochs_in_all" in presets.TRAINING[name] and "epochs" not in given
+            n_tasks = self.n_tasks() if shared_out else 1
+            given = {**presets.training(name, n_tasks), **given}
         defaults = {"batch_size": self.network.batch_size, "lr_decay": 0.0, "drop_last": False}
         found = {**{k: v for k, v in defaults.items() if v is not None}, **given}
         missing = [k for k in ("epochs", "batch_size", "optimizer", "lr") if k not in found]
@@ -142,14 +154,14 @@ class Experiment:
             "seed": unit.seed,
             "data": data,
             "net": self.config.net.model_dump(),
-            "training": self.training(unit.seed),
+            "training": self.training(),
             "threads": self.config.threads,
             "device": self.config.device,
         }
 
     def arguments(self, unit: Unit) -> dict[str, Any]:
         """The keyword arguments of `train_sequence`."""
-        training, built = self.training(unit.seed), self.built[unit.variant.slug]
+        training, built = self.training(), self.built[unit.variant.slug]
         every = training["evaluate_earlier_every"]
         return {
             "make_net": built.make_net,

@@ -25,19 +25,19 @@ class Cost(NamedTuple):
 
 
 def predict(experiment: Experiment) -> dict[str, float]:
-    """Seconds of one run of every variant, by its slug, on one worker.
+    """Seconds of one run of every variant that has runs left, by its slug, on one worker.
 
     Measured on this machine with the first task and, because some methods grow with the tasks, the
     middle one and the last.
     """
     torch.set_num_threads(experiment.config.threads)
-    seed = experiment.config.seeds[0]
-    found = {}
-    for variant in experiment.variants:
-        unit = Unit(variant, seed, experiment.out)
+    found: dict[str, float] = {}
+    for unit in experiment.units():
+        if unit.finished or unit.variant.slug in found:
+            continue
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            found[variant.slug] = _seconds(experiment, unit)
+            found[unit.variant.slug] = _seconds(experiment, unit)
     return found
 
 
