@@ -14,7 +14,7 @@ from lasem_fast.lifelong import Method, Phase, Task
 from lasem_fast.lifelong.training import accuracy
 
 _STEPS = 2
-_IMAGES = 256  # that an evaluation is timed with, at most
+_IMAGES = 128  # that an evaluation is timed with, at most
 
 
 class Cost(NamedTuple):

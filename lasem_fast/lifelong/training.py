@@ -20,7 +20,7 @@ from lasem_fast.lifelong.records import RunRecord, TaskRecord
 from lasem_fast.lifelong.run_checks import check_fit, checked_head, evaluating
 from lasem_fast.lifelong.task_data import Task
 
-_EVALUATION_BATCH = 256  # larger ones spend their time on getting memory
+_EVALUATION_BATCH = 128  # larger ones spend their time on getting memory
 
 
 @dataclass(frozen=True)
