@@ -66,7 +66,7 @@ def test_killed_workers_leave_the_folder_of_a_quiet_run(methods, workers, tmp_pa
     # a fork needs no new import; behind a CUDA build's autograd threads it may not train
     method = "forkserver" if torch.cuda.is_available() else "fork"
     context = multiprocessing.get_context(method)
-    text = drawn_experiment.config(methods, seeds="[0]")
+    text = drawn_experiment.config(methods, seeds="[0]").replace("epochs = 3", "epochs = 8")
     weight = torch.zeros(1, requires_grad=True)
     torch.optim.SGD([weight], lr=0.0).step()  # what that imports is there then after a fork
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"

@@ -19,17 +19,22 @@ from lasem_fast.experiments.prediction import trials
 _LOOK_EVERY = 0.5  # seconds
 
 
-def plan_table(experiment: Experiment, seconds: dict[str, float]) -> Table:
-    """The runs that are left, and how long they will take."""
+def heading(experiment: Experiment, seconds: dict[str, float]) -> str:
+    """How many runs are left, and how long all of them will take."""
     left = [unit for unit in experiment.units() if not unit.finished]
     total = sum(seconds[unit.variant.slug] for unit in left)
     workers = min(experiment.config.workers, max(1, len(left)))
-    table = Table(
-        title=f"{experiment.config.name}: {len(left)} of {len(experiment.units())} runs left, "
-        f"about {duration(total / workers)} with {workers} worker{'s' * (workers > 1)}",
-        caption="Predicted from a few steps of each on this machine.",
-        box=box.SIMPLE_HEAD,
+    return (
+        f"{experiment.config.name}: {len(left)} of {len(experiment.units())} runs left, about "
+        f"{duration(total / workers)} with {workers} worker{'s' * (workers > 1)}, predicted from a "
+        f"few steps of each on this machine"
     )
+
+
+def plan_table(experiment: Experiment, seconds: dict[str, float]) -> Table:
+    """The runs that are left, and how long each of them will take."""
+    left = [unit for unit in experiment.units() if not unit.finished]
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("method")
     table.add_column("runs left", justify="right")
     table.add_column("each", justify="right")

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         plain = _changed(config.read(args.config), args)
         experiment = Experiment.of(plain, args.out, planned=args.plan)
         seconds = predict(experiment)
+        console.print(display.heading(experiment, seconds), markup=False, highlight=False)
         console.print(display.plan_table(experiment, seconds))
         if args.plan:
             return 0

@@ -19,6 +19,7 @@ from lasem_fast.experiments.reading import Experiment, Method
 Rows = list[dict[str, Any]]
 _PERCENT = ("peak_accuracy", "average_accuracy", "backward_transfer")
 _RATIOS = ("forgetting_ratio_to_end", "forgetting_ratio_to_peak")
+_COUNTS = ("tasks", "seeds")
 HEADINGS = {
     "experiment": "experiment",
     "method": "method",
@@ -176,9 +177,19 @@ def _ratio(time: metrics.Interval | None, reference: Method | None, *phases: str
 
 
 def as_table(title: str, rows: Rows, caption: str) -> Table:
-    """Rows for the terminal: a mean and its interval in one cell."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+    """Rows for the terminal: a mean and its interval in one cell.
+
+    What is the same in all rows stands in the title.
+    """
     columns = [name for name in rows[0] if not name.endswith("_half")]
+    common = [
+        name
+        for name in ("experiment", "net", "tasks", "seeds")
+        if name in columns and len({row[name] for row in rows}) == 1
+    ]
+    told = [f"{rows[0][name]} {name}" if name in _COUNTS else rows[0][name] for name in common]
+    table = Table(title=", ".join([title, *told]), caption=caption, box=box.SIMPLE_HEAD)
+    columns = [name for name in columns if name not in common]
     for name in columns:
         text = isinstance(rows[0][name], str)
         table.add_column(HEADINGS[name], justify="left" if text else "right")
