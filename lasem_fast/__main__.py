@@ -20,12 +20,28 @@ class Command:
     needs: tuple[tuple[str, str], ...] = ()  # of that extra: (module, project on PyPI)
 
 
+_EXPERIMENTS = (
+    ("pydantic", "pydantic"), ("joblib", "joblib"), ("tomli", "tomli"), ("rich", "rich"),
+    ("matplotlib", "matplotlib"), ("scipy", "scipy"),
+)  # fmt: skip
 COMMANDS = {
     "demo": Command(
         "lasem_fast.demo.run",
         "a sequence of small image tasks: search against static sharing, tables, plots, timing",
         extra="demo",
         needs=(("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("rich", "rich")),
+    ),
+    "run": Command(
+        "lasem_fast.experiments.run",
+        "train the methods and seeds of a config; goes on where it was interrupted",
+        extra="experiments",
+        needs=_EXPERIMENTS,
+    ),
+    "report": Command(
+        "lasem_fast.experiments.report",
+        "tables and figures in the paper's shape from the folders of runs",
+        extra="experiments",
+        needs=_EXPERIMENTS,
     ),
     "overhead": Command(
         "lasem_fast.tools.overhead",

@@ -10,6 +10,8 @@ What is not as described is a ``ValueError`` that names the argument.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -124,6 +126,40 @@ def share_frequency(configurations: ArrayLike) -> Floats:
     if not ((bits == 0) | (bits == 1)).all():
         raise ValueError("configurations: expected bits (True where shared), got other numbers")
     return bits.mean(axis=0)
+
+
+class Interval(NamedTuple):
+    """A mean over runs, half the width of its confidence interval and the number of runs.
+
+    ``half`` is NaN for a single run.
+    """
+
+    mean: float
+    half: float
+    n: int
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Mean of ``values`` ``[n]``, one per run, with Student's t-interval of ``n - 1`` degrees.
+
+    ``half = t s / sqrt(n)``, s the sample standard deviation (n - 1). Needs SciPy for n > 1.
+    """
+    values = _per(values, "values", "runs")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a probability above 0 and below 1, got {level!r}")
+    n = len(values)
+    if n == 1:
+        return Interval(float(values[0]), float("nan"), 1)
+    from scipy.special import stdtrit  # the quantile, without the weight of scipy.stats
+
+    t = float(stdtrit(n - 1, (1 + level) / 2))
+    return Interval(float(values.mean()), float(t * values.std(ddof=1) / np.sqrt(n)), n)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
+    """`mean_interval` of ``a - b``, ``[n]`` each; ``a[i]`` and ``b[i]`` belong to one seed."""
+    a = _per(a, "a", "runs")
+    return mean_interval(a - _vector(b, len(a), "b"), level)
 
 
 def _floats(values: ArrayLike, name: str) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from lasem_fast.configs import Configuration
 from lasem_fast.lifelong.task_data import Task
+from lasem_fast.net import TransferNet
 
 Optimizer = torch.optim.Optimizer
 
@@ -35,6 +37,11 @@ class Method(Protocol):
     and `step` for every mini-batch, accuracies from `logits` in evaluation mode in between, and
     `end_task`. `module` holds all weights and all state of training that a resumed run needs
     (``state_dict``), except the optimiser that the run made.
+
+    A run that is resumed makes the object anew, calls `add_task` for every task that had begun,
+    with other random numbers, then ``module.load_state_dict``, and restores ``requires_grad`` and
+    the train or eval mode of all inside ``module``, the optimiser and PyTorch's random state. It
+    does not call `end_task` for tasks that had ended.
 
     Attributes:
         module: what is moved to a device, put into train or eval mode, saved and loaded.
@@ -67,3 +74,27 @@ class Method(Protocol):
 
     def kept_parameters(self) -> int:
         """How many numbers have to be kept to solve all tasks so far, heads included."""
+
+
+class TryingMethod(Method, Protocol):
+    """A method that trains a task once in each of several configurations and keeps the best.
+
+    For every task the run asks for `candidates` after `add_task`. Every candidate is trained in a
+    trial of its own: from the state before the task, by `try_out` and then as any method. The one
+    with the highest best-epoch validation accuracy, the first on ties, is adopted: the weights that
+    its trial ended with. Trials may run in other processes, and a run may be resumed in between.
+    """
+
+    def candidates(self, task: Task) -> Sequence[Configuration]:
+        """What to try for a task that has been added, at least one."""
+
+    def try_out(self, task: Task, config: Configuration) -> list[nn.Parameter]:
+        """Makes ready to train the task in a configuration; gives what the optimiser trains."""
+
+
+MethodFactory = Callable[[Callable[[], TransferNet]], Method]
+"""Makes a method, given a function that gives a new net without tasks, on the run's device.
+
+The function may be called any number of times, also later. A factory may have a ``name``, which the
+record bears; otherwise it bears the ``__name__``.
+"""

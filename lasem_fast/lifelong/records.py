@@ -31,15 +31,18 @@ class TaskRecord:
 
     name: str
     note: str
-    config: list[bool]  # [d], the one kept (search) or prescribed (static)
+    config: list[bool]  # [d], the one kept (search) or prescribed (static); [] for none
     label: str
     loss: list[float] = field(default_factory=list)  # [E], mean over mini-batches
-    valid: list[float] = field(default_factory=list)  # [E]
-    test: list[float] = field(default_factory=list)  # [E]
+    valid: list[float] = field(default_factory=list)  # [E], or of the epochs in ``evaluated``
+    test: list[float] = field(default_factory=list)  # likewise
     peak: float = float("nan")  # `metrics.peak_accuracy`
     learning_curve_area: float = float("nan")  # `metrics.learning_curve_area`
     posterior: list[list[float]] = field(default_factory=list)  # [E][C], mean over mini-batches
     prior: list[float] = field(default_factory=list)  # [C], at the end of the task
+    evaluated: list[int] = field(default_factory=list)  # epochs of valid and test; []: all of them
+    # where several configurations were tried: label, config, best valid accuracy, peak of each
+    trials: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -52,7 +55,8 @@ class RunRecord:
     ``matrix[i][j]``: test accuracy on task j after task i has ended, roll-back included; None
     above the diagonal. ``curves``: while task ``task`` (from 0) is trained, after ``epoch`` (from
     1), the accuracies on all tasks seen so far. Those of earlier tasks are measured with the
-    shared weights of that moment, before any roll-back. ``seconds``: wall clock by phase.
+    shared weights of that moment, before any roll-back. ``seconds``: wall clock of training steps
+    (``train``), of evaluation (``evaluate``) and of all else (``rest``), of all trials together.
     """
 
     method: str
@@ -63,7 +67,7 @@ class RunRecord:
     tasks: list[TaskRecord] = field(default_factory=list)
     matrix: list[list[float | None]] = field(default_factory=list)
     curves: list[dict[str, Any]] = field(default_factory=list)
-    share_frequency: list[float] = field(default_factory=list)  # [d]
+    share_frequency: list[float] = field(default_factory=list)  # [d]; [] without configurations
     choices: choices.Ways = field(default_factory=dict)  # in force at the end; {}: by the rule
     parameters: int = 0  # numbers that have to be kept for all tasks, heads included
     seconds: dict[str, float] = field(default_factory=dict)
@@ -74,7 +78,15 @@ class RunRecord:
         self.curves += curves
         self.matrix.append(list(row))
         self.matrix = [[*old, *[None] * (len(row) - len(old))] for old in self.matrix]
-        self.share_frequency = metrics.share_frequency([t.config for t in self.tasks]).tolist()
+        configs = [task.config for task in self.tasks]
+        self.share_frequency = metrics.share_frequency(configs).tolist() if all(configs) else []
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> RunRecord:
+        """The record that `to_dict` gave, measures aside: they follow from the rest."""
+        tasks = [TaskRecord(**task) for task in plain["tasks"]]
+        rest = {k: v for k, v in plain.items() if k not in ("tasks", "summary")}
+        return cls(**rest, tasks=tasks)
 
     def accuracy_matrix(self) -> metrics.Floats:
         """``R`` of `lasem_fast.metrics`: ``[T, T]``, NaN above the diagonal."""

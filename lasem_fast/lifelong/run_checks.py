@@ -6,13 +6,15 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.configs import ConfigSpace
+from lasem_fast._numbers import finite_number
 from lasem_fast.em import LASEM
+from lasem_fast.lifelong.method import Method
 from lasem_fast.lifelong.task_data import Task
 from lasem_fast.likelihoods import Likelihood
 from lasem_fast.net import TransferNet
@@ -85,12 +87,12 @@ def checked_head(head: Any) -> nn.Module:
     return head
 
 
-def check_fit(net: TransferNet, task: Task) -> None:
-    """The net takes a sample of every split, and the head has an output for every class."""
+def check_fit(method: Method, task: Task) -> None:
+    """The method takes a sample of every split, and the head has an output for every class."""
     for split, (x, _) in task.splits():
-        with torch.no_grad(), evaluating(net):
+        with torch.no_grad(), evaluating(method.module):
             try:
-                logits = net(x[:1], task.name, config=ConfigSpace(net.depth).all)
+                logits = method.logits(x[:1], task.name)
             except (RuntimeError, ValueError) as error:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(
@@ -103,6 +105,37 @@ def check_fit(net: TransferNet, task: Task) -> None:
                 f"make_head: expected a head with outputs [N, {task.n_classes}] for task "
                 f"{task.name!r}, got {got} for one sample"
             )
+
+
+def checked_method(method: Any) -> Method:
+    """An object with all that `Method` asks for."""
+    wanted = [name for name in vars(Method) if not name.startswith("_")]
+    missing = [name for name in ("module", "labels", *wanted) if not hasattr(method, name)]
+    if missing:
+        raise TypeError(
+            f"method: expected a function that returns a lasem_fast.lifelong.Method, got one that "
+            f"returns {type(method).__name__}, which lacks {', '.join(missing)}"
+        )
+    if not isinstance(method.module, nn.Module):
+        raise TypeError(
+            f"method: expected an nn.Module as its module, got {type(method.module).__name__}"
+        )
+    return method
+
+
+def checked_folder(folder: Any, save_every: Any) -> Path | None:
+    """A place for a run's state, made if it is not there, and how often it is written."""
+    finite_number(save_every, "save_every", zero=True)
+    if folder is None:
+        return None
+    try:
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+    except (TypeError, OSError) as error:
+        raise type(error)(
+            f"folder: expected a folder that can be written, or None, got {folder!r} ({error})"
+        ) from error
+    return place
 
 
 def check_functions(**functions: Any) -> None:

@@ -1,81 +1,62 @@
 """A training run over a sequence of tasks, and the plain record it leaves.
 
-One run is one method on one sequence: the search (`lasem`), or one of the paper's two static
-comparators, transfer at all stages (`all`) and no transfer (`none`). Two runs with the same
+One run is one method on one sequence: the search (`lasem`), transfer at all stages (`all`), no
+transfer (`none`), or any :class:`~lasem_fast.lifelong.method.Method`. Two runs with the same
 arguments, on the CPU with the same number of threads, are equal bit for bit, if none of them
-measures its ways anew (`lasem_fast.choices`; by default nothing is timed). Methods that are given
-the same seed see the same initial weights at the start, the same new heads and specific branches
-at each task, and the same mini-batches.
+measures its ways anew (`lasem_fast.choices`; by default nothing is timed), interrupted and resumed
+or not. Methods that are given the same seed see the same initial weights at the start, the same
+new heads and specific branches at each task, and the same mini-batches.
 """
 
 from __future__ import annotations
 
-import time
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from filelock import FileLock
+from torch import nn
 
 from lasem_fast import metrics
 from lasem_fast.backends import choices
-from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em import LASEM
+from lasem_fast.lifelong import checkpoints
+from lasem_fast.lifelong.clock import Clock
+from lasem_fast.lifelong.failures import SequenceError, failure_told, guarded
+from lasem_fast.lifelong.method import Method, MethodFactory
+from lasem_fast.lifelong.methods import Search, Static
 from lasem_fast.lifelong.records import RunRecord, TaskRecord
 from lasem_fast.lifelong.run_checks import (
-    check_fit,
     check_functions,
     check_numbers,
     checked_device,
-    checked_head,
+    checked_folder,
+    checked_method,
     checked_net,
-    evaluating,
     own_copies,
 )
 from lasem_fast.lifelong.task_data import Task, check_tasks
+from lasem_fast.lifelong.training import (
+    Progress,
+    Run,
+    Saver,
+    Training,
+    accuracy,
+    label_of,
+    restored,
+    train,
+)
+from lasem_fast.lifelong.trials import Trials
 from lasem_fast.net import TransferNet
 
+__all__ = ["METHODS", "SequenceError", "train_sequence"]
+
 METHODS = ("lasem", "all", "none")
-_EVALUATION_BATCH = 1024
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told after each epoch. ``epoch`` counts from 1 to ``epochs``."""
-
-    method: str
-    task: str
-    task_number: int  # from 1
-    n_tasks: int
-    epoch: int
-    epochs: int
-    label: str  # the best configuration so far, as in "{2,4}"
-    loss: float
-    valid: float
-    test: float
-
-
-class SequenceError(RuntimeError):
-    """A task of a sequence failed; what was found until then is not lost with it.
-
-    Raised from the error itself, which is its ``__cause__``.
-
-    Attributes:
-        record: the :class:`RunRecord` of the tasks that had ended before.
-        unfinished: the :class:`TaskRecord` of the task that failed, with the epochs that it had
-            finished; configuration and prior are empty.
-    """
-
-    def __init__(self, message: str, record: RunRecord, unfinished: TaskRecord) -> None:
-        super().__init__(message)
-        self.record = record
-        self.unfinished = unfinished
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.record, self.unfinished)  # so that it can be pickled
+_STATE = "state.pt"
 
 
 def train_sequence(
@@ -83,16 +64,21 @@ def train_sequence(
     make_head: Callable[[Task], nn.Module],
     tasks: Sequence[Task],
     *,
-    method: str = "lasem",
+    method: str | MethodFactory = "lasem",
     epochs: int = 50,
     batch_size: int = 16,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.Adam,
     seed: int = 0,
-    evaluate_earlier_every: int = 1,
+    evaluate_earlier_every: int | None = 1,
     em_options: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
     on_epoch: Callable[[Progress], None] | None = None,
     on_task: Callable[[RunRecord], None] | None = None,
+    schedule: Callable[[int], float] | None = None,
+    drop_last: bool = False,
+    evaluate_every: int = 1,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: float = 0.0,
 ) -> RunRecord:
     """Train one network on ``tasks``, one after the other.
 
@@ -101,250 +87,193 @@ def train_sequence(
     :class:`~lasem_fast.priors.Prior`, are copied: every run begins with them as they were given.
 
     Args:
-        make_net: gives a new net without tasks. Called once, after seeding.
+        make_net: gives a new net without tasks. Called once, after seeding, unless the method asks
+            for more.
         make_head: gives a new head ``-> [N, task.n_classes]``. Called once per task.
         tasks: with different names.
-        method: ``"lasem"``, ``"all"`` (every stage shared) or ``"none"`` (no stage shared). The
-            static ones train one configuration by cross-entropy, without search or roll-back.
+        method: ``"lasem"``, ``"all"`` (every stage shared), ``"none"`` (no stage shared), or a
+            function that makes a :class:`~lasem_fast.lifelong.method.Method`, given ``make_net``.
+            The static ones train one configuration by cross-entropy, without search or roll-back.
         epochs: per task.
         batch_size: mini-batches are shuffled anew in every epoch; the last may be smaller.
         optimizer: from ``net.task_parameters(task)`` to an optimiser; a new one for each task.
         seed: of initial weights and mini-batches. The caller's random state is left as it was.
         evaluate_earlier_every: every how many epochs the tasks before the current one are
-            evaluated too. The current task is evaluated after every epoch.
-        em_options: keyword arguments for `LASEM`.
+            evaluated too, and after the last; None: only once a task has ended. The current task
+            is evaluated after every epoch.
+        em_options: keyword arguments for `LASEM`, with ``method="lasem"``.
         device: where to train.
         on_epoch: called after every epoch.
         on_task: called after every task with the record so far, for example to save its
             ``to_dict()``. What it or ``on_epoch`` raises ends the run as it is.
+        schedule: a factor on the learning rate, given the number of epochs that the whole run has
+            behind it; None: no change.
+        drop_last: leave out a last mini-batch that is smaller, unless it is the only one.
+        evaluate_every: every how many epochs, and after the last, the current task is evaluated;
+            the best epoch is sought among these. Tasks before it are evaluated then at most.
+        folder: keeps the state of the run, after every epoch; a run with the same arguments goes
+            on from there, to the same end. For a method that tries configurations, several
+            processes may share the folder: each of them takes a part of the trials and gives the
+            whole record. Of other methods a second process waits for the first. The files can be
+            removed once the run has ended.
+        save_every: seconds that have to lie between two such savings of a task.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; nothing has been trained.
+        TypeError, ValueError: an argument is not as described, or ``folder`` holds the state of
+            another run; nothing has been trained.
         RuntimeError: the device, or the backend that ``em_options`` names, cannot be used here.
         SequenceError: a task failed; its ``record`` holds the tasks that had ended before.
     """
     tasks = check_tasks(tasks)
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if not callable(method) and (not isinstance(method, str) or method not in METHODS):
+        raise ValueError(
+            f"method: expected one of {', '.join(METHODS)}, got {method!r} (or a function that "
+            f"makes a Method)"
+        )
     check_functions(make_net=make_net, make_head=make_head, optimizer=optimizer)
-    if on_epoch is not None:
-        check_functions(on_epoch=on_epoch)
-    check_numbers(
-        seed, epochs=epochs, batch_size=batch_size, evaluate_earlier_every=evaluate_earlier_every
-    )
+    optional = {"on_epoch": on_epoch, "on_task": on_task, "schedule": schedule}
+    check_functions(**{name: given for name, given in optional.items() if given is not None})
+    check_numbers(seed, epochs=epochs, batch_size=batch_size, evaluate_every=evaluate_every)
+    if evaluate_earlier_every is not None:
+        check_numbers(seed, evaluate_earlier_every=evaluate_earlier_every)
+    if not isinstance(drop_last, bool):
+        raise TypeError(f"drop_last: expected True or False, got {drop_last!r}")
+    place = checked_folder(folder, save_every)
     em_options = own_copies(em_options)
+    if em_options and callable(method):
+        raise ValueError(f"em_options: expected None for a method of your own, got {em_options}")
     device = checked_device(device)
     tasks = [task.to(device) for task in tasks]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # One seed for the net and one per task, so that a task begins alike in every method.
-        seeds = _seeds(seed, 1 + len(tasks))
-        torch.manual_seed(seeds[0])
-        net = checked_net(make_net()).to(device)
-        learner: _Search | _Static
-        if method == "lasem":
-            learner = _Search(LASEM(net, **em_options))
-        else:
-            space = ConfigSpace(net.depth)
-            learner = _Static(net, space, space.all if method == "all" else space.bottom(0))
-        record = RunRecord(method, seed, epochs, batch_size, learner.labels)
-        record.seconds = {"train": 0.0, "evaluate": 0.0}
-        run = _Run(
-            net, learner, tasks, record, make_head, optimizer, evaluate_earlier_every, device
+    name = method if isinstance(method, str) else _name_of(method)
+
+    def new_net() -> TransferNet:
+        return checked_net(make_net()).to(device)
+
+    def new_method() -> Method:
+        return checked_method(_factory(method, em_options)(new_net))
+
+    arguments = {"method": name, "seed": seed, "epochs": epochs, "batch_size": batch_size}
+    arguments |= {"drop_last": drop_last, "evaluate_every": evaluate_every}
+    arguments |= {"evaluate_earlier_every": evaluate_earlier_every}
+    identity = "" if place is None else checkpoints.identity_of(tasks, **arguments)
+    run = Run(
+        new_method, make_head, tasks, optimizer, schedule, name, epochs, batch_size, drop_last,
+        evaluate_every, evaluate_earlier_every, device, _seeds(seed, 1 + len(tasks)),
+        identity, save_every,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        stack.enter_context(
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         )
-        for number in range(len(tasks)):
-            entry = TaskRecord(tasks[number].name, tasks[number].note, [], "")
-            training = run.task(number, entry, seeds[1 + number])
-            while True:
-                with _failure_told(record, entry, number, len(tasks)):
-                    progress = next(training, None)
-                if progress is None:
-                    break
-                # out of the context: what a callback raises is its caller's own
+        learner = run.method()
+        record = RunRecord(name, seed, epochs, batch_size, list(learner.labels))
+        if hasattr(learner, "candidates"):
+            if place is None:
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            entries = _by_trials(run, learner, record, place)
+        else:
+            if place is not None:
+                stack.enter_context(FileLock(place / "state.lock"))
+            entries = _straight_on(run, learner, record, place)
+        for told in entries:
+            if isinstance(told, Progress):
                 if on_epoch is not None:
-                    on_epoch(progress)
-            if on_task is not None:
+                    on_epoch(told)
+            elif on_task is not None:
                 on_task(record)
     return record
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The parts of a run that all its tasks have in common."""
-
-    net: TransferNet
-    learner: _Search | _Static
-    tasks: list[Task]
-    record: RunRecord
-    make_head: Callable[[Task], nn.Module]
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    evaluate_earlier_every: int
-    device: torch.device
-
-    def task(self, number: int, entry: TaskRecord, seed: int) -> Iterator[Progress]:
-        """Trains one task, epoch by epoch, and records it."""
-        learner, record, seconds = self.learner, self.record, self.record.seconds
-        task, name, epochs = self.tasks[number], self.tasks[number].name, record.epochs
-        torch.manual_seed(seed)
-        batches = torch.Generator().manual_seed(seed)
-        self.net.add_task(name, checked_head(self.make_head(task)).to(self.device))
-        check_fit(self.net, task)
-        stepper = self.optimizer(self.net.task_parameters(name))
-        if not isinstance(stepper, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer: expected a function that returns a torch.optim.Optimizer, got one "
-                f"that returns {type(stepper).__name__}"
-            )
-        curves = []
-        for epoch in range(1, epochs + 1):
-            with _timed(seconds, "train", self.device):
-                loss, posterior = _epoch(learner, task, stepper, record.batch_size, batches)
-            entry.loss.append(loss)
-            if posterior is not None:
-                entry.posterior.append(posterior)
-            earlier = epoch % self.evaluate_earlier_every == 0 or epoch == epochs
-            seen = self.tasks[: number + 1] if earlier else [task]
-            with _timed(seconds, "evaluate", self.device):
-                valid = [learner.accuracy(t.name, *t.valid) for t in seen]
-                test = [learner.accuracy(t.name, *t.test) for t in seen]
-            entry.valid.append(valid[-1])
-            entry.test.append(test[-1])
-            if earlier:
-                curves.append({"task": number, "epoch": epoch, "valid": valid, "test": test})
-            yield Progress(
-                record.method, name, number + 1, len(self.tasks), epoch, epochs,
-                learner.label(learner.config(name)), loss, valid[-1], test[-1],
-            )  # fmt: skip
-
-        entry.peak = metrics.peak_accuracy(entry.valid, entry.test)
-        entry.learning_curve_area = metrics.learning_curve_area(entry.test)
-        entry.prior = learner.prior(name)
-        config = learner.end(name)
-        entry.config, entry.label = list(config), learner.label(config)
-        ended = self.tasks[: number + 1]
-        with _timed(seconds, "evaluate", self.device):
-            row = [learner.accuracy(t.name, *t.test) for t in ended]
-        record.add(entry, row, curves)
-        kept = {p for t in ended for p in self.net.task_parameters(t.name)}
-        record.parameters = sum(p.numel() for p in kept)
-        record.choices = choices.in_force()
+def _straight_on(
+    run: Run, method: Method, record: RunRecord, folder: Path | None
+) -> Iterator[Progress | None]:
+    """Trains every task once; gives progress after every epoch, None after every task."""
+    state = None if folder is None else checkpoints.read_state(folder / _STATE, run.identity)
+    first = 0 if state is None else state["number"]
+    for number in range(first):
+        with failure_told(run, record, TaskRecord(run.tasks[number].name, "", [], "")):
+            run.add_task(method, number)
+    clock = Clock(record.seconds, run.device)
+    for number in range(first, len(run.tasks)):
+        entry = TaskRecord(run.tasks[number].name, run.tasks[number].note, [], "")
+        with failure_told(run, record, entry):
+            now = run.training(number, run.add_task(method, number))
+            if state is not None:
+                saved = RunRecord.from_dict(restored(run, method, now, state)["record"])
+                record.__dict__.update(saved.__dict__)
+                clock, state = Clock(record.seconds, run.device), None
+            entry = now.entry
+        save: Callable[[bool], None] = _not_saved
+        if folder is not None:
+            save = Saver(folder / _STATE, run, method, now, clock, record)
+        yield from guarded(train(run, method, now, clock, save), run, record, entry)
+        with failure_told(run, record, entry):
+            _end(run, method, record, now, clock)
+        yield None
 
 
-@contextmanager
-def _failure_told(
-    record: RunRecord, entry: TaskRecord, number: int, n_tasks: int
-) -> Iterator[None]:
-    """Turns an error into a `SequenceError` with the record so far."""
-    try:
-        yield
-    except Exception as error:
-        ended = ", ".join(repr(task.name) for task in record.tasks) or "none"
-        raise SequenceError(
-            f"task {entry.name!r} ({number + 1} of {n_tasks}) failed after {len(entry.test)} of "
-            f"{record.epochs} epochs: {type(error).__name__}: {error} (ended before: {ended}; see "
-            f"this error's .record)",
-            record,
-            entry,
-        ) from error
+def _by_trials(
+    run: Run, method: Method, record: RunRecord, folder: Path
+) -> Iterator[Progress | None]:
+    """Trains every task in trials, or takes over what other processes have trained."""
+    seconds: dict[str, float] = {}
+    clock = Clock(seconds, run.device)
+    for number, task in enumerate(run.tasks):
+        entry = TaskRecord(task.name, task.note, [], "")
+        with failure_told(run, record, entry):
+            run.add_task(method, number)
+            trials = Trials(run, method, number, folder)
+        yield from guarded(trials.run(record), run, record, entry)
+        with failure_told(run, record, entry):
+            entry, curves, spent = trials.adopt()
+            evaluated = seconds["evaluate"]
+            now = Training(number, entry, None, torch.Generator(), run.epochs, curves)
+            _end(run, method, record, now, clock)
+            spent["evaluate"] += seconds["evaluate"] - evaluated
+        record.seconds = {k: record.seconds.get(k, 0.0) + spent[k] for k in spent}
+        yield None
 
 
-class _Search:
-    """Training by EM: the configuration is searched for."""
-
-    def __init__(self, em: LASEM) -> None:
-        self.module = em
-        self.labels = [em.space.label(row) for row in range(len(em.space))]
-
-    def step(self, x: Tensor, y: Tensor, task: str) -> tuple[Tensor, Tensor | None]:
-        step = self.module(x, y, task=task)
-        return step.loss, step.posterior.detach()
-
-    def config(self, task: str) -> Configuration:
-        return self.module.best_config(task)
-
-    def label(self, config: Configuration) -> str:
-        return self.labels[self.module.space.index(config)]
-
-    def prior(self, task: str) -> list[float]:
-        return self.module.prior(task).tolist()
-
-    def end(self, task: str) -> Configuration:
-        return self.module.end_task(task)
-
-    def accuracy(self, task: str, x: Tensor, y: Tensor) -> float:
-        return _accuracy(self.module.net, task, self.config(task), x, y)
+def _end(run: Run, method: Method, record: RunRecord, now: Training, clock: Clock) -> None:
+    """Ends a task and enters it into the record."""
+    entry, task = now.entry, run.tasks[now.number]
+    entry.peak = metrics.peak_accuracy(entry.valid, entry.test)
+    entry.learning_curve_area = metrics.learning_curve_area(entry.test)
+    entry.prior = list(method.prior(task.name))
+    config = method.end_task(task)
+    entry.config = [] if config is None else list(config)
+    entry.label = label_of(config)
+    with clock.time("evaluate"):
+        ended = run.tasks[: now.number + 1]
+        row = [accuracy(method, t.name, *t.test) for t in ended]
+    record.add(entry, row, now.curves)
+    record.parameters = method.kept_parameters()
+    record.choices = choices.in_force()
+    clock.settle()
 
 
-class _Static:
-    """Training of one prescribed configuration by cross-entropy."""
+def _factory(method: str | MethodFactory, em_options: dict[str, Any]) -> MethodFactory:
+    if not isinstance(method, str):
+        return method
+    if method == "lasem":
+        return lambda make_net: Search(LASEM(make_net(), **em_options))
 
-    def __init__(self, net: TransferNet, space: ConfigSpace, config: Configuration) -> None:
-        self.module = net
-        self.labels: list[str] = []
-        self._config = config
-        self._label = space.label(space.index(config))
+    def static(make_net: Callable[[], TransferNet]) -> Static:
+        net = make_net()
+        return Static(net, [method == "all"] * net.depth)
 
-    def step(self, x: Tensor, y: Tensor, task: str) -> tuple[Tensor, Tensor | None]:
-        return F.cross_entropy(self.module(x, task, config=self._config), y), None
-
-    def config(self, task: str) -> Configuration:
-        return self._config
-
-    def label(self, config: Configuration) -> str:
-        return self._label
-
-    def prior(self, task: str) -> list[float]:
-        return []
-
-    def end(self, task: str) -> Configuration:
-        self.module.keep(task, self._config)
-        return self._config
-
-    def accuracy(self, task: str, x: Tensor, y: Tensor) -> float:
-        return _accuracy(self.module, task, self._config, x, y)
+    return static
 
 
-def _epoch(
-    learner: _Search | _Static,
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    batch_size: int,
-    generator: torch.Generator,
-) -> tuple[float, list[float] | None]:
-    """One pass over the training data: mean loss and mean posterior [C] over mini-batches."""
-    x, y = task.train
-    losses, posteriors = [], []
-    for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch_size):
-        optimizer.zero_grad()
-        loss, posterior = learner.step(x[rows], y[rows], task.name)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        if posterior is not None:
-            posteriors.append(posterior)
-    mean = torch.stack(losses).double().mean().item()
-    return mean, torch.stack(posteriors).double().mean(0).tolist() if posteriors else None
+def _name_of(factory: MethodFactory) -> str:
+    named = getattr(factory, "name", None) or getattr(factory, "__name__", None)
+    return named if isinstance(named, str) else type(factory).__name__
 
 
-@torch.no_grad()
-def _accuracy(net: TransferNet, task: str, config: Configuration, x: Tensor, y: Tensor) -> float:
-    right = torch.zeros((), dtype=torch.int64, device=y.device)
-    parts = zip(x.split(_EVALUATION_BATCH), y.split(_EVALUATION_BATCH), strict=True)
-    with evaluating(net):
-        for part, labels in parts:
-            right += (net(part, task, config=config).argmax(1) == labels).sum()
-    return right.item() / len(y)
+def _not_saved(at_the_end: bool) -> None:
+    """What is called after an epoch of a run without a folder."""
 
 
 def _seeds(seed: int, n: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2**31, (n,), generator=generator).tolist()
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    # Without it a phase would pay for kernels that the one before it has launched.
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds[phase] += time.perf_counter() - start
