@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from compiling import Launch, recorded
 from torch import Tensor
 
+from bench.compiling import Launch, recorded
 from lasem_fast.backends.triton_head_op import LIKELIHOODS
 from lasem_fast.kernels.posterior_head import posterior_head
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
-from compiling import Launch, recorded
 from torch import Tensor
 
+from bench.compiling import Launch, recorded
 from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
 from lasem_fast.kernels.level_geometry import Geometry, output_shape
 from lasem_fast.kernels.level_rows import Rows, tables_of
