@@ -42,7 +42,8 @@ TF32_TILES = (
 )
 FMA_TILES = (Tile(32, 32, 16, 4, 3), Tile(16, 16, 16, 2, 3))
 # Where channels are read one by one, addresses take so many registers that others spill.
-RAGGED_TILES = (Tile(32, 32, 32, 4, 5),)
+RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
+RAGGED_TF32_TILES = (Tile(64, 32, 32, 4, 5),)
 # Elements that one program of the second launch adds up.
 SUM_BLOCK = 256
 # A part of the sum that is worth a program of its own, in steps of a tile's depth.
@@ -210,7 +211,7 @@ def candidates(
     """The tiles that fit a level, in table order; ``dtype`` is that of ``dy``."""
     tiles = TENSOR_CORE_TILES if dtype != torch.float32 else TF32_TILES if tf32 else FMA_TILES
     if is_ragged(x) and tiles is not FMA_TILES:
-        tiles = RAGGED_TILES
+        tiles = RAGGED_TF32_TILES if tf32 else RAGGED_TILES
     return fitting(tiles, *_product(rows, x, weights, geometry))
 
 

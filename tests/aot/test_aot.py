@@ -41,7 +41,10 @@ def test_every_tile_of_every_table_is_compiled():
     names = {"_".join(name.split("/")[::2][:2]) for name in LAUNCHES}
     for module in (level_forward, level_dgrad, level_wgrad):
         kernel = module.__name__.rpartition(".")[2]
-        ragged = getattr(module, "RAGGED_TILES", ())
+        ragged = (
+            *getattr(module, "RAGGED_TILES", ()),
+            *getattr(module, "RAGGED_TF32_TILES", ()),
+        )
         tf32 = getattr(module, "TF32_TILES", ())
         for tile in (*module.TENSOR_CORE_TILES, *tf32, *ragged, *module.FMA_TILES):
             assert f"{kernel}_{'x'.join(map(str, tile))}" in names
