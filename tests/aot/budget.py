@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import dropout_launches
 import head_launches
 import level_launches
 
@@ -20,7 +21,7 @@ from bench.compiling import Footprint, Launch, compile_launch
 BUDGET = Path(__file__).with_name("budget.json")
 # Compute capability, and the shared memory that a block may have there.
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
-_SOURCES = (level_launches, head_launches)
+_SOURCES = (level_launches, head_launches, dropout_launches)
 
 
 def launches() -> dict[str, Launch]:
