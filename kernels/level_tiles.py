@@ -36,6 +36,8 @@ class Tile(NamedTuple):
 FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 # As many programs as fill a large GPU once.
 PROGRAMS = 128
+# Of an H100 or H200. Not read from the device: the order of a sum is a rule of its shape.
+MULTIPROCESSORS = 132
 
 
 def cdiv(a: int, b: int) -> int:

@@ -7,11 +7,14 @@ launch adds up the parts in a fixed order.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.division import divided, divisor
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     device_of,
@@ -20,7 +23,7 @@ from lasem_fast.kernels.level_geometry import (
     needs_int64,
 )
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import PROGRAMS, Tile, cdiv, fitting
+from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv, fitting
 
 # Rows are looked up before pixels are read, so that a pipeline of 5 stages is 2 steps ahead.
 TENSOR_CORE_TILES = (
@@ -39,7 +42,8 @@ TF32_TILES = (
 )
 FMA_TILES = (Tile(32, 32, 16, 4, 3), Tile(16, 16, 16, 2, 3))
 # Where channels are read one by one, addresses take so many registers that others spill.
-RAGGED_TILES = (Tile(64, 32, 32, 4, 5),)
+RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
+RAGGED_TF32_TILES = (Tile(64, 32, 32, 4, 5),)
 # Elements that one program of the second launch adds up.
 SUM_BLOCK = 256
 # A part of the sum that is worth a program of its own, in steps of a tile's depth.
@@ -48,10 +52,12 @@ _STEPS = 4
 _MOST_ROWS = 128
 
 
-@triton.jit(do_not_specialize=["count0", "count1", "rows_at_once"])
+@triton.jit(
+    do_not_specialize=["count0", "count1", "rows_at_once", "samples", "by_samples", "shift"]
+)
 def level_wgrad_kernel(
     x, dy, code, by_branch, live, dweight0, dweight1, dbias0, dbias1,
-    count0, count1, rows_at_once, samples,
+    count0, count1, rows_at_once, samples, by_samples, shift,
     x_p, x_n, x_h, x_w, x_c, d_part, d_o, d_c, d_h, d_w, d_part_bias,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
@@ -111,8 +117,9 @@ def level_wgrad_kernel(
             ow = pixel % CONV_W
             oh = pixel // CONV_W % CONV_H
             image = pixel // (CONV_W * CONV_H)
-            n = image % samples
-            entry = entries + image // samples * 3
+            row_of_branch = divided(image, samples, by_samples, shift, WIDE)
+            n = image - row_of_branch * samples
+            entry = entries + row_of_branch * 3
             y_row = tl.load(entry, mask=inside, other=0)
             parent = tl.load(entry + 1, mask=inside, other=0).to(index)
             if HAS_LIVE:
@@ -204,7 +211,7 @@ def candidates(
     """The tiles that fit a level, in table order; ``dtype`` is that of ``dy``."""
     tiles = TENSOR_CORE_TILES if dtype != torch.float32 else TF32_TILES if tf32 else FMA_TILES
     if is_ragged(x) and tiles is not FMA_TILES:
-        tiles = RAGGED_TILES
+        tiles = RAGGED_TF32_TILES if tf32 else RAGGED_TILES
     return fitting(tiles, *_product(rows, x, weights, geometry))
 
 
@@ -268,7 +275,8 @@ def level_wgrad(
         level_wgrad_kernel[cdiv(lines, tile.rows), column_tiles, splits](
             x, dy, code, rows.by_branch, live,
             targets[0], targets[-1], bias_targets[0], bias_targets[-1],
-            rows.counts[0], rows.counts[-1], _rows_at_once(tile, x, geometry), x.shape[1],
+            rows.counts[0], rows.counts[-1], _rows_at_once(tile, x, geometry),
+            x.shape[1], *divisor(x.shape[1]),
             *x.stride(), *targets[0].stride(), bias_targets[0].stride(0),
             HEIGHT=x.shape[2], WIDTH=x.shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
             OUT_H=geometry.out_h, OUT_W=geometry.out_w,
@@ -301,8 +309,15 @@ def _product(
 
 
 def _splits(tile: Tile, programs: int, pixels: int) -> int:
-    """In how many parts the sum is cut: enough to fill the GPU twice, none of them very short."""
-    return max(1, min(cdiv(2 * PROGRAMS, programs), pixels // (_STEPS * tile.depth)))
+    """In how many parts the sum is cut, none of them very short.
+
+    As many as give every multiprocessor two programs, less where that leaves fewer of them idle at
+    the end: the busiest one decides.
+    """
+    most = min(cdiv(2 * MULTIPROCESSORS, programs), pixels // (_STEPS * tile.depth))
+    return min(
+        range(max(1, most), 0, -1), key=lambda n: Fraction(cdiv(n * programs, MULTIPROCESSORS), n)
+    )
 
 
 def _rows_at_once(tile: Tile, x: Tensor, geometry: Geometry) -> int:

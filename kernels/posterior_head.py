@@ -1,9 +1,10 @@
 """Posterior head: logits and targets -> log-likelihoods, posterior, loss, d(logits), new count.
 
-Two launches without atomics. The first has one program per configuration and scores it. In the
-second every program takes the softmax over all configurations for itself, from C numbers, and goes
-on with its own configurations; program 0 also sums the loss and counts the winner. The prior's
-counts are read in the first launch and written in the second.
+Two launches without atomics. The first has one program per configuration and scores it; where the
+M-step has logits of its own (dropout), one more each for their mean NLL. In the second every
+program takes the softmax over all configurations for itself, from C numbers, and goes on with its
+own configurations; program 0 also sums the loss and counts the winner. The prior's counts are read
+in the first launch and written in the second.
 
 Sums over samples and over configurations are in float64: L_c of size 1e3 must not carry its
 rounding into the posterior.
@@ -70,17 +71,18 @@ def _squared_error(
 
 @triton.jit
 def score_configurations(
-    logits, target, log_prior, wins, initial, score, log_likelihood, nll,
-    n_samples, n_outputs, stride_c, stride_n, stride_k, target_stride_n, target_stride_k,
+    logits, target, log_prior, wins, initial, score, log_likelihood, nll, m_nll,
+    n_samples, n_outputs, stride_m, stride_c, stride_n, stride_k, target_stride_n, target_stride_k,
     precision, constant,
     LIKELIHOOD: tl.constexpr, PRIOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per configuration: log P(y | x, c), mean NLL and log P(c) + L_c.
 
     ``score`` is float64 [C], -inf where the mean NLL is not finite; it lacks the prior's
-    normalisation, which the softmax does not see.
+    normalisation, which the softmax does not see. Programs (c, 1) score the M-step's logits.
     """
     c = tl.program_id(0).to(tl.int64)
+    logits += tl.program_id(1).to(tl.int64) * stride_m
     total = tl.zeros((BLOCK_N,), tl.float64)
     top = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     mass = tl.zeros((BLOCK_N,), tl.float64)
@@ -109,6 +111,9 @@ def score_configurations(
     summed = tl.sum(total, axis=0)
     mean_nll = (-summed / n_samples).to(tl.float32)
     finite = tl.abs(mean_nll) < float("inf")
+    if tl.program_id(1) == 1:
+        tl.store(m_nll + c, tl.where(finite, mean_nll, float("inf")))
+        return
     value = summed
     if LIKELIHOOD == MEAN:
         largest = tl.max(top, axis=0)
@@ -136,16 +141,30 @@ def _posterior_of(score, top, total):
 @triton.jit
 def weigh_configurations(
     logits, target, score, nll, wins, posterior, loss, dlogits,
-    n_configs, n_samples, n_outputs, stride_c, stride_n, stride_k,
-    target_stride_n, target_stride_k, grad_stride_c, grad_stride_n, grad_stride_k, precision,
-    LIKELIHOOD: tl.constexpr, COUNT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    n_configs, n_samples, n_outputs, stride_m, stride_c, stride_n, stride_k,
+    target_stride_n, target_stride_k, grad_stride_m, grad_stride_c, grad_stride_n, grad_stride_k,
+    precision,
+    LIKELIHOOD: tl.constexpr, COUNT: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Posterior, loss, the winner's count and d(loss)/d(logits), from the scores.
 
-    Any number of programs: each takes as many configurations as it must.
+    Any number of programs: each takes as many configurations as it must. PAIR: ``logits`` are the
+    E-step's and the M-step's; loss (``nll`` too) and gradient are of the latter.
     """
     first = tl.program_id(0)
+    if PAIR:
+        for config in range(first, n_configs, tl.num_programs(0)):
+            for start in range(0, n_samples, BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+                out = dlogits + tl.cast(config, tl.int64) * grad_stride_c + n * grad_stride_n
+                for first_k in range(0, n_outputs, BLOCK_K):
+                    k = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
+                    inside = (n < n_samples)[:, None] & (k < n_outputs)[None, :]
+                    at = out[:, None] + (k * grad_stride_k)[None, :]
+                    tl.store(at, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), mask=inside)
+        logits += stride_m
+        dlogits += grad_stride_m
     largest = tl.full((BLOCK_C,), -float("inf"), tl.float64)
     for start in range(0, n_configs, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -229,9 +248,10 @@ def posterior_head(
     sigma: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches both kernels; the contract is that of ``lasem_fast::posterior_head_triton``."""
-    configs, samples, outputs = logits.shape
-    log_likelihood, posterior, nll = (
-        logits.new_empty((configs,), dtype=torch.float32) for _ in range(3)
+    paired = logits.dim() == 4
+    configs, samples, outputs = logits.shape[-3:]
+    log_likelihood, posterior, nll, m_nll = (
+        logits.new_empty((configs,), dtype=torch.float32) for _ in range(4)
     )
     score = logits.new_empty((configs,), dtype=torch.float64)
     loss = logits.new_empty((), dtype=torch.float32)
@@ -245,15 +265,16 @@ def posterior_head(
         prior = UNIFORM if initial is None else COUNTS
     block_k = min(triton.next_power_of_2(outputs), _LONGEST)
     block_n = min(triton.next_power_of_2(samples), max(1, _TILE // block_k))
-    score_configurations[(configs,)](
-        logits, target, log_prior, wins, initial, score, log_likelihood, nll,
-        samples, outputs, *logits.stride(), *target_strides, precision, constant,
+    strides, grad_strides = (t.stride() if paired else (0, *t.stride()) for t in (logits, dlogits))
+    score_configurations[configs, 2 if paired else 1](
+        logits, target, log_prior, wins, initial, score, log_likelihood, nll, m_nll,
+        samples, outputs, *strides, *target_strides, precision, constant,
         LIKELIHOOD=likelihood, PRIOR=prior.value, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     weigh_configurations[(min(configs, _MOST_PROGRAMS),)](
-        logits, target, score, nll, wins, posterior, loss, dlogits,
-        configs, samples, outputs, *logits.stride(), *target_strides, *dlogits.stride(), precision,
-        LIKELIHOOD=likelihood, COUNT=wins is not None,
+        logits, target, score, m_nll if paired else nll, wins, posterior, loss, dlogits,
+        configs, samples, outputs, *strides, *target_strides, *grad_strides, precision,
+        LIKELIHOOD=likelihood, COUNT=wins is not None, PAIR=paired,
         BLOCK_C=min(triton.next_power_of_2(configs), _LONGEST), BLOCK_N=block_n, BLOCK_K=block_k,
         # those with which the compiler neither runs out of registers nor keeps to too few
         num_warps=4 if likelihood == GAUSSIAN.value else 2,

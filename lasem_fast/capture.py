@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lasem_fast.capture_holdings import Holdings
+from lasem_fast.capture_trial import first_line, obstacles, rehearse, trial
 from lasem_fast.em import LASEM
 from lasem_fast.em_step import EMStep
 from lasem_fast.networks import checks
+
+_grad = attrgetter("grad")
 
 
 def capture(
@@ -52,8 +56,8 @@ def capture(
         RuntimeWarning: without ``strict``, the step will run eagerly, and why.
     """
     step = CapturedStep(em, optimizer, x, y, task, strict)
-    reasons = _obstacles(em, optimizer, x)
-    why = "; ".join(reasons) if reasons else _trial(step)
+    reasons = obstacles(em, optimizer, x)
+    why = "; ".join(reasons) if reasons else trial(step)
     if why:
         step._give_up(why)
     return step
@@ -64,7 +68,8 @@ class CapturedStep:
 
     The first call, and the first one after something that the graph has taken in was changed (a
     float learning rate, the training mode, tensors that were replaced), runs eagerly; the next
-    records the graph.
+    records the graph. Tensors that are replaced one by one inside of the optimiser's state (instead
+    of by ``load_state_dict``) are noticed within 256 calls.
 
     Attributes:
         why_eager: why there is no graph and every call runs eagerly, or None.
@@ -87,12 +92,14 @@ class CapturedStep:
             # a weight's cast that was cached outside the graph would be stale in it
             "cache_enabled": False,
         }
-        self._weights = [*em.net.parameters(), *em.net.buffers()]
+        self._holds = Holdings(em, optimizer)
+        self._net = em.net  # once: nn.Module.__getattr__ costs as much as a check
         self._stream: torch.cuda.Stream | None = None
         self._warm: Any = None  # what the last eager step ran with
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: Any = None  # what the graph has taken in
-        self._grads: list[tuple[Tensor, Tensor]] = []
+        self._rehearsed = False  # whether the next recording is known to go well
+        self._grads: tuple[list[Tensor], list[Tensor]] = [], []
         self._result: EMStep | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> EMStep:
@@ -113,6 +120,9 @@ class CapturedStep:
         self._check_batch(x, y)
         if self.why_eager is not None:
             return self.eager(x, y)
+        # entering a device that is the current one already costs as much as the checks
+        if self._x.device.index == torch.cuda.current_device():
+            return self._run(x, y)
         with torch.cuda.device(self._x.device):
             return self._run(x, y)
 
@@ -127,23 +137,29 @@ class CapturedStep:
         return step._replace(loss=step.loss.detach())
 
     def _run(self, x: Tensor, y: Tensor) -> EMStep:
-        self._x.copy_(x)
-        self._y.copy_(y)
-        present = self._taken_in()
-        if self._graph is None or present != self._recorded:
-            self._graph = None
-            if present != self._warm:
-                return self._warm_up()
-            try:
-                self._record()
-            except Exception as error:
-                self._give_up(_first_line(error))
-                return self.eager(x, y)
-            self._recorded = present
+        given = [t.detach() if t.requires_grad else t for t in (x, y)]
+        torch._foreach_copy_([self._x, self._y], given)
+        if self._graph is None or not self._holds.seem_the_same():
+            present = self._taken_in()
+            if self._graph is None or present != self._recorded:
+                self._graph = None
+                if present != self._warm:
+                    return self._warm_up()
+                try:
+                    if not self._rehearsed:
+                        rehearse(self)
+                    self._rehearsed = False
+                    self._record()
+                except Exception as error:
+                    self._give_up(first_line(error))
+                    return self.eager(x, y)
+                self._recorded = present
+            self._holds.remember()
         # on the host, so never inside the graph
         self._begin()
-        for parameter, grad in self._grads:
-            if parameter.grad is not grad:
+        parameters, grads = self._grads
+        if not all(map(is_, map(_grad, parameters), grads)):
+            for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad
         self._graph.replay()
         return self._result
@@ -176,14 +192,15 @@ class CapturedStep:
             raise
         finally:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
-        self._grads = [(p, p.grad) for p in self.em.net.parameters() if p.grad is not None]
+        parameters = [p for p in self.em.net.parameters() if p.grad is not None]
+        self._grads = parameters, [p.grad for p in parameters]
         self._graph, self._result = graph, result
 
     def _begin(self) -> None:
         """Tells the roll-back whose step comes, if it is one of training."""
-        if not self.em._keeps_state():
-            return
         rollback = self.em._rollback
+        if rollback.active == self.task or not self.em._keeps_state():
+            return
         rollback.begin(self.task, False, rollback.before(self.task, False, self.em.net.shared))
 
     def _give_up(self, why: str) -> None:
@@ -194,21 +211,10 @@ class CapturedStep:
         self.why_eager = why
 
     def _taken_in(self) -> tuple:
-        """What a graph holds on to: addresses, and values that are on the host."""
-        groups = self.optimizer.param_groups
-        states = self.optimizer.state.values()
-        prior = self.em._prior
-        return (
-            self.em.training,
-            [(w.data_ptr(), w.requires_grad) for w in self._weights],
-            [buffer.data_ptr() for buffer in (*prior.buffers(), *prior.states.all_buffers())],
-            [[_mark(value) for value in state.values()] for state in states],
-            [[_mark(group[key]) for key in group if key != "params"] for group in groups],
-            [[id(parameter) for parameter in group["params"]] for group in groups],
-        )
+        return self._holds.everything()
 
     def _check_batch(self, x: Any, y: Any) -> None:
-        checks.check_open_task(self.task, self.em.net)
+        checks.check_open_task(self.task, self._net)
         for name, got, like in (("x", x, self._x), ("y", y, self._y)):
             if not isinstance(got, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(got).__name__}")
@@ -238,65 +244,3 @@ def _check_arguments(em: Any, optimizer: Any, x: Any, y: Any, task: Any) -> None
             f"optimizer: expected one that trains parameters of em.net for task {task!r}, got one "
             f"without any of them"
         )
-
-
-def _obstacles(em: LASEM, optimizer: Optimizer, x: Tensor) -> list[str]:
-    """What is known to stand in the way of a capture without trying it."""
-    reasons = []
-    if x.device.type != "cuda":
-        reasons.append(f"the mini-batch is on {x.device}, and only CUDA devices have graphs")
-    for name, plain in (("max_memory", None), ("prune", 0), ("m_step_draws", None)):
-        if getattr(em, name) != plain:
-            reasons.append(
-                f"em has {name}={getattr(em, name)!r}, which decides on the host what runs"
-            )
-    if em.e_step_every > 1:
-        reasons.append(f"em has e_step_every={em.e_step_every}, which counts on the host")
-    if em.validate:
-        reasons.append("em has validate=True, which waits for the device in every step")
-    if not all(group.get("capturable", True) for group in optimizer.param_groups):
-        reasons.append(f"{type(optimizer).__name__} has capturable=False")
-    return reasons
-
-
-def _trial(step: CapturedStep) -> str:
-    """Takes the step on copies; says why it cannot be captured, or returns ""."""
-    em, optimizer = step.em, step.optimizer
-    x, y = step._x, step._y
-    try:
-        with torch.cuda.device(x.device), torch.random.fork_rng(devices=[x.device]):
-            # together, so that the copied optimiser trains the copied net
-            em, optimizer = copy.deepcopy((em, optimizer))
-            trial = CapturedStep(em, optimizer, x, y, step.task, strict=True)
-            trial._autocast = step._autocast
-            trial._warm_up()
-            why = _state_on_host(optimizer)
-            if not why:
-                trial._record()
-            return why
-    except Exception as error:
-        return _first_line(error)
-
-
-def _state_on_host(optimizer: Optimizer) -> str:
-    """Names a part of the optimiser's state that a replay would not advance, or ""."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number or (isinstance(value, Tensor) and value.device != parameter.device):
-                return f"{type(optimizer).__name__} keeps {name!r} on the host"
-    return ""
-
-
-def _mark(value: Any) -> Any:
-    """A value to compare: a tensor by its address, anything else by what it is."""
-    if isinstance(value, Tensor):
-        return ("tensor", value.data_ptr())
-    if isinstance(value, (tuple, list)):
-        return [_mark(part) for part in value]
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

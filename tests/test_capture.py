@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lasem_fast as lf
-from lasem_fast.capture import _obstacles, _state_on_host
+from lasem_fast import capture_trial
+from lasem_fast.capture_holdings import Holdings
+from lasem_fast.capture_trial import nothing_waits, obstacles, state_on_host
 from lasem_fast.levels.fold import _kept_index
 
 OPTIMIZERS = {
@@ -92,7 +95,7 @@ def test_capturing_changes_nothing():
 
 def test_all_known_obstacles_are_named():
     em, opt = _made("adam", validate=True)
-    reasons = _obstacles(em, opt, torch.zeros(1))
+    reasons = obstacles(em, opt, torch.zeros(1))
     assert len(reasons) == 3
     for reason, words in zip(
         reasons, ("on cpu", "validate=True", "Adam has capturable=False"), strict=True
@@ -104,9 +107,9 @@ def test_an_optimiser_that_counts_on_the_host_is_named():
     weight = nn.Parameter(torch.zeros(2))
     opt = torch.optim.SGD([weight], lr=0.1)
     opt.state[weight] = {"momentum_buffer": None, "on": True}
-    assert _state_on_host(opt) == ""
+    assert state_on_host(opt) == ""
     opt.state[weight]["step"] = 3
-    assert "SGD keeps 'step' on the host" in _state_on_host(opt)
+    assert "SGD keeps 'step' on the host" in state_on_host(opt)
 
 
 class TestArguments:
@@ -174,6 +177,10 @@ def test_results_can_be_kept():
         assert torch.equal(mine, theirs) and mine.data_ptr() != theirs.data_ptr()
 
 
+CAPTURE = sys.modules["lasem_fast.capture"]  # lf.capture is the function
+RECORDED = ("rehearsal", "record")
+
+
 class _Replayed:
     """Stands in for a graph: writes what an eager step gives into the tensors of the recording."""
 
@@ -207,6 +214,8 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(lf.CapturedStep, "_warm_up", warm_up)
     monkeypatch.setattr(lf.CapturedStep, "_record", record)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(CAPTURE, "rehearse", lambda step: done.append("rehearsal"))
     return done
 
 
@@ -229,14 +238,14 @@ class TestAroundTheGraph:
 
     def test_one_eager_step_then_one_recording(self, stand_in):
         self._loop()
-        assert stand_in == ["eager", "record"]
+        assert stand_in == ["eager", *RECORDED]
 
     def test_a_float_that_changes_is_recorded_again(self, stand_in):
         def change(turn, em, optimizer):
             optimizer.param_groups[0]["lr"] = 0.1 if turn < 3 else 0.05
 
         self._loop(change)
-        assert stand_in == ["eager", "record", "eager", "record"]
+        assert stand_in == ["eager", *RECORDED, "eager", *RECORDED]
 
     def test_a_tensor_that_is_filled_is_not(self, stand_in):
         def change(turn, em, optimizer):
@@ -245,7 +254,7 @@ class TestAroundTheGraph:
             optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + turn))
 
         self._loop(change)
-        assert stand_in == ["eager", "record"]
+        assert stand_in == ["eager", *RECORDED]
 
     def test_tensors_that_are_replaced_are_recorded_again(self, stand_in):
         def change(turn, em, optimizer):
@@ -253,7 +262,7 @@ class TestAroundTheGraph:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
         self._loop(change)
-        assert stand_in == ["eager", "record", "eager", "record"]
+        assert stand_in == ["eager", *RECORDED, "eager", *RECORDED]
 
     def test_another_task_that_the_prior_reads_is_recorded_too(self, stand_in):
         def change(turn, em, optimizer):
@@ -261,7 +270,7 @@ class TestAroundTheGraph:
                 em(*_batches(1)[0], "b")
 
         self._loop(change, turns=6, prior="historic")
-        assert stand_in == ["eager", "record", "eager", "record"]
+        assert stand_in == ["eager", *RECORDED, "eager", *RECORDED]
 
     def test_a_recording_that_fails_leaves_the_eager_step(self, stand_in, monkeypatch):
         def fail(step):
@@ -279,6 +288,141 @@ class TestAroundTheGraph:
             warnings.simplefilter("error")
             step(x, y)
         assert step.why_eager == "RuntimeError: no room"
+
+    def test_a_rehearsal_that_fails_begins_no_recording(self, stand_in, monkeypatch):
+        def fail(step):
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+        monkeypatch.setattr(CAPTURE, "rehearse", fail)
+        em, optimizer = _made()
+        step = _captured(em, optimizer)
+        step.why_eager = None
+        x, y = _batches(1)[0]
+        step(x, y)
+        with pytest.warns(RuntimeWarning, match="called a synchronizing CUDA operation"):
+            assert step(x, y).loss.isfinite()
+        step(x, y)
+        assert stand_in == ["eager"]
+
+    def test_the_trial_has_rehearsed_the_first_recording(self, stand_in):
+        em, optimizer = _made()
+        step = _captured(em, optimizer)
+        step.why_eager, step._rehearsed = None, True
+        for turn, (x, y) in enumerate(_batches(5)):
+            optimizer.param_groups[0]["lr"] = 0.1 if turn < 3 else 0.05
+            step(x, y)
+        assert stand_in == ["eager", "record", "eager", *RECORDED]
+
+
+@pytest.fixture
+def debug_mode(monkeypatch):
+    """Stands in for PyTorch's debug mode; returns what it was set to."""
+    modes = ["warn"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return modes
+
+
+class TestRehearsal:
+    @pytest.mark.parametrize("error", [None, ValueError("of the step")])
+    def test_nothing_waits_in_it(self, error, debug_mode):
+        waits = torch.cuda.synchronize, torch.cuda.Event.query, torch.cuda.Stream.synchronize
+
+        def refused():
+            with nothing_waits():
+                assert debug_mode[-1] == "error"
+                with pytest.raises(RuntimeError, match=r"calls torch\.cuda\.synchronize"):
+                    torch.cuda.synchronize()
+                with pytest.raises(RuntimeError, match=r"calls torch\.cuda\.Event\.query"):
+                    torch.cuda.Event.query(None)
+                if error:
+                    raise error
+
+        with pytest.raises(ValueError, match="of the step") if error else nullcontext():
+            refused()
+        assert debug_mode[-1] == "warn"
+        now = torch.cuda.synchronize, torch.cuda.Event.query, torch.cuda.Stream.synchronize
+        assert now == waits
+
+    @pytest.mark.parametrize("fails", [None, "first", "second", "state"])
+    def test_a_trial_that_would_fail_begins_no_capture(self, fails, debug_mode, monkeypatch):
+        done = []
+
+        class Copy:
+            optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+
+            def _warm_up(self):
+                done.append(f"eager under {debug_mode[-1]}")
+                if len(done) == {"first": 1, "second": 2}.get(fails):
+                    raise RuntimeError("called a synchronizing CUDA operation\nmore of it")
+
+            def _record(self):
+                done.append("record")
+
+        if fails == "state":
+            Copy.optimizer.state[Copy.optimizer.param_groups[0]["params"][0]] = {"step": 3}
+        monkeypatch.setattr(capture_trial, "_copied", lambda step: nullcontext(Copy()))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        step = _captured(*_made())
+        why = capture_trial.trial(step)
+        assert step._rehearsed == (fails is None)
+        assert (
+            why
+            == {
+                None: "",
+                "first": "RuntimeError: called a synchronizing CUDA operation",
+                "second": "RuntimeError: called a synchronizing CUDA operation",
+                "state": "SGD keeps 'step' on the host",
+            }[fails]
+        )
+        eager = ["eager under warn", "eager under error"]
+        assert done == {None: [*eager, "record"], "second": eager}.get(fails, eager[:1])
+
+
+CHANGES = {
+    "mode": lambda em, opt: em.eval(),
+    "address": lambda em, opt: setattr(em.net.shared[0][0].weight, "data", torch.zeros(1)),
+    "frozen": lambda em, opt: em.net.shared[0][0].weight.requires_grad_(False),
+    "rate": lambda em, opt: opt.param_groups[0].update(lr=0.3),
+    "loaded": lambda em, opt: opt.load_state_dict(copy.deepcopy(opt.state_dict())),
+    "group": lambda em, opt: opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}),
+    "task": lambda em, opt: em(*_batches(1)[0], "b"),
+    "cast": lambda em, opt: em.double(),
+}
+
+
+class TestHoldings:
+    """What a quick look sees, and that a full one comes now and then."""
+
+    def _held(self):
+        em, optimizer = _made()
+        em(*_batches(1)[0], "a").loss.backward()
+        optimizer.step()
+        holds = Holdings(em, optimizer)
+        holds.remember()
+        return em, optimizer, holds
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_a_change_is_seen_at_once(self, change):
+        em, optimizer, holds = self._held()
+        before = holds.everything()
+        assert holds.seem_the_same()
+        CHANGES[change](em, optimizer)
+        assert not holds.seem_the_same()
+        assert holds.everything() != before
+
+    def test_steps_change_nothing(self):
+        em, optimizer, holds = self._held()
+        em(*_batches(1)[0], "a").loss.backward()
+        optimizer.step()
+        assert holds.seem_the_same()
+
+    def test_everything_is_compared_now_and_then(self):
+        holds = self._held()[2]
+        looks = [holds.seem_the_same() for _ in range(256)]
+        assert all(looks[:-1]) and not looks[-1]
+        holds.remember()
+        assert holds.seem_the_same()
 
 
 class _NeverWaits(TorchDispatchMode):

@@ -12,7 +12,13 @@ from lasem_fast.priors import Prior
 
 
 def scores(
-    logits: Tensor, y: Tensor, likelihood: Likelihood, prior: Prior, task: str, count: bool = True
+    logits: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+    prior: Prior,
+    task: str,
+    count: bool = True,
+    paired: bool = False,
 ) -> Scores | None:
     """Likelihoods, posterior and loss of a classification mini-batch on the CPU.
 
@@ -24,11 +30,12 @@ def scores(
         prior: any; it is not updated.
         task: whose prior it is.
         count: of no account here.
+        paired: whether there are two sets of logits, which this operation does not take.
 
     Returns:
-        The scores; None for another likelihood, device or dtype.
+        The scores; None for another likelihood, device or dtype, or two sets of logits.
     """
-    if type(likelihood) not in (Joint, Mean) or logits.device.type != "cpu":
+    if type(likelihood) not in (Joint, Mean) or logits.device.type != "cpu" or paired:
         return None
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lasem_fast.backends import stopwatch
 from lasem_fast.backends.level_call import LevelCall, Result, Shape
 from lasem_fast.backends.measurements import Measurement
 from lasem_fast.backends.operations import LevelOperation
@@ -26,6 +27,8 @@ def fastest(
     ways: Mapping[str, LevelOperation], trusted: str | None, call: LevelCall, shape: Shape
 ) -> Measurement:
     """Times every way that takes the level, forward and backward, and leaves no trace.
+
+    On a GPU the device's time decides, not Python's: a captured step has no Python.
 
     Args:
         ways: operations by name; a later one has to be clearly faster.
@@ -51,14 +54,12 @@ def fastest(
         del results
         seconds = {name: [] for name in takers if name not in refused}
         left = list(seconds) if len(seconds) > 1 else []
-        begin = _now(device)
+        timed, begin = stopwatch.watch(device), stopwatch.now()
         for done in range(_MOST_ROUNDS):
-            if done >= _FEWEST_ROUNDS and _now(device) - begin > _SECONDS:
+            if done >= _FEWEST_ROUNDS and stopwatch.now() - begin > _SECONDS:
                 break
             for name in left:
-                start = _now(device)
-                call.run(ways[name], shape.backward)
-                seconds[name].append(_now(device) - start)
+                seconds[name].append(timed(partial(call.run, ways[name], shape.backward)))
             best = min((min(seconds[name]) for name in left), default=0.0)
             left = [name for name in left if min(seconds[name]) <= _OUT_OF_REACH * best]
             if len(left) < 2:
@@ -100,9 +101,3 @@ def _strayed(
 def _distance(got: Tensor, right: Tensor) -> float:
     """Relative to the size of ``right``."""
     return float((got.double() - right).norm() / right.norm().clamp_min(1e-300))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

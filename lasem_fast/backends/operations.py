@@ -113,9 +113,10 @@ class LevelOperation(Protocol):
 HeadOperation = Callable[[nn.Module, Fold, int], "Tensor | None"]
 """``(head, h, rows) -> logits [rows * N, K]``, rows outermost."""
 
-ScoreOperation = Callable[[Tensor, Tensor, "Likelihood", "Prior", str, bool], "Scores | None"]
-"""``(logits [C, N, K], y, likelihood, prior, task, count) -> scores``: the posterior head of one
-mini-batch; without ``count`` the prior stays as it is."""
+ScoreOperation = Callable[[Tensor, Tensor, "Likelihood", "Prior", str, bool, bool], "Scores | None"]
+"""``(logits [C, N, K], y, likelihood, prior, task, count, paired) -> scores``: the posterior head
+of one mini-batch; without ``count`` the prior stays as it is. ``paired``: logits ``[2, C, N, K]``,
+the E-step's, which have no gradient, before the M-step's, of which the loss is."""
 
 
 class Operations(NamedTuple):
@@ -124,11 +125,14 @@ class Operations(NamedTuple):
     Attributes:
         levels: layers on all rows of a level. A stage of which they take nothing runs in PyTorch.
         heads: heads that can read a level's rows as they are.
+        heads_twice: the same with their random layers off and on at once: ``[2 * rows * N, K]``,
+            first those without, which have no gradient.
         scores: the posterior head.
     """
 
     levels: tuple[LevelOperation, ...] = ()
     heads: tuple[HeadOperation, ...] = ()
+    heads_twice: tuple[HeadOperation, ...] = ()
     scores: tuple[ScoreOperation, ...] = ()
 
     def after(self, others: Operations) -> Operations:

@@ -23,7 +23,7 @@ _posterior_head = torch.ops.lasem_fast.posterior_head_triton.default
 @torch.library.register_fake("lasem_fast::posterior_head_triton", lib=_library)
 def _(logits, target, log_prior, wins, initial, likelihood, sigma):
     log_likelihood, posterior, nll = (
-        logits.new_empty(logits.shape[:1], dtype=torch.float32) for _ in range(3)
+        logits.new_empty(logits.shape[-3:-2], dtype=torch.float32) for _ in range(3)
     )
     loss = logits.new_empty((), dtype=torch.float32)
     return log_likelihood, posterior, nll, loss, torch.empty_like(logits, dtype=torch.float32)
@@ -43,11 +43,12 @@ def _check(logits, target, log_prior, wins, initial, likelihood, sigma):
         if not fits:
             raise ValueError(f"{name}: expected {expected}, got {got}")
 
-    check(logits.dim() == 3 and logits.numel() > 0, "logits", "shape [C, N, K], not empty",
+    fits = logits.dim() == 3 or (logits.dim() == 4 and logits.shape[0] == 2)
+    check(fits and logits.numel() > 0, "logits", "shape [C, N, K] or [2, C, N, K], not empty",
           list(logits.shape))  # fmt: skip
     check(logits.dtype in (torch.float32, torch.float16, torch.bfloat16), "logits",
           "float32, float16 or bfloat16", logits.dtype)  # fmt: skip
-    configs, samples, outputs = logits.shape
+    configs, samples, outputs = logits.shape[-3:]
     check(likelihood in range(len(LIKELIHOODS)), "likelihood", "0, 1 or 2", likelihood)
     if LIKELIHOODS[likelihood] == "gaussian":
         shape, kind = [samples, outputs], target.is_floating_point()
@@ -91,8 +92,12 @@ class _PosteriorHead(torch.autograd.Function):
             return (None,) * 7
         dlogits, *saved = ctx.saved_tensors
         if second_order.wanted():
-            dlogits = second_order.head_gradient(*saved, dloss, ctx.sigma)
-            return dlogits.to(ctx.dtype), *(None,) * 6
+            logits, *others = saved
+            m_step = logits[1] if logits.dim() == 4 else logits
+            dlogits = second_order.head_gradient(m_step, *others, dloss, ctx.sigma).to(ctx.dtype)
+            if logits.dim() == 4:
+                dlogits = torch.stack([torch.zeros_like(dlogits), dlogits])
+            return dlogits, *(None,) * 6
         # in float32 until the loss's scale is in: half precision would lose small posteriors
         out = torch.empty_like(dlogits, dtype=ctx.dtype)
         return torch.mul(dlogits, dloss, out=out), *(None,) * 6
@@ -111,7 +116,9 @@ def posterior_head(
     """Posterior of every configuration, the loss whose gradient it weights, and the new count.
 
     Args:
-        logits: ``[C, N, K]``, float32, float16 or bfloat16, with any strides.
+        logits: ``[C, N, K]``, float32, float16 or bfloat16, with any strides; or ``[2, C, N, K]``:
+            the E-step's, of which all is but the loss, and the M-step's, of which the loss is. The
+            first have no gradient: theirs is 0.
         target: labels ``[N]``, int64; for the Gaussian likelihood values ``[N, K]``. A label out
             of ``[0, K)`` makes the loss NaN.
         log_prior: ``[C]``, need not be normalised; -inf excludes a configuration. None: uniform.

@@ -1,4 +1,4 @@
-"""The `triton` backend: stages and heads of convolutions and linear layers, a launch for each."""
+"""The `triton` backend: stages of convolutions and linear layers, a launch for each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from lasem_fast.backends.triton_level_op import DTYPES
 from lasem_fast.backends.triton_level_op import level as run_level
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
-from lasem_fast.levels.fold import Fold, RowsFirst, folded
 from lasem_fast.levels.plan import Level
-from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
 from lasem_fast.levels.row_liveness import Liveness
-from lasem_fast.networks.layers import has_hooks
 
 # Triton itself reads this once, when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -83,76 +80,6 @@ class TritonLevel:
         y, carried = out if carry else (out, x)
         y = y.flatten(2) if type(layer.core) is nn.Linear else y
         return (y, carried) if carry else y
-
-
-def triton_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
-    """A head of linear layers with ReLU between them, behind a flatten or not.
-
-    Args:
-        head: a task's head.
-        h: the leaves, P ``rows`` of images or vectors.
-        rows: number of leaves P.
-
-    Returns:
-        The logits ``[P * N, K]``, rows outermost; None for any other head or input.
-    """
-    layers = list(head) if type(head) is nn.Sequential else [head]
-    if any(has_hooks(layer) for layer in (head, *layers)):
-        return None
-    layers = [layer for layer in layers if type(layer) is not nn.Identity]
-    flat = bool(layers) and _flattens(layers[0])
-    steps = _linear_steps(layers[1:] if flat else layers)
-    if not steps:
-        return None
-    for linear, behind in steps:
-        biases = [] if linear.bias is None else [linear.bias]
-        h = _layer(linear, [linear.weight], biases, behind, h, rows, flat=flat)
-        if h is None:
-            return None
-    return h.data.flatten(0, 1)
-
-
-def _flattens(layer: nn.Module) -> bool:
-    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
-
-
-def _linear_steps(layers: list[nn.Module]) -> list[tuple[nn.Linear, ReluAndPool]]:
-    """Every linear layer with what follows it; empty where there are other layers."""
-    starts = [i for i, layer in enumerate(layers) if type(layer) is nn.Linear]
-    if not starts or starts[0] != 0:
-        return []
-    steps = []
-    for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
-        behind = relu_and_pool(layers[start + 1 : stop])
-        if behind is None or behind.pool.size > 1:
-            return []
-        steps.append((layers[start], behind))
-    return steps
-
-
-def _layer(
-    core: nn.Module,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    behind: ReluAndPool,
-    h: Fold,
-    rows: int,
-    *,
-    flat: bool,
-) -> RowsFirst | None:
-    """One weighted layer of a head on all leaves; ``flat``: images are flattened before it."""
-    if not isinstance(h, RowsFirst):
-        h = folded(h)
-        if h.dim() not in (2, 4):
-            return None
-        h = RowsFirst.of(h, rows)
-    layer = Layer(core, list(weights), list(biases), flat, behind.relu, False, behind.pool)
-    operation = TritonLevel()
-    if operation.why_not(layer, h.data):
-        return None
-    every = Level(tuple(range(rows)), (0,) * rows, rows)
-    y = operation(layer, h.data, every, None, None)
-    return None if y is None else RowsFirst(y)
 
 
 def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:

@@ -18,7 +18,13 @@ _KINDS = {Joint: "joint", Mean: "mean", Gaussian: "gaussian"}
 
 
 def scores(
-    logits: Tensor, y: Tensor, likelihood: Likelihood, prior: Prior, task: str, count: bool = True
+    logits: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+    prior: Prior,
+    task: str,
+    count: bool = True,
+    paired: bool = False,
 ) -> Scores | None:
     """Likelihoods, posterior and loss of a mini-batch.
 
@@ -29,6 +35,7 @@ def scores(
         prior: any; one whose ``update`` only counts wins is updated here, on a device.
         task: whose prior it is.
         count: whether the prior may be updated.
+        paired: whether ``logits`` are the E-step's before the M-step's, ``[2, C, N, ...]``.
 
     Returns:
         The scores; None for another likelihood, double precision, or a CPU without the interpreter.
@@ -39,7 +46,7 @@ def scores(
     if logits.device.type == "cpu" and not _INTERPRETED:
         return None
     if kind == "gaussian":
-        logits, y = logits.flatten(2), y.flatten(1)
+        logits, y = logits.flatten(3 if paired else 2), y.flatten(1)
     wins = log_prior = initial = None
     if count and type(prior).update is Prior.update and not _looked_at_first(logits):
         wins = prior.states[task].wins

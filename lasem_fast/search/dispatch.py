@@ -19,6 +19,7 @@ from lasem_fast.backends import (
     cpu_scores,
     plain_torch,
     triton_level,
+    triton_linear_head,
     triton_scores,
 )
 from lasem_fast.backends.operations import Operations
@@ -116,7 +117,8 @@ def operations(backend: str) -> Operations:
         return operations("cpp" if cpu_ops.supported() else "torch").after(
             Operations(
                 levels=(_ON_GPU if torch.cuda.is_available() else _TRITON,),
-                heads=(triton_level.triton_head,),
+                heads=(triton_linear_head.triton_head,),
+                heads_twice=(triton_linear_head.triton_head_twice,),
                 scores=(triton_scores.scores,),
             )
         )

@@ -205,14 +205,16 @@ class Search:
 
         None where it has none, or where a configuration is to be left out.
         """
-        output = evaluation.whole
+        output, paired = evaluation.whole, False
+        if output is None:
+            output, paired = evaluation.pair, True
         # what an operation on a device has counted could not be taken back after the checks
         if output is None or (reads_values and output.device.type != "cpu"):
             return None
         if checks.is_transformed():
             return None
         for operation in self._scores:
-            scores = operation(output, y, self.likelihood, self.prior, task, counts)
+            scores = operation(output, y, self.likelihood, self.prior, task, counts, paired)
             if scores is None:
                 continue
             # one value that is not finite makes the sum so, and the loss alone may hide it

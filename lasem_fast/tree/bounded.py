@@ -93,7 +93,7 @@ def _ordinary(network: Network) -> Network:
 class _Chunked:
     """One mini-batch under all configurations, some sub-trees at a time."""
 
-    whole = None
+    whole = pair = None
 
     def __init__(
         self,

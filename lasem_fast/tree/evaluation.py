@@ -35,6 +35,11 @@ class Evaluation(Protocol):
         has its own (random layers) or gives only what it is asked for (bounded memory)."""
 
     @property
+    def pair(self) -> Tensor | None:
+        """The E-step's outputs before the M-step's, ``[2, C, N, K]``, where one pass gave both; the
+        first half has no gradient."""
+
+    @property
     def e_step(self) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations with random layers off."""
 
@@ -77,11 +82,13 @@ class Whole(NamedTuple):
         calm: outputs for the E-step.
         noisy: outputs for the M-step; the same object where there are no random layers.
         liveness: told which rows matter once that is known; None where all do.
+        pair: both at once, ``[2, C, N, K]``, where one pass gave them.
     """
 
     calm: Tensor
     noisy: Tensor
     liveness: TreeLiveness | None = None
+    pair: Tensor | None = None
 
     @property
     def whole(self) -> Tensor | None:

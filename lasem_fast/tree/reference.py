@@ -51,7 +51,7 @@ class NaiveLoop:
 class _TwoForwards:
     """As published: the M-step has a forward of its own."""
 
-    whole = None
+    whole = pair = None
 
     def __init__(self, loop: NaiveLoop, network: Network, x: Tensor) -> None:
         self.loop, self.network, self.x = loop, network, x

@@ -69,6 +69,10 @@ class Tree:
         depth = len(network.stages)
         liveness = self._liveness(follow)
         trunk = self.advance(network, x, 0, cut, liveness)
+        if cut == depth:
+            pair = self._finish_twice(network, trunk, x.shape[0])
+            if pair is not None:
+                return Whole(pair[0].detach(), pair[1], liveness, pair)
         with torch.no_grad(), network.random_layers_off(cut):
             calm = self.advance(network, trunk, cut, depth)
             calm = self.finish(network, calm, x.shape[0])
@@ -164,6 +168,19 @@ class Tree:
             return logits
         return logits[index_tensor(self.plan.leaves, logits.device)]
 
+    def _finish_twice(self, network: Network, h: Fold, samples: int) -> Tensor | None:
+        """The head with its random layers off and on, ``[2, C, N, K]``; None if it takes two."""
+        leaves = len(self.plan.levels[-1])
+        for operation in self.operations.heads_twice:
+            logits = operation(network.head, h, leaves)
+            if logits is not None:
+                checks.check_logits(logits, 2 * leaves, samples, network.task)
+                pair = logits.unflatten(0, (2, leaves, samples))
+                if self.plan.leaves == tuple(range(leaves)):
+                    return pair
+                return pair.index_select(1, index_tensor(self.plan.leaves, pair.device))
+        return None
+
     def _rows_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
         for operation in self.operations.heads:
             logits = operation(network.head, h, leaves)
@@ -185,7 +202,7 @@ class Tree:
 class _TwoForwards:
     """A forward without a graph for the E-step, and one of what the M-step follows."""
 
-    whole = None
+    whole = pair = None
 
     def __init__(self, tree: Tree, network: Network, x: Tensor) -> None:
         self.tree, self.network, self.x = tree, network, x

@@ -1,23 +1,27 @@
 """What every launch may take on every architecture; run as a script, writes the budget anew.
 
-python tests/aot/budget.py
+python tests/aot/budget.py [NAME ...]    (only launches whose names contain one of these)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import dropout_launches
 import head_launches
 import level_launches
-from compiling import Footprint, Launch, compile_launch
+
+from bench.compiling import Footprint, Launch, compile_launch
 
 BUDGET = Path(__file__).with_name("budget.json")
 # Compute capability, and the shared memory that a block may have there.
 ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024}
-_SOURCES = (level_launches, head_launches)
+_SOURCES = (level_launches, head_launches, dropout_launches)
 
 
 def launches() -> dict[str, Launch]:
@@ -32,9 +36,10 @@ def uses_tensor_cores(launch: Launch) -> bool:
     return precision == "tf32" or (precision is not None and operand.element_size() == 2)
 
 
-def compile_all() -> dict[str, Footprint]:
+def compile_all(parts: Sequence[str] = ("",)) -> dict[str, Footprint]:
     """Footprints by name and architecture, compiled in as many processes as there are cores."""
-    jobs = [(name, capability) for name in launches() for capability in ARCHITECTURES]
+    wanted = [name for name in launches() if any(part in name for part in parts)]
+    jobs = [(name, capability) for name in wanted for capability in ARCHITECTURES]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         footprints = pool.map(_compile, jobs, chunksize=4)
         return {f"{n}/sm_{c}": f for (n, c), f in zip(jobs, footprints, strict=True)}
@@ -51,9 +56,11 @@ def _compile(job: tuple[str, int]) -> Footprint:
 
 
 if __name__ == "__main__":
-    entries = {
+    listed = {f"{name}/sm_{c}" for name in launches() for c in ARCHITECTURES}
+    before = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    entries = {name: entry for name, entry in before.items() if name in listed} | {
         name: {"registers": footprint.registers, "shared": footprint.shared}
-        for name, footprint in sorted(compile_all().items())
+        for name, footprint in compile_all(sys.argv[1:] or [""]).items()
     }
-    lines = (f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    lines = (f"  {json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
     BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")

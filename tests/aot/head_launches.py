@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from compiling import Launch, recorded
 from torch import Tensor
 
+from bench.compiling import Launch, recorded
 from lasem_fast.backends.triton_head_op import LIKELIHOODS
 from lasem_fast.kernels.posterior_head import posterior_head
 
@@ -24,6 +24,7 @@ def launches() -> dict[str, Launch]:
             found |= _head(likelihood, dtype, "cifar-4", "count")
         for prior in ("given", "uniform"):
             found |= _head(likelihood, "bf16", "cifar-4", prior)
+        found |= _head(likelihood, "bf16", "cifar-4", "count", paired=True)
     return found
 
 
@@ -31,9 +32,13 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
-def _head(likelihood: str, dtype: str, shape: str, prior: str) -> dict[str, Launch]:
+def _head(
+    likelihood: str, dtype: str, shape: str, prior: str, paired: bool = False
+) -> dict[str, Launch]:
     configs, samples, outputs = _SHAPES[shape]
     logits = _meta(samples, configs, outputs, dtype=_DTYPES[dtype]).transpose(0, 1)
+    if paired:
+        logits = _meta(2, *logits.shape, dtype=logits.dtype)
     if likelihood == "gaussian":
         target = _meta(samples, outputs)
     else:
@@ -45,6 +50,6 @@ def _head(likelihood: str, dtype: str, shape: str, prior: str) -> dict[str, Laun
     with recorded() as started:
         posterior_head(logits, target, log_prior, wins, initial, kind, 1.0)
     return {
-        f"{launch.kernel.__name__}/{dtype}/{shape}/{likelihood}_{prior}": launch
+        f"{launch.kernel.__name__}/{dtype}/{shape}/{likelihood}_{prior}{'_pair' * paired}": launch
         for launch in started
     }

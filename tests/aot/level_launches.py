@@ -7,9 +7,9 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
-from compiling import Launch, recorded
 from torch import Tensor
 
+from bench.compiling import Launch, recorded
 from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
 from lasem_fast.kernels.level_geometry import Geometry, output_shape
 from lasem_fast.kernels.level_rows import Rows, tables_of
@@ -36,9 +36,14 @@ def launches() -> dict[str, Launch]:
             found |= _level(kind, "tf32", tile, f"pool{pool}", pool=pool)
         for tile in module.FMA_TILES:
             found |= _level(kind, "fp32", tile, "pool2")
-        for tile in getattr(module, "RAGGED_TILES", module.TENSOR_CORE_TILES[1:2]):
-            for name in ("bf16", "tf32"):
+        ragged = getattr(module, "RAGGED_TILES", module.TENSOR_CORE_TILES[1:2])
+        for name, tiles in (
+            ("bf16", ragged),
+            ("tf32", getattr(module, "RAGGED_TF32_TILES", ragged)),
+        ):
+            for tile in tiles:
                 found |= _level(kind, name, tile, "ragged", channels=37, out=19, gapped=True)
+        for tile in ragged:
             if kind != "dgrad":
                 found |= _level(kind, "bf16", tile, "11x11_3_channels_pool3", channels=3, kernel=11,
                                 pool=3, images=True)  # fmt: skip

@@ -8,6 +8,7 @@ import os
 import pytest
 from budget import ARCHITECTURES, BUDGET, compile_all, launches, uses_tensor_cores
 
+from bench.compiling import machine_code, specialised
 from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -40,7 +41,27 @@ def test_every_tile_of_every_table_is_compiled():
     names = {"_".join(name.split("/")[::2][:2]) for name in LAUNCHES}
     for module in (level_forward, level_dgrad, level_wgrad):
         kernel = module.__name__.rpartition(".")[2]
-        ragged = getattr(module, "RAGGED_TILES", ())
+        ragged = (
+            *getattr(module, "RAGGED_TILES", ()),
+            *getattr(module, "RAGGED_TF32_TILES", ()),
+        )
         tf32 = getattr(module, "TF32_TILES", ())
         for tile in (*module.TENSOR_CORE_TILES, *tf32, *ragged, *module.FMA_TILES):
             assert f"{kernel}_{'x'.join(map(str, tile))}" in names
+
+
+# Instructions that a warp may issue per step of the largest tile, bf16 on sm_90.
+MOST_INSTRUCTIONS = {
+    "level_forward/bf16/64x64x64x4x3/pool1": 190,
+    "level_dgrad/bf16/64x64x64x4x3/pool2": 400,
+    "level_wgrad/bf16/64x64x32x4x5/pool2": 400,
+}
+
+
+@pytest.mark.parametrize("name", MOST_INSTRUCTIONS)
+def test_instructions_of_a_step(name):
+    loop = machine_code(specialised(LAUNCHES[name]), 90).loop
+    tile = [LAUNCHES[name].arguments[size] for size in ("ROWS", "COLUMNS", "DEPTH")]
+    warps = LAUNCHES[name].options["num_warps"]
+    assert loop.flops == 2 * tile[0] * tile[1] * tile[2] // warps  # one step in each pass
+    assert loop.instructions <= MOST_INSTRUCTIONS[name]

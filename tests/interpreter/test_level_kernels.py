@@ -20,6 +20,7 @@ TILES = [
             *module.TENSOR_CORE_TILES,
             *getattr(module, "TF32_TILES", ()),
             *getattr(module, "RAGGED_TILES", ()),
+            *getattr(module, "RAGGED_TF32_TILES", ()),
             *module.FMA_TILES,
         )
     )

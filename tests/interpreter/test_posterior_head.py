@@ -304,3 +304,28 @@ def test_gradients_of_gradients(likelihood):
         assert not a[2].any()
         # k = 2, or the rounding of the result itself
         assert (a - want).norm() <= max(2 * (b - want).norm(), EPS * want.norm())
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("bad", [None, torch.inf])
+def test_logits_of_the_m_step_beside_those_of_the_e_step(likelihood, bad):
+    """Posterior, scores and count are the first ones', loss and gradient the second ones'."""
+    generator = torch.Generator().manual_seed(0)
+    e_step, m_step = torch.randn(2, 5, 3, 4, generator=generator)
+    y = torch.randn(3, 4) if likelihood == "gaussian" else torch.tensor([0, 3, 1])
+    if bad is not None:
+        e_step[1, 0, 0] = bad
+    wins = torch.zeros(5, dtype=torch.int64)
+    pair = torch.stack([e_step, m_step])
+    *out, loss, gradient = run(pair, y, likelihood=likelihood, wins=wins, initial=1.0)
+    *alone, _, _ = run(e_step, y, likelihood=likelihood)
+    for got, want in zip(out, alone, strict=True):
+        assert torch.equal(got, want)
+    assert wins.tolist() == torch.nn.functional.one_hot(out[1].argmax(), 5).tolist()
+    leaf = m_step.double().requires_grad_()
+    exact = y.double() if y.is_floating_point() else y
+    want = expected_nll(out[1].double(), evidence(leaf, exact, LIKELIHOODS[likelihood]).nll)
+    torch.testing.assert_close(loss.double(), want.detach(), rtol=4 * EPS, atol=0)
+    (right,) = torch.autograd.grad(want, leaf)
+    torch.testing.assert_close(gradient[1].double(), right, rtol=16 * EPS, atol=EPS)
+    assert not gradient[0].any()

@@ -5,23 +5,21 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
+from launches import launches
 from levels import draw, draw_rows, integers, listed, reference, truth, usual, with_skip
 from nets import batch
 from oracle import brute_force
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import GridExecutor
 
 import lasem_fast as lf
 from lasem_fast.backends import triton_scores
-from lasem_fast.backends.triton_level import TritonLevel, triton_head
+from lasem_fast.backends.triton_level import TritonLevel
 from lasem_fast.backends.triton_level_op import Liveness, Tiles, level
+from lasem_fast.backends.triton_linear_head import triton_head
 from lasem_fast.kernels import level_forward
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
@@ -276,7 +274,9 @@ def test_heads(head, rows_first):
     "head",
     [
         nn.Sequential(nn.Flatten(), nn.Linear(24, 4), nn.Tanh()),
-        nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(24, 4)),
+        nn.Sequential(nn.Flatten(), nn.Dropout2d(), nn.Linear(24, 4)),
+        nn.Sequential(nn.Flatten(), nn.Linear(24, 4), nn.Dropout()),
+        nn.Sequential(nn.Flatten(), nn.Dropout(1.0), nn.Linear(24, 4)),
         nn.Sequential(nn.Flatten(), nn.Linear(24, 4).double()),
         nn.Sequential(nn.Linear(3, 4)),
         nn.Flatten(),
@@ -285,37 +285,6 @@ def test_heads(head, rows_first):
 )
 def test_other_heads_are_left_to_pytorch(head):
     assert triton_head(head, RowsFirst(torch.randn(3, 2, 4, 2, 3)), 3) is None
-
-
-class _Counted(TorchDispatchMode):
-    """Counts operators that start a kernel on a device: neither views nor allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels: Counter[str] = Counter()
-        self.grids: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        free = func.is_view or func.namespace != "aten" or "empty" in func.__name__
-        if not free and func.overloadpacket is not torch.ops.aten.detach:
-            self.kernels[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def launches():
-    """Counts what a device would be asked to run."""
-    counted, call = _Counted(), GridExecutor.__call__
-
-    def launch(self, *args, **kwargs):
-        counted.kernels[self.fn.__name__] += 1
-        counted.grids.append(self.grid)
-        return call(self, *args, **kwargs)
-
-    # deterministic algorithms would fill fresh memory, which is an operator of its own
-    torch.use_deterministic_algorithms(False)
-    with mock.patch.object(GridExecutor, "__call__", launch), counted:
-        yield counted
 
 
 def _cifar_4():

@@ -1,0 +1,80 @@
+"""The kernels that one training step of a row launches, recorded on a machine without a GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.cases import TASK, Case
+from bench.compiling import Launch, recorded
+from lasem_fast.backends import triton_level, triton_scores
+from lasem_fast.em import LASEM
+from lasem_fast.search import dispatch
+
+
+def step_launches(case: Case) -> tuple[list[Launch], Counter[str]]:
+    """What a forward and a backward of a row start on a device.
+
+    Returns:
+        The launches of the project's kernels, in order, and how often each of PyTorch's own
+        operators that would start a kernel ran beside them. Values are whatever memory holds.
+    """
+    problem = replace(case, device="cpu").problem()
+    net = problem.net.to(memory_format=torch.channels_last)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(dispatch, "_why_no_triton", return_value=""))
+        enter(mock.patch.object(triton_level, "_INTERPRETED", True))
+        enter(mock.patch.object(triton_scores, "_INTERPRETED", True))
+        enter(mock.patch.object(triton_scores, "_looked_at_first", return_value=False))
+        em = LASEM(net, problem.space, backend="triton")
+        # on a device nothing waits for a value
+        enter(mock.patch.object(em, "_reads_values", return_value=False))
+        enter(tf32(case.dtype == "tf32"))
+        launches = enter(recorded())
+        others = enter(_Others())
+        for _ in range(2):  # the first step makes what is kept
+            launches.clear()
+            others.counts.clear()
+            with replace(case, device="cpu").precision():
+                step = em(problem.x, problem.y, TASK)
+            # not backward(), which would copy gradients because the recording holds them too
+            torch.autograd.grad(step.loss, [*net.parameters()], allow_unused=True)
+    return launches, others.counts
+
+
+class tf32:
+    """Lets float32 products round to TF32, or not, as on a device."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.precision = "tf32" if wanted else "ieee"
+
+    def __enter__(self) -> None:
+        settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        self._before = [(setting, setting.fp32_precision) for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = self.precision
+
+    def __exit__(self, *_: Any) -> None:
+        for setting, precision in self._before:
+            setting.fp32_precision = precision
+
+
+class _Others(TorchDispatchMode):
+    """Counts PyTorch's operators that start a kernel: neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        free = func.is_view or func.namespace != "aten" or "empty" in func.__name__
+        if not free and func.overloadpacket is not torch.ops.aten.detach:
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

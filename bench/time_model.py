@@ -1,0 +1,126 @@
+"""What a compiled launch should take on a GPU: the largest of four bounds, and the cost of a node.
+
+For a launch of ``P`` programs of ``W`` warps, whose loop has ``I`` instructions and is passed ``n``
+times, and which has ``A`` instructions in all:
+
+- issue:  ceil(P / SMs) * W * (n * I + A - I) / (4 * clock): each multiprocessor issues four
+  instructions a cycle, and the one with the most programs decides;
+- tensor: FLOPs of the products as tiles do them, padding included, / peak;
+- L2:     bytes of the operands' tiles, read again by every program, / L2 bandwidth;
+- DRAM:   bytes of all tensors, each once, / memory bandwidth;
+- node:   what a node of a CUDA graph costs beside its work.
+
+Assumed: every issue slot is used and all latency hidden; the four overlap within a launch, and
+launches do not; both branches of a level are taken by every parent; operators of PyTorch's own cost
+a node. So a bound is a bound from below, and a launch that takes much longer is off.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from bench.compiling import Launch
+from bench.sass import MachineCode
+
+_TILED = ("level_forward_kernel", "level_dgrad_kernel", "level_wgrad_kernel")
+
+
+class Ceilings(NamedTuple):
+    """A GPU. The defaults were read on an H200, but for clock, L2 bandwidth and node.
+
+    Attributes:
+        peak: TFLOP/s of bf16 matrix products; TF32 has half of it.
+        fma: TFLOP/s of float32 without tensor cores.
+        memory, l2: TB/s.
+        multiprocessors: how many.
+        clock: GHz.
+        node: microseconds.
+    """
+
+    peak: float = 788.0
+    fma: float = 60.0
+    memory: float = 4.3
+    l2: float = 5.5
+    multiprocessors: int = 132
+    clock: float = 1.755
+    node: float = 2.2
+
+
+class Prediction(NamedTuple):
+    """Microseconds of one launch, bound by bound, and its FLOPs."""
+
+    flops: float
+    issue: float
+    tensor: float
+    l2: float
+    memory: float
+    node: float
+
+    @property
+    def total(self) -> float:
+        """The largest bound and the node."""
+        return max(self.issue, self.tensor, self.l2, self.memory) + self.node
+
+
+def predict(launch: Launch, code: MachineCode, ceilings: Ceilings) -> Prediction:
+    """What a launch should take."""
+    programs, warps = launch.programs, launch.options.get("num_warps", 4)
+    busiest = -(-programs // ceilings.multiprocessors)
+    steps, flops, operands = _work(launch)
+    issued = code.instructions
+    if code.loop is not None and steps:
+        # a pass may hold several steps of the source's loop
+        passes = steps * flops / warps / code.loop.flops
+        issued += max(0.0, passes - 1) * code.loop.instructions
+    total_flops = programs * steps * flops
+    peak = ceilings.peak
+    if launch.arguments.get("PRECISION") == "tf32":
+        peak /= 2
+    elif launch.arguments.get("PRECISION") == "ieee" and _operand(launch).itemsize == 4:
+        peak = ceilings.fma
+    return Prediction(
+        flops=total_flops,
+        issue=busiest * warps * issued / (4e3 * ceilings.clock),
+        tensor=total_flops / (1e6 * peak),
+        l2=programs * steps * operands / (1e6 * ceilings.l2),
+        memory=_bytes(launch) / (1e6 * ceilings.memory),
+        node=ceilings.node,
+    )
+
+
+def _operand(launch: Launch) -> torch.dtype:
+    arguments = launch.arguments
+    return arguments.get("y", arguments.get("dy")).dtype
+
+
+def _work(launch: Launch) -> tuple[float, float, float]:
+    """Steps of a program, and FLOPs and operands' bytes of a step; zeros without a product."""
+    name, a = launch.kernel.__name__, launch.arguments
+    if name not in _TILED:
+        return 0, 0, 0
+    rows, columns, depth = a["ROWS"], a["COLUMNS"], a["DEPTH"]
+    size = _operand(launch).itemsize
+    if name == "level_forward_kernel":
+        steps = a["POOL"] ** 2 * _cdiv(a["KH"] * a["KW"] * a["C_IN"], depth)
+        sides = a["x"].element_size(), a["weight0"].element_size()
+    elif name == "level_dgrad_kernel":
+        taps = 1 if a["COVERS"] else a["KH"] * a["KW"]
+        steps = a["BRANCHES"] * taps * _cdiv(a["C_OUT"], depth)
+        sides = size + a["HAS_CODE"], a["weight0"].element_size()
+    else:
+        pixels = max(a["count0"], a["count1"]) * a["samples"] * a["CONV_H"] * a["CONV_W"]
+        steps = _cdiv(_cdiv(pixels, launch.grid[2]), depth)
+        sides = a["x"].element_size(), size + a["HAS_CODE"]
+    return steps, 2 * rows * columns * depth, depth * (rows * sides[0] + columns * sides[1])
+
+
+def _bytes(launch: Launch) -> int:
+    """Of all its tensors, each once."""
+    tensors = [t for t in launch.arguments.values() if isinstance(t, torch.Tensor)]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,82 @@
+"""Dropout of a head's input, rows first, with the rows that no mask touches beside it: one launch.
+
+The mask lies as PyTorch draws it, over the folded batch with samples outermost, so that equal
+seeds drop the same values whatever evaluates the head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasem_fast.kernels.level_geometry import device_of, needs_int64
+from lasem_fast.kernels.level_tiles import cdiv
+
+# what the output's first half holds, if it has one
+ALONE, CALM, ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_BLOCK = 512
+
+
+@triton.jit(do_not_specialize=["rows", "first", "samples"])
+def dropout_kernel(
+    x, mask, y, rows, first, samples, x_p, x_n, x_h, x_w, x_c, scale,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y [rows or 2 rows, N, H, W, C] from x [P, N, H, W, C]; see dropout."""
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    FEATURES: tl.constexpr = HEIGHT * WIDTH * CHANNELS
+    at = tl.program_id(0).to(index) * BLOCK + tl.arange(0, BLOCK)
+    total = rows.to(index) * samples * FEATURES
+    inside = at < total
+    channel = at % CHANNELS
+    w = at // CHANNELS % WIDTH
+    h = at // (CHANNELS * WIDTH) % HEIGHT
+    image = at // FEATURES
+    row = image // samples
+    n = image - row * samples
+    pixel = n * x_n + h * x_h + w * x_w + channel * x_c
+    of_sample = (channel * HEIGHT + h) * WIDTH + w
+    kept = tl.load(mask + (n * rows + row) * FEATURES + of_sample, mask=inside, other=0)
+    value = tl.load(x + (row + first) * x_p + pixel, mask=inside, other=0.0)
+    # chosen, not multiplied: what overflowed and is dropped is 0
+    dropped = tl.where(kept != 0, value.to(tl.float32) * scale, 0.0).to(y.dtype.element_ty)
+    if HALF == ALONE:
+        tl.store(y + at, dropped, mask=inside)
+    else:
+        calm = tl.zeros((BLOCK,), y.dtype.element_ty)
+        if HALF == CALM:
+            calm = tl.load(x + row * x_p + pixel, mask=inside, other=0.0)
+        tl.store(y + at, calm, mask=inside)
+        tl.store(y + total + at, dropped, mask=inside)
+
+
+def dropout(x: Tensor, mask: Tensor, rows: int, first: int, scale: float, half: int) -> Tensor:
+    """Drops values of ``rows`` rows of ``x``.
+
+    Args:
+        x: ``[P, N, H, W, C]``, any strides; float32, float16 or bfloat16.
+        mask: bool, contiguous, ``N * rows * C * H * W`` values in this order; False: dropped.
+        rows: how many are dropped from.
+        first: the first of them.
+        scale: of what is kept.
+        half: ``ALONE``: the output is these rows; ``CALM``: before them, as many of the first rows
+            of ``x`` as they are; ``ZERO``: before them, zeros in their place.
+
+    Returns:
+        ``[rows, N, H, W, C]``, or twice as many rows, contiguous.
+    """
+    samples, height, width, channels = x.shape[1:]
+    y = x.new_empty((rows if half == ALONE.value else 2 * rows, *x.shape[1:]))
+    values = rows * samples * height * width * channels
+    if values == 0:
+        return y
+    with device_of(x):
+        dropout_kernel[cdiv(values, _BLOCK),](
+            x, mask.view(torch.uint8), y, rows, first, samples, *x.stride(), scale,
+            HEIGHT=height, WIDTH=width, CHANNELS=channels, HALF=half,
+            WIDE=needs_int64((x, y), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return y

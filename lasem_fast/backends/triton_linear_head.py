@@ -1,0 +1,145 @@
+"""The `triton` backend: heads of linear layers, a launch for each, dropout included."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lasem_fast.backends.operations import Layer
+from lasem_fast.backends.triton_dropout_op import dropped
+from lasem_fast.backends.triton_level import TritonLevel
+from lasem_fast.levels.fold import Fold, RowsFirst, folded
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
+from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.networks.layers import has_hooks, is_random
+
+
+class _Step(NamedTuple):
+    """A linear layer of a head: dropout before it with probability ``drop``, ReLU behind it."""
+
+    drop: float
+    linear: nn.Linear
+    behind: ReluAndPool
+
+
+def triton_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
+    """A head of linear layers with ReLU and dropout between them, behind a flatten or not.
+
+    Args:
+        head: a task's head.
+        h: the leaves, P ``rows`` of images or vectors.
+        rows: number of leaves P.
+
+    Returns:
+        The logits ``[P * N, K]``, rows outermost; None for any other head or input.
+    """
+    return _run(head, h, rows, pair=False)
+
+
+def triton_head_twice(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
+    """The same without its dropout and with it, in the launches of one of them.
+
+    Returns:
+        The logits ``[2 * P * N, K]``, first those without dropout, which have no gradient; None
+        for any other head or input, or one without active dropout.
+    """
+    return _run(head, h, rows, pair=True)
+
+
+def _run(head: nn.Module, h: Fold, rows: int, *, pair: bool) -> Tensor | None:
+    layers = list(head) if type(head) is nn.Sequential else [head]
+    if any(has_hooks(layer) for layer in (head, *layers)):
+        return None
+    layers = [layer for layer in layers if not _does_nothing(layer)]
+    flat = bool(layers) and _flattens(layers[0])
+    steps = _linear_steps(layers[1:] if flat else layers)
+    if not steps or (pair and not any(step.drop for step in steps)):
+        return None
+    x = _rows_first(h, rows)
+    if x is None:
+        return None
+    operation = TritonLevel()
+    for drop, linear, behind in steps:
+        layer = Layer(linear, [linear.weight], _biases(linear), flat, behind.relu, False,
+                      behind.pool)  # fmt: skip
+        if operation.why_not(layer, x) or (x.dim() == 5 and not flat):
+            return None
+        if drop:
+            images = x if x.dim() == 5 else x[:, :, None, None]
+            images = dropped(images, drop, rows, pair=pair)
+            x = images if x.dim() == 5 else images.flatten(2)
+        count = x.shape[0]
+        every = Level(tuple(range(count)), (0,) * count, count)
+        # rows without dropout send no gradient back
+        liveness = Liveness(_second_half(rows, x.device)) if count > rows else None
+        x = operation(layer, x, every, None, liveness)
+        if x is None:
+            return None
+    return x.flatten(0, 1)
+
+
+def _does_nothing(layer: nn.Module) -> bool:
+    return type(layer) is nn.Identity or (
+        type(layer) is nn.Dropout and not (layer.training and is_random(layer))
+    )
+
+
+def _flattens(layer: nn.Module) -> bool:
+    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
+def _linear_steps(layers: list[nn.Module]) -> list[_Step]:
+    """Every linear layer with what stands around it; empty where there are other layers."""
+    starts = [i for i, layer in enumerate(layers) if type(layer) is nn.Linear]
+    if not starts:
+        return []
+    steps, before = [], layers[: starts[0]]
+    for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True):
+        drop = _dropout(before)
+        between = layers[start + 1 : stop]
+        drops = [i for i, layer in enumerate(between) if type(layer) is nn.Dropout]
+        cut = drops[0] if drops else len(between)
+        before = between[cut:]
+        behind = relu_and_pool(between[:cut])
+        if drop is None or behind is None or behind.pool.size > 1:
+            return []
+        steps.append(_Step(drop, layers[start], behind))
+    return [] if before else steps
+
+
+def _dropout(layers: list[nn.Module]) -> float | None:
+    """The probability of the only dropout that there is, 0 without one; None for other layers."""
+    if not layers:
+        return 0.0
+    fits = len(layers) == 1 and type(layers[0]) is nn.Dropout and layers[0].p < 1
+    return layers[0].p if fits else None
+
+
+def _rows_first(h: Fold, rows: int) -> Tensor | None:
+    if not isinstance(h, RowsFirst):
+        h = folded(h)
+        if h.dim() not in (2, 4):
+            return None
+        h = RowsFirst.of(h, rows)
+    return h.data
+
+
+def _biases(linear: nn.Linear) -> list[Tensor]:
+    return [] if linear.bias is None else [linear.bias]
+
+
+def _second_half(rows: int, device: torch.device) -> Tensor:
+    """The mask of the last of twice ``rows``; kept, because a CUDA graph goes on reading it."""
+    if torch.compiler.is_compiling():
+        return torch.arange(2 * rows, device=device) >= rows
+    return _kept_half(rows, device)
+
+
+@cache
+def _kept_half(rows: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(2 * rows, device=device) >= rows

@@ -1,0 +1,89 @@
+"""The time model against numbers worked by hand, and its command without compiling anything."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import level_launches
+import pytest
+
+from bench import model
+from bench.cases import Case
+from bench.sass import Loop, MachineCode
+from bench.time_model import Ceilings, predict
+
+# 10 SMs of 1 GHz; 1 TFLOP/s, 1 TB/s and 2 TB/s are 1e6, 1e6 and 2e6 a microsecond.
+SMALL = Ceilings(peak=1, fma=0.5, memory=1, l2=2, multiprocessors=10, clock=1, node=3)
+
+
+def _launch(name: str):
+    return level_launches.launches()[name]
+
+
+def test_forward():
+    """x [8, 10, 32, 32, 64], both branches, 3x3 to 64 channels, pool 2: 16 * 10 * 256 pixels."""
+    launch = _launch("level_forward/bf16/64x32x64x4x4/pool2")
+    assert launch.grid == (640, 2)
+    found = predict(launch, MachineCode(500, Loop(100, 2 * 64 * 32 * 64 // 4), frozenset()), SMALL)
+    steps = 4 * 9  # window positions, taps of 64 channels
+    assert found.flops == 1280 * steps * 2 * 64 * 32 * 64
+    assert found.tensor == pytest.approx(found.flops / 1e6)
+    # 128 programs of 4 warps on each of 10 multiprocessors, 4 instructions a cycle
+    assert found.issue == pytest.approx(128 * 4 * (500 + (steps - 1) * 100) / 4 / 1e3)
+    # bf16 pixels and float32 master weights
+    assert found.l2 == pytest.approx(1280 * steps * 64 * (64 * 2 + 32 * 4) / 2e6)
+    assert found.total == max(found.issue, found.tensor, found.l2, found.memory) + 3
+
+
+def test_weight_gradient_passes_of_two_steps():
+    launch = _launch("level_wgrad/bf16/64x64x32x4x5/pool2")
+    splits = launch.grid[2]
+    steps = math.ceil(math.ceil(8 * 10 * 32 * 32 / splits) / 32)
+    loop = Loop(300, 2 * (2 * 64 * 64 * 32 // 4))
+    found = predict(launch, MachineCode(1000, loop, frozenset()), SMALL)
+    programs = 9 * 2 * splits
+    assert found.flops == programs * steps * 2 * 64 * 64 * 32
+    busiest = -(-programs // 10)
+    assert found.issue == pytest.approx(busiest * 4 * (1000 + (steps / 2 - 1) * 300) / 4e3)
+    assert found.l2 == pytest.approx(programs * steps * 32 * (64 * 2 + 64 * 3) / 2e6)
+
+
+def test_input_gradient():
+    launch = _launch("level_dgrad/bf16/64x64x64x4x3/pool2")
+    found = predict(launch, MachineCode(100, None, frozenset()), SMALL)
+    steps = 2 * 9  # branches, taps
+    assert found.flops == launch.programs * steps * 2 * 64 * 64 * 64
+    assert found.issue == pytest.approx(-(-launch.programs // 10) * 4 * 100 / 4e3)
+
+
+def test_precision():
+    code = MachineCode(1, None, frozenset())
+    tf32 = predict(_launch("level_forward/tf32/64x32x64x4x4/pool2"), code, SMALL)
+    assert tf32.tensor == pytest.approx(tf32.flops / 0.5e6)
+    fp32 = predict(_launch("level_forward/fp32/32x32x16x4x2/pool2"), code, SMALL)
+    assert fp32.tensor == pytest.approx(fp32.flops / 0.5e6)
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    code = MachineCode(500, Loop(100, 2**15), frozenset())
+    monkeypatch.setattr(model, "machine_code", lambda form, capability: code)
+    case = Case("cifar-4", 2, "bf16", "cuda")
+    monkeypatch.setattr(model, "gpu", lambda device: [case])
+    model.main(["--kernels"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert f"{len(lines) - 1} launches" in last
+    assert sum(line.startswith("level_forward ") for line in lines) == 6
+    assert sum(line.startswith("level_dgrad ") for line in lines) == 5
+    assert "took" not in last
+    entry = {"row": case.id, "column": "lasem_fast triton, captured", "seconds": [3e-4, 2e-4]}
+    took = [1.25] * (len(lines) - 1)
+    results = {"benchmarks": [{"extra_info": entry}], "kernels": {case.id: took}}
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(results))
+    model.main(["--kernels", "--results", str(file), "--row", "cifar"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert all(line.endswith(" 1.25") for line in lines[1:])
+    assert "took 200 us" in last
+    model.main(["--row", "nothing"])
+    assert not capsys.readouterr().out
