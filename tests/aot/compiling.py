@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, native_specialize_impl
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages")
 
 
 class Launch(NamedTuple):
@@ -43,7 +43,7 @@ def recorded():
 
     def getitem(kernel, grid):
         def launch(*args, **kwargs):
-            options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
+            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
             arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             launches.append(Launch(kernel, arguments, options))
 
@@ -55,7 +55,12 @@ def recorded():
 
 
 def compile_launch(launch: Launch, capability: int) -> Footprint:
-    """Compiles with the specialisation that a launch would get."""
+    """What a launch takes, compiled with the specialisation that it would get."""
+    return _footprint(compiled(launch, capability))
+
+
+def compiled(launch: Launch, capability: int):
+    """Triton's compiled kernel with the specialisation that a launch would get."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -71,13 +76,12 @@ def compile_launch(launch: Launch, capability: int) -> Footprint:
             attributes[(i,)] = BaseBackend.parse_attr(key)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=launch.options)
-    return _footprint(compiled)
+    return triton.compile(source, target=target, options=launch.options)
 
 
-def _footprint(compiled) -> Footprint:
+def _footprint(kernel) -> Footprint:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         report = subprocess.run(
             [_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
@@ -86,6 +90,6 @@ def _footprint(compiled) -> Footprint:
     return Footprint(
         registers=used["REG"],
         stack=used["STACK"] + used["LOCAL"],
-        shared=compiled.metadata.shared,
-        tensor_core=bool(re.search(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
+        shared=kernel.metadata.shared,
+        tensor_core=bool(re.search(r"\b(wgmma\.mma_async|mma\.sync)", kernel.asm["ptx"])),
     )

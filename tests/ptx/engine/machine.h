@@ -1,0 +1,108 @@
+// The machine that runs a program: blocks one after another, their warps in any order, 32 lanes in
+// step. Lanes that branch apart go on as groups, the one that is furthest behind first, and meet
+// again where they come to the same instruction.
+#pragma once
+#include <array>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace ptx {
+constexpr int LANES = 32;
+constexpr uint32_t ALL = ~0u;
+
+struct Fault : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    throw Fault(text);
+}
+
+struct Warp;
+struct Instruction {
+    using Run = void (*)(Warp&, const Instruction&, uint32_t mask);
+    Run run;
+    const char* name;
+    int predicate;
+    bool negated;
+    int line, count;
+    const int* at;  // operands
+};
+// What an instruction does besides changing registers and memory.
+enum Flow { ONWARD, BRANCH, EXIT, BARRIER };
+using Table = std::unordered_map<std::string, Instruction::Run>;
+
+// A copy to shared memory between its issue and the wait for it.
+struct Copy {
+    uint32_t to, size;
+    unsigned char data[16];
+};
+struct Lane {
+    std::vector<Copy> copies;
+    std::vector<size_t> groups;  // how many copies there were at each commit
+};
+// A product of a warp group between its issue and the wait for it.
+struct Product {
+    const Instruction* instruction;
+    void (*run)(Warp&, const Product&);
+    size_t group;
+    bool done;
+    uint64_t a, columns, b;  // descriptors, and which of them are of columns
+    bool adds;
+};
+struct Group {
+    uint32_t mask;
+    int at;
+    bool parked;  // waits for other lanes of its warp
+};
+
+struct Shared;
+struct Global;
+struct Machine;
+struct Warp {
+    Machine* machine;
+    std::vector<uint64_t> file;
+    std::vector<Group> groups;
+    std::array<Lane, LANES> lanes;
+    std::vector<Product> products;
+    size_t committed = 0;  // groups of products
+    uint32_t number, epoch, live;
+    Flow flow;
+    int to;
+    bool waits;
+
+    uint64_t* lane(int reg) { return &file[size_t(reg) * LANES]; }
+};
+
+// Register values are the low bytes of 64 bits.
+template <class T> inline T get(uint64_t bits) {
+    T value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+template <class T> inline uint64_t put(T value) {
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    return bits;
+}
+template <class F> inline void each(uint32_t mask, F f) {
+    if (mask == ALL) {
+        for (int l = 0; l < LANES; ++l) f(l);
+    } else {
+        for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
+    }
+}
+inline void whole(const Warp& w, uint32_t mask, const Instruction& i) {
+    if (mask != w.live) fail("%s by lanes %08x of %08x", i.name, mask, w.live);
+}
+}  // namespace ptx
