@@ -80,7 +80,6 @@ class Executable:
         tensors: Sequence[Tensor],
         *,
         seed: int = 0,
-        late: bool = False,
     ) -> None:
         """One launch.
 
@@ -90,7 +89,6 @@ class Executable:
             arguments: Triton's type and the value of every parameter, in order.
             tensors: what the kernel may read and write.
             seed: 0: blocks and warps one after another; else in an order drawn from it.
-            late: products of warp groups are computed at the wait for them, not at their issue.
 
         Raises:
             Fault: an access or an order of accesses that is wrong on a GPU.
@@ -103,7 +101,7 @@ class Executable:
             shared, values, len(values),
             (ctypes.c_uint64 * len(spans))(*(begin for begin, _ in spans)),
             (ctypes.c_uint64 * len(spans))(*(end for _, end in spans)), len(spans),
-            seed, int(late), error, len(error),
+            seed, error, len(error),
         )  # fmt: skip
         if failed:
             raise Fault(f"{self.program.name}: {error.value.decode()}")

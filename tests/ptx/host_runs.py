@@ -20,14 +20,13 @@ def on_host(
     capability: int,
     *,
     seed: int = 0,
-    late: bool = False,
     change: Callable[[str, str], str] = lambda name, ptx: ptx,
 ):
     """Kernels that are launched in here run on the host.
 
     Args:
         capability: of the GPU that Triton compiles for, such as 80 or 90.
-        seed, late: see :meth:`engine.Executable.run`.
+        seed: see :meth:`engine.Executable.run`.
         change: takes a kernel's name and PTX, and gives the PTX that is run.
 
     Raises:
@@ -43,8 +42,8 @@ def on_host(
             ptx = change(kernel.__name__, built.asm["ptx"])
             _executable(ptx).run(
                 grid, built.metadata.shared, _given(built, arguments), _tensors(arguments),
-                seed=seed, late=late,
-            )  # fmt: skip
+                seed=seed,
+            )
 
         return launch
 

@@ -187,7 +187,7 @@ void ptx_free(ptx::Program* p) { delete p; }
 // 0, or 1 with a message. seed 0: blocks and warps in order; else both in a drawn order.
 int ptx_launch(const ptx::Program* p, const uint32_t* grid, uint32_t shared_bytes,
                const unsigned char* parameters, uint32_t parameter_bytes, const uint64_t* begins,
-               const uint64_t* ends, int spans, uint32_t seed, int late, char* error, int room) {
+               const uint64_t* ends, int spans, uint32_t seed, char* error, int room) {
     std::mt19937 random(seed);
     const ptx::Grid size{grid[0], grid[1], grid[2]};
     std::vector<uint32_t> order(size_t(size.x) * size.y * size.z);
@@ -200,7 +200,7 @@ int ptx_launch(const ptx::Program* p, const uint32_t* grid, uint32_t shared_byte
         const ptx::Grid at{b % size.x, b / size.x % size.y, b / size.x / size.y};
         try {
             ptx::Shared shared(shared_bytes);
-            ptx::Machine machine{parameters, &global, &shared, b, parameter_bytes, late != 0};
+            ptx::Machine machine{parameters, &global, &shared, b, parameter_bytes};
             for (size_t w = 0; w < warps.size(); ++w)
                 ptx::begin(warps[w], *p, machine, uint32_t(w), size, at);
             ptx::run_block(warps, *p, shared, seed ? &random : nullptr);

@@ -51,14 +51,48 @@ struct Lane {
     std::vector<Copy> copies;
     std::vector<size_t> groups;  // how many copies there were at each commit
 };
+// A matrix in shared memory by its descriptor: K-major rows, or columns one after another.
+struct Matrix {
+    uint32_t start, leading, stride, width;  // width: of the swizzle, in bytes
+    bool columns;
+
+    Matrix(uint64_t bits, bool columns, const char* name)
+        : start(uint32_t(bits & 0x3fff) << 4), leading(uint32_t(bits >> 16 & 0x3fff) << 4),
+          stride(uint32_t(bits >> 32 & 0x3fff) << 4), columns(columns) {
+        static const uint32_t widths[] = {16, 128, 64, 32};
+        width = widths[bits >> 62];
+        if (bits >> 49 & 7) fail("%s: descriptor with a base offset", name);
+    }
+    // Where element (row, k) of `size` bytes lies.
+    uint32_t address(uint32_t row, uint32_t k, uint32_t size) const {
+        uint32_t at;
+        if (columns) {
+            const uint32_t wide = width / size;
+            // without a swizzle the two strides change places
+            const uint32_t over = width == 16 ? stride : leading;
+            const uint32_t down = width == 16 ? leading : stride;
+            at = start + row % wide * size + row / wide * over + k % 8 * width + k / 8 * down;
+        } else if (width == 16) {
+            const uint32_t wide = 16 / size;
+            at = start + row / 8 * stride + row % 8 * 16 + k / wide * leading + k % wide * size;
+        } else {
+            at = start + row / 8 * stride + row % 8 * width + k * size;
+        }
+        return at ^ (at >> 7 & (width / 16 - 1)) << 4;
+    }
+};
+// An operand of a product of a warp group: so many rows from one on, and what was read of it.
+struct InShared {
+    Matrix from;
+    uint32_t row, count;
+    const char* name;
+    void (*read)(Warp&, InShared&, float*);
+    std::vector<uint32_t> bits;
+};
 // A product of a warp group between its issue and the wait for it.
 struct Product {
-    const Instruction* instruction;
-    void (*run)(Warp&, const Product&);
     size_t group;
-    bool done;
-    uint64_t a, columns, b;  // descriptors, and which of them are of columns
-    bool adds;
+    std::vector<InShared> operands;
 };
 struct Group {
     uint32_t mask;

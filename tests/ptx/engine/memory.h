@@ -146,6 +146,5 @@ struct Machine {
     Global* global;
     Shared* shared;
     uint32_t block, parameter_bytes;
-    bool late;  // products of warp groups are computed at the wait, not at the issue
 };
 }  // namespace ptx

@@ -1,53 +1,24 @@
-// Products of warp groups (wgmma): every warp computes its own 16 of 64 rows. Descriptors are
-// sampled at the issue; what they point to, and the registers of a and d, belong to the product
-// until the wait, and are read at either of the two, as the launch asks for.
+// Products of warp groups (wgmma): every warp computes its own 16 of 64 rows, at the issue. Shared
+// memory belongs to a product until the wait for it: it is read again then, and must be the same.
+// Registers do not, because the assembler itself waits where they are used before.
 #pragma once
 #include <utility>
 
 #include "warp_instructions.h"
 
 namespace ptx {
-// A matrix in shared memory by its descriptor: K-major rows, or columns one after another.
-struct Matrix {
-    uint32_t start, leading, stride, width;  // width: of the swizzle, in bytes
-    bool columns;
-
-    Matrix(uint64_t bits, bool columns, const char* name)
-        : start(uint32_t(bits & 0x3fff) << 4), leading(uint32_t(bits >> 16 & 0x3fff) << 4),
-          stride(uint32_t(bits >> 32 & 0x3fff) << 4), columns(columns) {
-        static const uint32_t widths[] = {16, 128, 64, 32};
-        width = widths[bits >> 62];
-        if (bits >> 49 & 7) fail("%s: descriptor with a base offset", name);
+// Reads an operand: into `to` and the record of it at the issue, against the record at the wait.
+template <Operand TYPE> void read_again(Warp& w, InShared& o, float* to) {
+    constexpr uint32_t SIZE = TYPE == TF32 ? 4 : 2, K = DEPTH<TYPE>;
+    const bool first = o.bits.empty();
+    for (uint32_t n = 0; n < o.count * K; ++n) {
+        uint32_t bits = 0;
+        w.machine->shared->read(w, int(n / K % LANES), &bits,
+                                o.from.address(o.row + n / K, n % K, SIZE), SIZE, o.name);
+        if (first) o.bits.push_back(bits);
+        if (o.bits[n] != bits) fail("%s: shared memory changed before the wait", o.name);
+        if (to) to[n] = decoded<TYPE>(bits, 0);
     }
-    // Where element (row, k) of `size` bytes lies.
-    uint32_t address(uint32_t row, uint32_t k, uint32_t size) const {
-        uint32_t at;
-        if (columns) {
-            const uint32_t wide = width / size;
-            // without a swizzle the two strides change places
-            const uint32_t over = width == 16 ? stride : leading;
-            const uint32_t down = width == 16 ? leading : stride;
-            at = start + row % wide * size + row / wide * over + k % 8 * width + k / 8 * down;
-        } else if (width == 16) {
-            const uint32_t wide = 16 / size;
-            at = start + row / 8 * stride + row % 8 * 16 + k / wide * leading + k % wide * size;
-        } else {
-            at = start + row / 8 * stride + row % 8 * width + k * size;
-        }
-        return at ^ (at >> 7 & (width / 16 - 1)) << 4;
-    }
-};
-template <Operand TYPE>
-void read_rows(Warp& w, const Matrix& from, uint32_t first, int count, float (*to)[DEPTH<TYPE>],
-               const char* name) {
-    constexpr uint32_t SIZE = TYPE == TF32 ? 4 : 2;
-    for (int r = 0; r < count; ++r)
-        for (uint32_t k = 0; k < uint32_t(DEPTH<TYPE>); ++k) {
-            uint32_t bits = 0;
-            w.machine->shared->read(w, r % LANES, &bits, from.address(first + uint32_t(r), k, SIZE),
-                                    SIZE, name);
-            to[r][k] = decoded<TYPE>(bits, 0);
-        }
 }
 
 // Operands: d, a (4 registers or a descriptor), b, whether d is added to, 1, 1, and which of a and
@@ -68,30 +39,30 @@ template <Operand TYPE, int N> struct GroupProduct {
         const int* rest = i.at + REGISTERS + (registers ? 4 : 1);
         for (int s = 2; s < 4; ++s)
             if (w.lane(rest[s])[0] != 1) fail("%s with a negated operand", i.name);
-        Product p{&i, run, w.committed, false, 0, 0, w.lane(rest[0])[0], w.lane(rest[1])[0] != 0};
+        Product p{w.committed, {}};
         for (int l = 1; l < LANES; ++l)
-            if (w.lane(rest[0])[l] != p.b) fail("%s: lanes with other descriptors", i.name);
-        if (!registers) p.a = w.lane(i.at[REGISTERS])[0];
-        if (TYPE != TF32)
-            p.columns = (registers ? 0 : w.lane(rest[4])[0] << 1) | w.lane(i.at[i.count - 1])[0];
-        if (!w.machine->late) run(w, p);
-        p.done = !w.machine->late;
-        w.products.push_back(p);
-    }
-    static void run(Warp& w, const Product& p) {
-        const Instruction& i = *p.instruction;
+            if (w.lane(rest[0])[l] != w.lane(rest[0])[0]) fail("%s: several descriptors", i.name);
+        const bool trailing = TYPE != TF32 && w.lane(i.at[i.count - 1])[0];
         float a[16][K], b[N][K];
-        if (from_registers(i))
+        if (registers) {
             rows_of<TYPE>(w, i.at + REGISTERS, a);
-        else
-            read_rows<TYPE>(w, Matrix(p.a, p.columns & 2, i.name), w.number % 4 * 16, 16, a, i.name);
-        read_rows<TYPE>(w, Matrix(p.b, p.columns & 1, i.name), 0, N, b, i.name);
+        } else {
+            const bool leading = TYPE != TF32 && w.lane(rest[4])[0];
+            const Matrix from(w.lane(i.at[REGISTERS])[0], leading, i.name);
+            p.operands.push_back({from, w.number % 4 * 16, 16, i.name, read_again<TYPE>, {}});
+            p.operands.back().read(w, p.operands.back(), &a[0][0]);
+        }
+        p.operands.push_back({Matrix(w.lane(rest[0])[0], trailing, i.name), 0, N, i.name,
+                              read_again<TYPE>, {}});
+        p.operands.back().read(w, p.operands.back(), &b[0][0]);
+        const bool adds = w.lane(rest[1])[0] != 0;
         for (int r = 0; r < REGISTERS; ++r) {
             uint64_t* d = w.lane(i.at[r]);
             for (int l = 0; l < LANES; ++l)
-                d[l] = put(summed<K>(p.adds ? get<float>(d[l]) : 0.f, a[l / 4 + 8 * (r / 2 % 2)],
+                d[l] = put(summed<K>(adds ? get<float>(d[l]) : 0.f, a[l / 4 + 8 * (r / 2 % 2)],
                                      b[r / 4 * 8 + l % 4 * 2 + r % 2]));
         }
+        w.products.push_back(std::move(p));
     }
 };
 inline void group_commit(Warp& w, const Instruction& i, uint32_t mask) {
@@ -102,11 +73,11 @@ inline void group_wait(Warp& w, const Instruction& i, uint32_t mask) {
     whole(w, mask, i);
     const uint64_t left = w.lane(i.at[0])[0];
     std::vector<Product> open;
-    for (const Product& p : w.products)
+    for (Product& p : w.products)
         if (p.group + left >= w.committed)
-            open.push_back(p);
-        else if (!p.done)
-            p.run(w, p);
+            open.push_back(std::move(p));
+        else
+            for (InShared& o : p.operands) o.read(w, o, nullptr);
     w.products = std::move(open);
 }
 
