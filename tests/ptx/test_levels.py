@@ -28,3 +28,32 @@ def test_exact_on_integers_whatever_the_order_of_warps(name, precision, capabili
     for key, value in got.items():
         assert torch.equal(value, want[key].to(value.dtype)), key
         assert torch.equal(value, again[key]), key
+
+
+def rounded(precision: str):
+    """Normal values that the products' operands hold exactly: they are rounded before, once."""
+
+    def values(*sizes: int) -> torch.Tensor:
+        drawn = torch.randn(sizes)
+        if precision == "tf32":  # 10 bits behind the point; the 13 below are cut off
+            return (drawn.view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+        return drawn.to(PRECISIONS[precision][0]).double()
+
+    return values
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rounding(precision, capability):
+    """No ReLU and no pool, whose gradients would jump. PyTorch's own error is the measure."""
+    dtype, tf32 = PRECISIONS[precision]
+    shape = SHAPES["72 channels, skip"]._replace(relu=0, relu_after=0, live=None)
+    case = drawn(shape, dtype, rounded(precision))
+    dy = rounded(precision)(*case.gradient().shape)
+    tiles = Tiles() if precision == "fp32" else shape.tiles
+    got = results(run(case, dy, capability, tiles, tf32=tf32))
+    exact, peer = results(truth(case, dy)), results(truth(case, dy, torch.float32))
+    for key, value in got.items():
+        error = float((value.double() - exact[key]).norm())
+        plain = float((peer[key].to(value.dtype).double() - exact[key]).norm())
+        assert error <= ERROR_FACTOR * plain, key
