@@ -41,7 +41,10 @@ def on_host(
             built = compiled(Launch(kernel, arguments, options), capability)
             ptx = change(kernel.__name__, built.asm["ptx"])
             _executable(ptx).run(
-                grid, built.metadata.shared, _given(built, arguments), _tensors(arguments),
+                grid,
+                built.metadata.shared,
+                _given(built, arguments),
+                _tensors(arguments),
                 seed=seed,
             )
 

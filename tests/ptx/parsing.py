@@ -224,8 +224,8 @@ def _pieces(row: str) -> list[str]:
     """Statements of a row, and the braces that open and close blocks rather than vectors."""
     pieces, current, depth = [], "", 0
     for char in row:
-        block = char == "{" and not current.strip() or char == "}" and depth == 0
-        if block or char == ";" and depth == 0:
+        block = (char == "{" and not current.strip()) or (char == "}" and depth == 0)
+        if block or (char == ";" and depth == 0):
             pieces += [current.strip()] if current.strip() else []
             pieces += [char] if block else []
             current = ""

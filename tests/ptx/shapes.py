@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     out: int
     size: tuple[int, int]
     pool: int = 1
-    rows: Rows = Rows((0, 0), (0, 1), 1)  # noqa: RUF009
+    rows: Rows = Rows((0, 0), (0, 1), 1)
     branches: int = 2
     kernel: int = 3
     stride: int = 1

@@ -34,8 +34,10 @@ _HEAD = """
 """
 _TAIL = "ret;\n}\n"
 
+LANES = range(32)
 
-def run(code: str, values=range(32), threads=32, blocks=1, **options) -> list[int]:
+
+def run(code: str, values=LANES, threads=32, blocks=1, **options) -> list[int]:
     """What ``code`` leaves in every thread's output, int32."""
     given = torch.tensor(list(values), dtype=torch.int32)
     out = torch.full((len(given),), -1, dtype=torch.int32)
@@ -121,17 +123,19 @@ def test_a_row_of_a_times_a_column_of_b():
     Element (3, 5) of A is the upper half of register 0 of lane 3 * 4 + 2; (5, 6) of B is the upper
     half of register 0 of lane 6 * 4 + 2; (3, 6) of C is register 0 of lane 3 * 4 + 3.
     """
-    got = run("""
+    got = run(
+        """
         setp.eq.b32 %p1, %r1, 14;
         selp.b32 %r3, 0x3F800000, 0, %p1;
         setp.eq.b32 %p2, %r1, 26;
         selp.b32 %r4, 0x40000000, 0, %p2;
         mov.b32 %r5, 0f3F800000;
         mov.b32 %r6, 0;
-        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
-            { %r7, %r8, %r9, %r10 }, { %r3, %r6, %r6, %r6 }, { %r4, %r6 }, { %r5, %r6, %r6, %r6 };
-        st.global.b32 [%rd5], %r7;
-    """.replace("f32\n", "f32 ").replace(", %r6 };", ", %r6 };"))
+        """
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r7, %r8, %r9, %r10 }, "
+        "{ %r3, %r6, %r6, %r6 }, { %r4, %r6 }, { %r5, %r6, %r6, %r6 };\n"
+        "st.global.b32 [%rd5], %r7;\n"
+    )
     one, three = 0x3F800000, 0x40400000
     assert got == [three if lane == 15 else one for lane in range(32)]
 

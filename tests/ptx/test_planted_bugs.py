@@ -82,6 +82,8 @@ def test_nothing_planted_is_right(capability):
                      0, "changed before the wait", id="products that are not waited for"),
         pytest.param(90, r"bar\.sync\s+0;", "", 2, "no barrier after the write",
                      id="no barrier before products of the warp group"),
+        pytest.param(90, r"fence\.proxy\.async\.shared::cta;", "", 0, "no proxy fence",
+                     id="no fence between stores and products"),
         pytest.param(90, r"wait_group\s+2", "wait_group 3", 0, "a copy is still writing",
                      id="a wait one group short on sm_90"),
     ],
