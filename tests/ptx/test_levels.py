@@ -43,8 +43,9 @@ def rounded(precision: str):
     return values
 
 
-# Where dy goes to a warp group's product straight from the buffer of its copy, Triton 3.6 fills it
-# again one product too early. In practice a copy takes longer than what is left of a product.
+# Without a code dy goes to a warp group's product straight from the buffer of its copy. Where the
+# bias sums it as well, Triton 3.6 has one buffer too few: it is filled again while the last product
+# may still read it. In practice a copy takes longer than what is left of that product.
 _RACE = pytest.mark.xfail(raises=Fault, strict=True, reason="Triton refills a buffer that is read")
 
 

@@ -1,6 +1,10 @@
 // The machine that runs a program: blocks one after another, their warps in any order, 32 lanes in
 // step. Lanes that branch apart go on as groups, the one that is furthest behind first, and meet
 // again where they come to the same instruction.
+//
+// Not modelled: time; the order in which tensor cores add (here a product's sum is rounded once);
+// registers of a product of a warp group before its wait; order between blocks beyond none at all;
+// what the assembler makes of the PTX. Tensor copies, mbarriers, clusters and atomics are refused.
 #pragma once
 #include <array>
 #include <cstdarg>
