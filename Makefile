@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet $(ARGS)
 
-.PHONY: demo test test-library test-interpreter test-ahead-of-time lint sanitize bench bench-full clean
+.PHONY: demo test test-library test-interpreter test-ahead-of-time test-ptx lint sanitize bench bench-full clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lasem_fast demo $(ARGS)
@@ -26,7 +26,11 @@ test-interpreter: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter $(ARGS)
 
 test-ahead-of-time: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/aot $(ARGS)
+	$(BIN)/python -m pytest tests/aot tests/ptx/test_instructions.py tests/ptx/test_planted_bugs.py $(ARGS)
+
+# What Triton compiled for sm_80 and sm_90, run on the host: all levels and heads take minutes.
+test-ptx: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/ptx $(ARGS)
 
 # A refused column fails the run, but the report of all others is still written.
 bench: $(VENV)/.ready

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction, native_specialize_impl
 from bench.sass import MachineCode, read
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages")
 
 
 class Launch(NamedTuple):
@@ -56,7 +56,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     def getitem(kernel, grid):
         def launch(*args, **kwargs):
-            options = {k: kwargs.pop(k) for k in _OPTIONS if k in kwargs}
+            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
             arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             launches.append(Launch(kernel, arguments, options, tuple(grid)))
 
@@ -111,6 +111,11 @@ def compile_launch(launch: Launch, capability: int) -> Footprint:
         shared=compiled.metadata.shared,
         tensor_core=bool(re.search(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
     )
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """What Triton makes of a launch for sm_``capability``."""
+    return _compiled(specialised(launch), capability)
 
 
 @cache

@@ -148,6 +148,10 @@ def level_wgrad_kernel(
                 won = tl.load(code + offset, mask=read, other=0)  # where dy is 0 anyway
                 position = oh % POOL * POOL + ow % POOL
                 gradient = tl.where(won == position[:, None], gradient, 0.0)
+            else:
+                # What is only loaded Triton 3.6 takes from shared memory, and on sm_90 it fills a
+                # buffer anew that a product in flight still reads. Through registers it waits.
+                gradient = tl.where(read, gradient, 0.0)
             total = tl.dot(values, gradient, total, input_precision=PRECISION)
             if HAS_BIAS:
                 bias += gradient.to(tl.float32)

@@ -1,0 +1,168 @@
+// Global and shared memory that know who has touched them.
+#pragma once
+#include <algorithm>
+#include <memory>
+
+#include "machine.h"
+
+namespace ptx {
+// The tensors of a launch. Every access has to lie inside one of them; no block may read what
+// another one writes, nor write what another one reads or writes.
+struct Global {
+  struct Span {
+    uint64_t begin, end;
+    size_t region;
+  };
+  struct Region {
+    uint64_t begin, end;
+    std::vector<uint32_t> writer, reader;  // block + 1, 0 for none
+  };
+  static constexpr uint32_t SEVERAL = ~0u;
+  std::vector<Span> spans;
+  std::vector<Region> regions;
+  size_t last = 0;
+
+  void give(const uint64_t* begins, const uint64_t* ends, int count) {
+    for (int i = 0; i < count; ++i)
+      if (begins[i] < ends[i]) spans.push_back({begins[i], ends[i], 0});
+    std::sort(spans.begin(), spans.end(),
+              [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    for (Span& span : spans) {  // tensors may be views of the same memory
+      if (regions.empty() || regions.back().end <= span.begin)
+        regions.push_back({span.begin, span.end, {}, {}});
+      regions.back().end = std::max(regions.back().end, span.end);
+      span.region = regions.size() - 1;
+    }
+    for (Region& r : regions) {
+      r.writer.assign(r.end - r.begin, 0);
+      r.reader.assign(r.end - r.begin, 0);
+    }
+  }
+  Region& find(uint64_t at, size_t size, const char* name) {
+    if (at % size) fail("%s: address not a multiple of %zu bytes", name, size);
+    for (size_t i = 0; i < spans.size(); ++i) {
+      const Span& s = spans[(last + i) % spans.size()];
+      if (s.begin <= at && at + size <= s.end) {
+        last = (last + i) % spans.size();
+        return regions[s.region];
+      }
+    }
+    long nearest = 0;
+    for (const Span& s : spans) {
+      const long off = at < s.begin ? long(at - s.begin) : long(at + size - s.end);
+      if (!nearest || std::labs(off) < std::labs(nearest)) nearest = off;
+    }
+    fail("%s outside of all tensors, by %ld bytes", name, nearest);
+  }
+  void read(void* to, uint64_t at, size_t size, uint32_t block, const char* name) {
+    Region& r = find(at, size, name);
+    for (uint64_t i = at - r.begin; i < at - r.begin + size; ++i) {
+      if (r.writer[i] && r.writer[i] != block + 1)
+        fail("%s reads what block %u has written", name, r.writer[i] - 1);
+      uint32_t& reader = r.reader[i];
+      reader = !reader || reader == block + 1 ? block + 1 : SEVERAL;
+    }
+    memcpy(to, (const void*)at, size);
+  }
+  void write(uint64_t at, const void* from, size_t size, uint32_t block, const char* name) {
+    Region& r = find(at, size, name);
+    for (uint64_t i = at - r.begin; i < at - r.begin + size; ++i) {
+      if (r.writer[i] && r.writer[i] != block + 1)
+        fail("%s writes what block %u has written", name, r.writer[i] - 1);
+      if (r.reader[i] && r.reader[i] != block + 1)
+        fail("%s writes what another block has read", name);
+      r.writer[i] = block + 1;
+    }
+    memcpy((void*)at, from, size);
+  }
+};
+
+// One block's shared memory. Threads are ordered by barriers of the block and of the warp alone:
+// whatever two threads do to a byte without one between them is a race, in whatever order it ran.
+struct Shared {
+  static constexpr uint16_t NOBODY = 0xffff, SEVERAL = 0xfffe;
+  struct Byte {
+    uint32_t written = 0, written_warp = 0, read = 0, read_warp = 0;  // epochs
+    uint16_t writer = NOBODY, reader = NOBODY, reader_warp = NOBODY;
+    bool in_flight = false;
+    uint64_t stored = 0;  // when, by an ordinary store
+  };
+  std::vector<unsigned char> data;
+  std::vector<Byte> bytes;
+  uint32_t epoch = 0;
+  uint64_t clock = 0;
+  std::vector<uint64_t> fenced;  // when each warp last had a fence between ordinary stores and
+                                 // what products of warp groups read
+
+  Shared(uint32_t size, size_t warps)
+      : data(size, 0xff), bytes(size), fenced(warps) {}  // NaN in every float type
+  void inside(uint64_t at, size_t size, const char* name) const {
+    if (at % size) fail("%s: shared address %lu not a multiple of %zu", name, at, size);
+    if (at + size > data.size()) fail("%s past the %zu bytes of shared", name, data.size());
+  }
+  void read(const Warp& w, int lane, void* to, uint64_t at, size_t size, const char* name) {
+    inside(at, size, name);
+    const uint16_t thread = uint16_t(w.number * LANES + lane);
+    for (Byte* b = &bytes[at]; b != &bytes[at] + size; ++b) {
+      if (b->in_flight) fail("%s reads what a copy is still writing", name);
+      if (b->writer != thread && b->writer != NOBODY && b->written == epoch &&
+          (b->writer / LANES != w.number || b->written_warp == w.epoch))
+        fail("%s: no barrier after the write by thread %u", name, b->writer);
+      if (b->reader == NOBODY || b->read != epoch) {
+        b->reader = thread;
+        b->reader_warp = uint16_t(w.number);
+      } else {
+        if (b->reader != thread) b->reader = SEVERAL;
+        if (b->reader_warp != w.number) b->reader_warp = SEVERAL;
+      }
+      b->read = epoch;
+      b->read_warp = w.epoch;
+    }
+    memcpy(to, &data[at], size);
+  }
+  void write(const Warp& w, int lane, uint64_t at, const void* from, size_t size,
+             const char* name) {
+    inside(at, size, name);
+    const uint16_t thread = uint16_t(w.number * LANES + lane);
+    const unsigned char* values = (const unsigned char*)from;
+    for (size_t i = 0; i < size; ++i) {
+      Byte& b = bytes[at + i];
+      if (b.in_flight) fail("%s writes what a copy is still writing", name);
+      if (b.writer != thread && b.writer != NOBODY && b.written == epoch &&
+          (b.writer / LANES != w.number || b.written_warp == w.epoch) && data[at + i] != values[i])
+        fail("%s: no barrier after the write by thread %u", name, b.writer);
+      if (b.reader != thread && b.reader != NOBODY && b.read == epoch &&
+          (b.reader_warp != w.number || b.read_warp == w.epoch) && data[at + i] != values[i])
+        fail("%s: no barrier after a read", name);
+      b.writer = thread;
+      b.stored = 0;
+      b.written = epoch;
+      b.written_warp = w.epoch;
+    }
+    memcpy(&data[at], from, size);
+  }
+  void mark_stored(uint64_t at, size_t size) {
+    ++clock;
+    for (size_t i = 0; i < size; ++i) bytes[at + i].stored = clock;
+  }
+  void fence(const Warp& w) { fenced[w.number] = ++clock; }
+  // Products read past ordinary stores that no fence of the storing or the reading warp follows.
+  void check_fence(const Warp& w, uint64_t at, size_t size, const char* name) const {
+    for (size_t i = 0; i < size; ++i) {
+      const Byte& b = bytes[at + i];
+      if (b.stored && std::max(fenced[b.writer / LANES], fenced[w.number]) < b.stored)
+        fail("%s: no proxy fence after the store by thread %u", name, b.writer);
+    }
+  }
+  void fly(uint64_t at, size_t size, bool in_flight) {
+    for (size_t i = 0; i < size; ++i) bytes[at + i].in_flight = in_flight;
+  }
+};
+
+struct Machine {
+  const unsigned char* parameters;
+  Global* global;
+  Shared* shared;
+  uint32_t block, parameter_bytes;
+};
+}  // namespace ptx

@@ -1,0 +1,70 @@
+"""Runs the launches of the library on the host: what Triton compiled, on tensors of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from unittest import mock
+
+from engine import Executable
+from parsing import parse
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from bench.compiling import OPTIONS, Launch, compiled
+
+
+@contextmanager
+def on_host(
+    capability: int,
+    *,
+    seed: int = 0,
+    change: Callable[[str, str], str] = lambda name, ptx: ptx,
+):
+    """Kernels that are launched in here run on the host.
+
+    Args:
+        capability: of the GPU that Triton compiles for, such as 80 or 90.
+        seed: see :meth:`engine.Executable.run`.
+        change: takes a kernel's name and PTX, and gives the PTX that is run.
+
+    Raises:
+        engine.Fault: see there.
+        parsing.NotTranslated: PTX that the engine cannot run.
+    """
+
+    def getitem(kernel, grid):
+        def launch(*args, **kwargs):
+            options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
+            arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            built = compiled(Launch(kernel, arguments, options, tuple(grid)), capability)
+            ptx = change(kernel.__name__, built.asm["ptx"])
+            _executable(ptx).run(
+                grid,
+                built.metadata.shared,
+                _given(built, arguments),
+                _tensors(arguments),
+                seed=seed,
+            )
+
+        return launch
+
+    with mock.patch.object(JITFunction, "__getitem__", getitem):
+        yield
+
+
+@cache
+def _executable(ptx: str) -> Executable:
+    return Executable(parse(ptx))
+
+
+def _given(built, arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Types and values of what is left at run time."""
+    kinds = built.src.signature
+    return [(kind, arguments[name]) for name, kind in kinds.items() if kind != "constexpr"]
+
+
+def _tensors(arguments: dict[str, Any]) -> list[Tensor]:
+    return [value for value in arguments.values() if isinstance(value, Tensor)]
