@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine import Fault
 from levels import truth
 from shapes import CAPABILITIES, PRECISIONS, SHAPES, drawn, results, run
 
