@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet $(ARGS)
 
-.PHONY: demo test test-library test-interpreter test-ahead-of-time test-ptx lint sanitize bench bench-full clean
+.PHONY: demo test test-library test-experiments test-interpreter test-ahead-of-time test-ptx lint sanitize bench bench-full clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lasem_fast demo $(ARGS)
@@ -17,10 +17,15 @@ demo: $(VENV)/.ready
 # Triton reads TRITON_INTERPRET once, when it is imported: its tests need processes of their own.
 test: $(VENV)/.ready
 	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line \
-	test-library test-interpreter test-ahead-of-time
+	test-library test-interpreter test-ahead-of-time test-experiments
 
+# Two halves of what `pytest` runs, so that both cores have enough to do.
+EXPERIMENTS = tests/test_experiments_*.py tests/test_comparators_*.py tests/test_datasets_*.py
 test-library: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(wildcard $(EXPERIMENTS))) $(ARGS)
+
+test-experiments: $(VENV)/.ready
+	$(BIN)/python -m pytest $(wildcard $(EXPERIMENTS)) $(ARGS)
 
 test-interpreter: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter $(ARGS)
