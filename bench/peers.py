@@ -319,19 +319,18 @@ def ours(problem: Problem, backend: str) -> Runner:
     return Runner(net, step)
 
 
-# What the others have together is nothing beside what an M-step may leave out, or rounding.
-_UNFAVOURED = 1e-12
+# Any mass will do: what is not favoured has none.
 _PRUNE = 1e-3
 
 
 def ours_pruned(problem: Problem, backend: str) -> Runner:
-    """The library under a prior that favours some configurations, its M-step following only them.
+    """The library under a prior that allows some configurations, its M-step following only them.
 
-    With the posterior so clear, every backend and precision follows the same ones.
+    With the others' posterior 0, every backend and precision follows the same ones.
     """
     net = _copied(problem)
     favoured = problem.favoured()
-    prior = torch.full((len(problem.space),), _UNFAVOURED, dtype=torch.float64)
+    prior = torch.zeros(len(problem.space), dtype=torch.float64)
     prior[favoured] = 1
     em = lf.LASEM(net, problem.space, backend=backend, prior=prior, prune=_PRUNE)
     em = em.to(problem.x.device)

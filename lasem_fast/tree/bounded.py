@@ -107,7 +107,7 @@ class _Chunked:
         self.tree, self.network, self.cut, self.parts = tree, network, cut, parts
         self.samples = x.shape[0]
         self._top = Tree(tree.plan.top(cut.stage), tree.operations)
-        self._heap = None if x.device.type == "cuda" else Heap(cut.peak / 8)
+        self._heap = None if x.device.type == "cuda" else Heap(cut.peak)
         # up to here both steps see the same activations
         same = cut.stage if random is None else min(random, cut.stage)
         self._shared = self._top.advance(network, x, 0, same)
