@@ -319,8 +319,8 @@ def ours(problem: Problem, backend: str) -> Runner:
     return Runner(net, step)
 
 
-# Any mass will do: what is not favoured has none.
-_PRUNE = 1e-3
+# What is not favoured has none at all; of what is, however improbable, nothing is left out.
+_PRUNE = 1e-30
 
 
 def ours_pruned(problem: Problem, backend: str) -> Runner:
