@@ -6,7 +6,7 @@ weights can be concatenated), which layers draw random numbers, mix samples or w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,7 +38,9 @@ _CHANNELWISE = {
         {nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d, nn.Dropout3d}
     ),
 }
-_ANY_POOL = frozenset().union(*_CHANNELWISE.values())
+# What may stand behind a layer, and ahead of one.
+_BEHIND = {0: _ELEMENTWISE} | {n: _ELEMENTWISE | pools for n, pools in _CHANNELWISE.items()}
+_AHEAD = frozenset().union(*_BEHIND.values(), {nn.Flatten, nn.Unflatten})
 
 
 class PlainStage(NamedTuple):
@@ -76,9 +78,7 @@ def plain_stage(module: nn.Module) -> PlainStage | None:
     for child in after:
         if type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1):
             spatial = 0  # what was one channel is one run of features from here on
-        elif type(child) not in _ELEMENTWISE | _CHANNELWISE.get(spatial, frozenset()) or getattr(
-            child, "return_indices", False
-        ):
+        elif type(child) not in _BEHIND[spatial] or _setting(child, "return_indices", False):
             return None
     return PlainStage(before, name, core, after)
 
@@ -114,6 +114,12 @@ def same_settings(a: nn.Module, b: nn.Module) -> bool:
     return all(n in theirs and ours[n] == theirs[n] for n in names)
 
 
+def _setting(module: nn.Module, name: str, default: Any) -> Any:
+    """A plain attribute of a module or its class: an nn.Module that lacks one takes long to say."""
+    own = vars(module)
+    return own[name] if name in own else getattr(type(module), name, default)
+
+
 def _is_core(module: nn.Module) -> bool:
     if type(module) in _CONVOLUTIONS:
         return module.groups == 1
@@ -121,11 +127,11 @@ def _is_core(module: nn.Module) -> bool:
 
 
 def _may_go_before(module: nn.Module) -> bool:
-    known = type(module) in _ELEMENTWISE | _ANY_POOL | {nn.Flatten, nn.Unflatten}
-    indices = getattr(module, "return_indices", False)
-    first = getattr(module, "start_dim", getattr(module, "dim", 1))
+    known = type(module) in _AHEAD
+    indices = _setting(module, "return_indices", False)
+    first = _setting(module, "start_dim", _setting(module, "dim", 1))
     keeps_batch = isinstance(first, int) and first >= 1
-    in_place = getattr(module, "inplace", False)
+    in_place = _setting(module, "inplace", False)
     return known and keeps_batch and not in_place and not indices and not is_random(module)
 
 
@@ -149,7 +155,7 @@ def is_random(module: nn.Module) -> bool:
         return module.p > 0
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return module.dropout > 0
-    return isinstance(module, nn.RReLU) or bool(getattr(module, "stochastic", False))
+    return isinstance(module, nn.RReLU) or bool(_setting(module, "stochastic", False))
 
 
 def active_random_layers(module: nn.Module) -> list[nn.Module]:
@@ -186,7 +192,7 @@ def iterates(layer: nn.Module) -> bool:
 
 def may_write_input(module: nn.Module) -> bool:
     """Whether a stage may change its input tensor in place."""
-    if not any(getattr(m, "inplace", False) for m in module.modules()):
+    if not any(_setting(m, "inplace", False) for m in module.modules()):
         return False
     if type(module) is nn.Sequential and len(module) > 0:
         return type(module[0]) not in {*_CONVOLUTIONS, nn.Linear}
