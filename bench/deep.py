@@ -74,10 +74,13 @@ def _row(args: argparse.Namespace, depth: int, max_memory: int) -> dict[str, Any
     torch.manual_seed(0)
     x, y = data.digits(0).train
     net = lf.TransferNet(
-        nn.Sequential(nn.Conv2d(1 if i == 0 else args.width, args.width, 3, padding=1), nn.ReLU())
+        nn.Sequential(
+            nn.Conv2d(args.width if i else 1, args.width, 3, padding=1), nn.ReLU(),
+            *([nn.MaxPool2d(2)] if i == depth - 1 else []),
+        )
         for i in range(depth)
-    )
-    head = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(args.width * 16, CLASSES))
+    )  # fmt: skip
+    head = nn.Sequential(nn.Flatten(), nn.Linear(args.width * 16, CLASSES))
     net.add_task("digits", head)
     bound = max_memory * MIB or None
     em = lf.LASEM(net, backend=args.backend, max_memory=bound)

@@ -5,7 +5,10 @@ a network as a latent variable; this package evaluates all configurations throug
 tree.
 """
 
-from lasem_fast import datasets, initialisers, likelihoods, nets, optim, priors, transfer
+from importlib import import_module
+from typing import Any
+
+from lasem_fast import initialisers, likelihoods, nets, optim, priors, transfer
 from lasem_fast.backends import choices
 from lasem_fast.capture import CapturedStep, capture
 from lasem_fast.configs import ConfigSpace
@@ -33,3 +36,10 @@ __all__ = [
     "priors",
     "transfer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs more than PyTorch (NumPy) when it is first asked for."""
+    if name == "datasets":
+        return import_module("lasem_fast.datasets")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
