@@ -94,8 +94,7 @@ def run_level(
         wide = {"weight": torch.cat(layer.weights)}
         if layer.biases:
             wide["bias"] = torch.cat(layer.biases)
-        rows = torch.arange(len(level)).view(level.width, -1)
-        y = _core(layer, x, wide, liveness, rows)
+        y = _core(layer, x, wide, liveness, tuple(range(len(level))))
         y = _branches_into_rows(y, level.width, len(layer.weights))
     else:
         parts = []
@@ -104,8 +103,7 @@ def run_level(
             if layer.biases:
                 own["bias"] = layer.biases[b]
             parents = x.index_select(0, index_tensor(level.parents_of(branch), x.device))
-            rows = index_tensor(level.rows_of(branch), torch.device("cpu"))[:, None]
-            parts.append(_core(layer, parents, own, liveness, rows))
+            parts.append(_core(layer, parents, own, liveness, level.rows_of(branch)))
         y = torch.cat(parts).unflatten(0, (len(level), samples))
         y = y.index_select(0, index_tensor(level.merge_order(), x.device)).flatten(0, 1)
     if layer.relu:
@@ -125,19 +123,25 @@ def run_level(
 
 
 def _core(
-    layer: Layer, x: Tensor, weights: dict[str, Tensor], liveness: Liveness | None, rows: Tensor
+    layer: Layer,
+    x: Tensor,
+    weights: dict[str, Tensor],
+    liveness: Liveness | None,
+    rows: tuple[int, ...],
 ) -> Tensor:
     """The convolution or linear layer on all rows of ``x``, channels first, rows outermost.
 
-    ``rows``: for each row of ``x`` and each branch whose weights these are, the level's row.
+    ``rows``: for each row of ``x`` and each branch whose weights these are, branch innermost, the
+    level's row.
     """
+    parents = x.shape[0]
     x = _channels_first(x)
     if layer.flatten:
         x = x.flatten(1)
     if weights["weight"].dim() == 4 and x.device.type != "cpu":
         weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
     if follows(layer.core, x, liveness):
-        places = Places(rows, samples_first=False)
+        places = Places(index_tensor(rows, x.device).view(parents, -1), samples_first=False)
         return followed(layer.core, x, weights["weight"], weights.get("bias"), liveness, places)
     passed_over(liveness)
     return functional_call(layer.core, weights, (x,))

@@ -10,7 +10,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,8 @@ def _take_part(experiment: Experiment, unit: Unit) -> None:
     with lock.read_lock():
         if not unit.finished:  # looked at under the lock: the state is there as long as it is held
             _train(experiment, unit)
-    try:
-        with lock.write_lock(timeout=0):
-            results.remove_state(unit)
-    except Timeout:
-        pass  # another one is still reading
+    with suppress(Timeout), lock.write_lock(timeout=0):  # while another one reads, it stays
+        results.remove_state(unit)
 
 
 def _train(experiment: Experiment, unit: Unit) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
+_STATM = "/proc/self/statm"
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 
 
@@ -34,12 +35,12 @@ class Heap:
 
 
 def _malloc_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
+    if not (sys.platform.startswith("linux") and os.path.exists(_STATM)):
         return None
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def _resident() -> int:
     """Bytes of this process that are in memory."""
-    with open("/proc/self/statm", "rb") as file:
+    with open(_STATM, "rb") as file:
         return int(file.read().split()[1]) * _PAGE
