@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from nets import cases
 from oracle import assert_equals, brute_force
 from row_lists import PLAIN
+from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.backends.operations import Operations
 from lasem_fast.levels.plan import Plan
 from lasem_fast.networks.network import Network
+from lasem_fast.tree import fused_stage, lowering
 from lasem_fast.tree.bounded import BoundedTree
 from lasem_fast.tree.budget import Cut
 
@@ -71,3 +73,22 @@ def test_cuts_across_skips(kind, operations):
     x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 2])
     for stage in range(1, 17, 3 if kind == "list" else 5):
         _check(net, space, x, y, operations, Cut(stage, 2, 0))
+
+
+def test_a_stage_is_looked_into_once_a_pass_however_many_parts_there_are(monkeypatch):
+    looked = []
+
+    def common_program(modules):
+        looked.append(modules[0])
+        return lowering.common_program(modules)
+
+    monkeypatch.setattr(fused_stage, "common_program", common_program)
+    net = lf.TransferNet(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(4))
+    net.add_task("a", nn.Linear(4, 2))
+    tree = BoundedTree(Plan.of_configs(lf.ConfigSpace(4).configs), PLAIN, 0)
+    tree._cut = lambda *_: Cut(2, 1, 0)
+    network = Network(net.branches("a"), net.heads["a"], "a")
+    evaluation = tree.evaluate(network, torch.randn(3, 4), one_pass=False)
+    evaluation.m_step(None).logits.sum().backward()
+    below = [looked.count(net.shared[i]) for i in (2, 3)]
+    assert below == [2, 2], "with the dropout off, and on: the backward's forward is that pass's"

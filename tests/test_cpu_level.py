@@ -31,9 +31,8 @@ FULL = Level((0, 0, 1, 1), (0, 1, 0, 1), 2)
 def _layer(*layers: nn.Module, branches: int = 1) -> Layer:
     """The one fused layer of a stage of these layers, every branch with the same weights."""
     stage = nn.Sequential(*layers)
-    _, (layer,) = fused_stage._layers(
-        (TORCH,), [Branch(stage)] * branches, torch.empty(1, 1), Level((), (), 1)
-    )
+    lowered = fused_stage.lowered((TORCH,), [Branch(stage)] * branches, torch.empty(1, 1))
+    (layer,) = lowered.layers
     return layer
 
 
@@ -159,7 +158,9 @@ def test_images_that_do_not_fit_are_left_to_pytorch_which_says_why():
         (torch.randn(2, 4, 9, 9), "4 channels"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            fused_stage.run((CPU,), [Branch(stage)], x, Level((0,), (0,), 1))
+            fused_stage.run(
+                fused_stage.lowered((CPU,), [Branch(stage)], x), x, Level((0,), (0,), 1)
+            )
 
 
 @given(st.integers(3, 14), st.sampled_from([2, 3]), st.integers(0, 1), st.booleans())

@@ -21,7 +21,7 @@ from lasem_fast.networks.network import Network
 from lasem_fast.tree.budget import Cut, best_cut, bytes_of, step_bytes
 from lasem_fast.tree.evaluation import Evaluation, Follow, Part
 from lasem_fast.tree.heap import Heap
-from lasem_fast.tree.tree import Tree, first_random_stage
+from lasem_fast.tree.tree import Lowerings, Tree, first_random_stage
 
 
 class BoundedTree:
@@ -112,6 +112,7 @@ class _Chunked:
         same = cut.stage if random is None else min(random, cut.stage)
         self._shared = self._top.advance(network, x, 0, same)
         self._same = same
+        self._lowered: Lowerings = {}  # of the parts, for one pass
         self._outputs: list[Tensor] | None = None
         if random is None:
             self._outputs = list(self._noisy())
@@ -152,6 +153,7 @@ class _Chunked:
     ) -> Iterator[Tensor]:
         """The outputs of some sub-trees with their graph, layers as they are."""
         self._liveness = [TreeLiveness(part.plan) for part in self.parts]
+        self._lowered = {}
         rows = self._rows()
         for i in range(len(self.parts)) if wanted is None else wanted:
             self._keep(i, weighs)
@@ -163,6 +165,7 @@ class _Chunked:
     def _plain(self) -> Iterator[Tensor]:
         """The outputs of all sub-trees without a graph."""
         self._liveness = [None] * len(self.parts)
+        self._lowered = {}
         rows = self._rows()
         for i in range(len(self.parts)):
             yield self._run(i, rows[i])
@@ -178,7 +181,7 @@ class _Chunked:
         if self._heap is not None:
             self._heap.keep_down()
         part = self.parts[i]
-        tree = Tree(part.plan, self.tree.operations, first=self.cut.stage)
+        tree = Tree(part.plan, self.tree.operations, first=self.cut.stage, lowered=self._lowered)
         network = self.network._replace(stages=self.network.stages[self.cut.stage :])
         h = tree.advance(network, h, 0, len(network.stages), self._liveness[i])
         return tree.finish(network, h, self.samples)

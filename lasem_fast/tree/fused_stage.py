@@ -9,6 +9,7 @@ left it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,29 +22,56 @@ from lasem_fast.transfer import Branch
 from lasem_fast.tree.lowering import FusedLayer, Program, common_program, layers_of
 
 
-def run(
-    operations: Sequence[LevelOperation],
-    branches: Sequence[Branch],
-    h: Fold,
-    level: Level,
-    liveness: Liveness | None = None,
-) -> Fold | None:
-    """The stage's output on a level's rows.
+class Lowered(NamedTuple):
+    """A stage as layers with the weights of some branches.
+
+    Attributes:
+        program: the stage's.
+        layers: the program's, in all the branches.
+        operations: for each layer those that take it, best first.
+    """
+
+    program: Program
+    layers: list[Layer]
+    operations: list[list[LevelOperation]]
+
+
+def lowered(
+    operations: Sequence[LevelOperation], branches: Sequence[Branch], h: Fold
+) -> Lowered | None:
+    """A stage's layers; None where no operation takes any of them.
 
     Args:
         operations: a backend's, best first.
-        branches: the branches that the level uses, in the order of ``level.used_branches``.
+        branches: the branches that a level uses, in the order of its ``used_branches``.
+        h: the level before, or one like it (dtype, device).
+    """
+    if not operations:
+        return None
+    program = common_program([branch.module for branch in branches])
+    if isinstance(program, str):
+        return None
+    layers = _with_tensors(program, branches)
+    if layers is None:
+        return None
+    like = _some_tensor(h)
+    takers = [[op for op in operations if not op.why_not(layer, like)] for layer in layers]
+    return Lowered(program, layers, takers) if any(takers) else None
+
+
+def run(stage: Lowered, h: Fold, level: Level, liveness: Liveness | None = None) -> Fold | None:
+    """The stage's output on a level's rows.
+
+    Args:
+        stage: the stage, with the branches that the level uses.
         h: the level before.
         level: the rows.
         liveness: which rows a later backward has to look at; None: all.
 
     Returns:
-        The output, or None where no operation takes any of the stage's layers.
+        The output, or None where the stage does not fit what comes in.
     """
-    plan = _layers(operations, branches, h, level)
-    if plan is None:
-        return None
-    program, layers = plan
+    program, layers = stage.program, stage.layers
     values = _inputs(program, layers, h, level.width)
     if values is None or not _fits(program, values[0][0]):
         return None
@@ -53,7 +81,7 @@ def run(
         rows = level if fused.source < program.inputs else going_on
         skip = None if fused.skip is None else _skip(values, fused.skip, program.inputs, level)
         carry = _is_read_later(program, fused.source, i)
-        y, x = _first(operations, layer, x, rows, skip, liveness, carry)
+        y, x = _first(stage.operations[i], layer, x, rows, skip, liveness, carry)
         values[fused.source] = (x, x_rows)
         values.append((y, None))
     return _outputs(values, program, level)
@@ -84,24 +112,6 @@ def why_not(
         reasons = [operation.why_not(layer, h) for operation in operations]
         found.append((fused.name, "" if "" in reasons else "; ".join(reasons)))
     return found
-
-
-def _layers(
-    operations: Sequence[LevelOperation], branches: Sequence[Branch], h: Fold, level: Level
-) -> tuple[Program, list[Layer]] | None:
-    """The stage's program with its tensors; None where no operation takes any of its layers."""
-    if not operations:
-        return None
-    program = common_program([branch.module for branch in branches])
-    if isinstance(program, str):
-        return None
-    layers = _with_tensors(program, branches)
-    if layers is None:
-        return None
-    like = _some_tensor(h)
-    if not any(not op.why_not(layer, like) for op in operations for layer in layers):
-        return None
-    return program, layers
 
 
 def _some_tensor(h: Fold) -> Tensor:
@@ -197,12 +207,11 @@ def _first(
     liveness: Liveness | None,
     carry: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output of the first operation that takes the layer, or PyTorch's; and ``x`` to go on."""
+    """The output of the first operation that takes the sizes, or PyTorch's; and ``x`` to go on."""
     for operation in operations:
-        if not operation.why_not(layer, x):
-            out = operation(layer, x, level, skip, liveness, carry and operation.carries)
-            if out is not None:
-                return out if isinstance(out, tuple) else (out, x)
+        out = operation(layer, x, level, skip, liveness, carry and operation.carries)
+        if out is not None:
+            return out if isinstance(out, tuple) else (out, x)
     return plain_torch.run_level(layer, x, level, skip, liveness), x
 
 

@@ -24,6 +24,10 @@ from lasem_fast.networks.network import Network
 from lasem_fast.transfer import Branch
 from lasem_fast.tree import fused_stage
 from lasem_fast.tree.evaluation import Evaluation, Follow, Part, Whole
+from lasem_fast.tree.fused_stage import Lowered
+
+Lowerings = dict[tuple[int, tuple[int, ...]], "Lowered | None"]
+"""Stages as fused layers, by number from 0 and branches; None: no operation takes any layer."""
 
 
 class Tree:
@@ -34,15 +38,23 @@ class Tree:
         operations: a backend's operations on whole levels and on the leaves.
         cut: the stage that the plan has been split at, if it has been: two levels are one stage.
         first: number of the plan's first stage in the net, from 0.
+        lowered: what other trees found out about the stages of the same network, in the same modes
+            and on inputs of the same type, and this one adds to; by stage and branches.
     """
 
     def __init__(
-        self, plan: Plan, operations: Operations, cut: int | None = None, first: int = 0
+        self,
+        plan: Plan,
+        operations: Operations,
+        cut: int | None = None,
+        first: int = 0,
+        lowered: Lowerings | None = None,
     ) -> None:
         self.plan = plan
         self.operations = operations
         self.cut = cut
         self.first = first
+        self.lowered = lowered
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
@@ -96,7 +108,8 @@ class Tree:
             branches, level = network.stages[i], self.plan.levels[i]
             used = [branches[b] for b in level.used_branches]
             live = None if liveness is None else liveness.levels[i]
-            out = fused_stage.run(self.operations.levels, used, h, level, live)
+            lowered = self._lowered(used, h, i)
+            out = None if lowered is None else fused_stage.run(lowered, h, level, live)
             if out is not None:
                 h = out
             elif self.plan.continues(i):
@@ -106,6 +119,14 @@ class Tree:
                 merge = not goes_on or _is_parameter_free(network.stages[i + 1])
                 h = self._branch_out(used, h, level, merge, i, live)
         return h
+
+    def _lowered(self, used: Sequence[Branch], h: Fold, stage: int) -> Lowered | None:
+        if self.lowered is None:
+            return fused_stage.lowered(self.operations.levels, used, h)
+        key = self.first + stage, self.plan.levels[stage].used_branches
+        if key not in self.lowered:
+            self.lowered[key] = fused_stage.lowered(self.operations.levels, used, h)
+        return self.lowered[key]
 
     def _branch_out(
         self,

@@ -204,7 +204,8 @@ def triton_level(branches, h, rows):
     """Every one of the rows in ``h`` through every branch."""
     pairs = [(p, b) for p in range(rows) for b in range(len(branches))]
     every = Level(tuple(p for p, _ in pairs), tuple(b for _, b in pairs), rows)
-    return fused_stage.run([TritonLevel()], branches, h, every)
+    lowered = fused_stage.lowered([TritonLevel()], branches, h)
+    return None if lowered is None else fused_stage.run(lowered, h, every)
 
 
 RELU = nn.ReLU()
