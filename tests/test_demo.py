@@ -6,6 +6,8 @@ import json
 import shutil
 import struct
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,12 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
+pytest.importorskip("joblib")
+
+import joblib
 
 from lasem_fast.__main__ import COMMANDS, main
-from lasem_fast.demo import data, model, plots, results, run, timing
+from lasem_fast.demo import data, model, plots, results, timing, training
 from lasem_fast.lifelong import RunRecord, TaskRecord
 from lasem_fast.net import TransferNet
 
@@ -83,6 +88,17 @@ def test_tasks_follow_from_the_seed(digits):
     assert [task.note for task in one] != [task.note for task in other]
 
 
+def test_tasks_with_some_transformations_only(digits):
+    chosen = ("inverted", "as is")
+    tasks = data.make_tasks(digits, 6, seed=0, transforms=chosen)
+    names = [task.note.split(", ")[1] for task in tasks]
+    assert all(set(names[i : i + 2]) == set(chosen) for i in (0, 2, 4))
+    everything = data.make_tasks(digits, 6, seed=0, transforms=list(data.TRANSFORMS))
+    default = data.make_tasks(digits, 6, seed=0)
+    assert [task.note for task in everything] == [task.note for task in default]
+    assert all(torch.equal(a.test[0], b.test[0]) for a, b in zip(everything, default, strict=True))
+
+
 def test_noise_is_clipped_and_labels_follow_the_order_of_the_note(digits, monkeypatch):
     monkeypatch.setattr(data, "TRANSFORMS", {"as is": data.TRANSFORMS["as is"]})
     monkeypatch.setattr(data, "NOISE_MEANS", (0.0,))
@@ -120,6 +136,9 @@ def test_transformations_are_fixed_and_lose_nothing(name):
         ({"classes_per_task": 11}, r"classes_per_task must be in \[1, 10\], got 11"),
         ({"classes_per_task": 10, "n_tasks": 2}, r"n_tasks must be in \[1, 1\]"),
         ({"n_tasks": 0}, r"n_tasks must be in \[1, 210\]"),
+        ({"transforms": ()}, r"transforms: expected some of 'as is', .*'pixels mixed', got \(\)"),
+        ({"transforms": ("as is", "upside down")}, r"got \('as is', 'upside down'\)"),
+        ({"transforms": "as is"}, r"transforms: expected some of .*, got 'as is'"),
     ],
 )
 def test_impossible_sequences(digits, options, message):
@@ -223,26 +242,65 @@ def test_plots_of_any_number_of_tasks(tmp_path, n_tasks):
 # The command
 
 
-def test_quick_run_is_reproducible(tmp_path, capsys):
+def test_results_follow_from_the_seeds_whatever_the_workers(tmp_path, capsys):
     found = []
-    for name in ("first", "second"):
-        assert main(["demo", "--quick", "--tasks", "2", "--out", str(tmp_path / name)]) == 0
-        for plot in ("posterior.png", "share_frequency.png"):
-            assert (tmp_path / name / plot).stat().st_size > 0
-        result = json.loads((tmp_path / name / "run.json").read_text())
-        assert set(result.pop("timing")["milliseconds"]) == {"em", "naive", "plain"}
-        for record in result["runs"].values():
-            assert record.pop("seconds")["train"] > 0
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        options = ["--quick", "--tasks", "2", "--seed", "3", "--seeds", "2", "--workers", workers]
+        assert main(["demo", *options, "--out", str(out)]) == 0
+        for picture in results.PICTURES:
+            assert (out / picture).read_bytes().startswith(b"\x89PNG")
+        assert not (out / "unfinished.json").exists()
+        result = json.loads((out / "run.json").read_text())
+        timing = result.pop("timing")
+        assert set(timing["milliseconds"]) == {"em", "naive", "plain"}
+        assert timing["workers"] == int(workers)
+        for of_seed in result["runs"].values():
+            for record in of_seed.values():
+                assert record.pop("seconds")["train"] > 0
         found.append(result)
+        printed = " ".join(capsys.readouterr().out.split())
+        for task in result["runs"]["3"]["lasem"]["tasks"]:
+            assert task["label"] in printed
+        for text in ("6 of 6 runs", "the first seed (3)", "mean and range over 2 seeds",
+                     "nothing shared", "of 2 seeds", "the naive loop"):  # fmt: skip
+            assert text in printed
+        assert ("2 runs at a time" in printed) == (workers == "2")
     assert found[0] == found[1]
     assert found[0]["config"]["tasks"] == 2
-    assert list(found[0]["runs"]) == ["lasem", "all", "none"]
-    assert found[0]["comparison"]["none"]["forgetting"] == 0
-    printed = capsys.readouterr().out
-    for task in found[0]["runs"]["lasem"]["tasks"]:
-        assert task["label"] in printed
-    assert "nothing shared" in printed
-    assert "the naive loop" in printed
+    assert found[0]["config"]["seeds"] == [3, 4]
+    assert list(found[0]["runs"]) == ["3", "4"]
+    assert all(list(of_seed) == ["lasem", "all", "none"] for of_seed in found[0]["runs"].values())
+    assert found[0]["comparison"]["none"]["forgetting"]["values"] == {"3": 0.0, "4": 0.0}
+
+
+def test_a_seed_is_the_same_run_alone_and_among_others(tmp_path):
+    runs = []
+    for name, options in (("alone", ["--seed", "1"]), ("both", ["--seeds", "2"])):
+        options += ["--tasks", "1", "--epochs", "1", "--workers", "1"]
+        assert main(["demo", "--quick", *options, "--out", str(tmp_path / name)]) == 0
+        runs.append(json.loads((tmp_path / name / "run.json").read_text())["runs"]["1"])
+    for record in (*runs[0].values(), *runs[1].values()):
+        del record["seconds"]
+    assert runs[0] == runs[1]
+
+
+def test_as_many_workers_as_there_are_seeds_and_cpus(tmp_path, monkeypatch):
+    asked = []
+
+    def run_all(settings, seeds, workers, *told):
+        asked.append(workers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run_all", run_all)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 4)
+    given = (
+        [], ["--seeds", "2"], ["--seeds", "8"], ["--threads", "2"], ["--threads", "8"],
+        ["--workers", "7"], ["--workers", "20"], ["--quick"],
+    )  # fmt: skip
+    for options in given:
+        assert main(["demo", *options, "--out", str(tmp_path)]) == 130
+    assert asked == [3, 2, 4, 2, 1, 7, 9, 1]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +318,9 @@ def test_quick_run_is_reproducible(tmp_path, capsys):
             "argument --threads: expected at most 1024 threads, got 1000000",
         ),
         (["--epochs", "many"], "argument --epochs: expected a whole number, got 'many'"),
+        (["--seeds", "0"], "argument --seeds: expected at least 1, got 0"),
+        (["--workers", "0"], "argument --workers: expected at least 1, got 0"),
+        (["--seed", str(2**63 - 1), "--seeds", "2"], "--seeds: expected seeds below 2^63, got"),
         (["--seed", "-1"], "argument --seed: expected a number in 0..2^63 - 1, got -1"),
         (["--root", "here"], "--root: expected only together with --data fashion-mnist"),
         (["--out", __file__], "--out: expected a folder that can be written, got"),
@@ -267,14 +328,14 @@ def test_quick_run_is_reproducible(tmp_path, capsys):
     ],
 )
 def test_wrong_options_end_with_a_message_before_training(options, message, capsys, monkeypatch):
-    monkeypatch.setattr(run, "train_sequence", None)
+    monkeypatch.setattr(training, "train_sequence", None)
     with pytest.raises(SystemExit) as end:
         main(["demo", *options])
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 
 
-SHORT = ["demo", "--tasks", "1", "--epochs", "1"]
+SHORT = ["demo", "--tasks", "1", "--epochs", "1", "--seeds", "1"]
 
 
 def test_a_terminal_of_ascii_is_no_reason_to_fail(tmp_path, monkeypatch):
@@ -290,9 +351,8 @@ def test_a_folder_that_is_gone_in_the_end_loses_nothing(tmp_path, monkeypatch, c
     out, other = tmp_path / "out", tmp_path / "other"
 
     def time_steps(*args, **options):
-        assert json.loads((out / "unfinished.json").read_text())["runs"].keys() == {
-            "lasem", "all", "none"
-        }  # fmt: skip
+        runs = json.loads((out / "unfinished.json").read_text())["runs"]
+        assert list(runs["0"]) == ["lasem", "all", "none"]
         shutil.rmtree(out)
         out.touch()
         return timing_of(*args, **{**options, "rounds": 1})
@@ -304,9 +364,7 @@ def test_a_folder_that_is_gone_in_the_end_loses_nothing(tmp_path, monkeypatch, c
     printed = " ".join(capsys.readouterr().out.split())
     assert "cannot be written" in printed and "share_frequency.png in" in printed
     assert json.loads((other / "run.json").read_text())["comparison"]
-    assert {path.name for path in other.iterdir()} == {
-        "run.json", "posterior.png", "share_frequency.png"
-    }  # fmt: skip
+    assert {path.name for path in other.iterdir()} == {"run.json", *results.PICTURES}
 
 
 def test_where_no_file_can_be_written_the_results_are_printed(tmp_path, monkeypatch, capsys):
@@ -333,9 +391,33 @@ def test_what_had_ended_is_kept_when_the_run_breaks_off(error, tmp_path, monkeyp
         with pytest.raises(error):
             main([*SHORT, "--out", str(tmp_path)])
     told = capsys.readouterr().err
-    assert f"{error.__name__} before the end; the tasks that had ended are in" in told
-    assert json.loads((tmp_path / "unfinished.json").read_text())["runs"]["none"]["tasks"]
+    assert f"{error.__name__} before the end; what had ended is in" in told
+    assert json.loads((tmp_path / "unfinished.json").read_text())["runs"]["0"]["none"]["tasks"]
     assert (tmp_path / "run.json").read_text() == "of an earlier run"
+
+
+train = training.train
+
+
+def fails_with_seed_1(folder, settings, seed, method, **told):
+    """What a worker process is given; it waits until something has been kept."""
+    while seed == 1 and not (folder / "unfinished.json").exists():
+        time.sleep(0.01)
+    if seed == 1:
+        raise ZeroDivisionError
+    return train(settings, seed, method, **told)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_had_ended_is_kept_when_a_run_fails(workers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "train", partial(fails_with_seed_1, tmp_path))
+    options = ["--tasks", "2", "--epochs", "1", "--seeds", "2", "--workers", workers]
+    with pytest.raises(ZeroDivisionError):
+        main(["demo", *options, "--out", str(tmp_path)])
+    assert "ZeroDivisionError before the end; what had ended is in" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "unfinished.json").read_text())
+    assert list(kept["runs"]) == ["0"]
+    assert kept["runs"]["0"].keys() == kept["comparison"].keys()
 
 
 @pytest.mark.parametrize(("module", "project"), COMMANDS["demo"].needs)
