@@ -30,9 +30,9 @@ fashion  2 x 16  as is         easy tasks
 fashion  8 x 4   as is
 =======  ======  ============  ================================================================
 
-If LASEM were no better than the better one of the others, each sequence would be won by chance
-with a probability of at most 2.5%: a single win among eleven has to be seen again with other
-seeds (``--first-seed 5``, another file) before it means anything.
+Where LASEM is in truth no better than the better one of the others, it wins by chance with a
+probability of at most 2.5% (of normal differences). There are eleven tries: a single win has to be
+seen again with other seeds (``--first-seed 5``, another file) before it means anything.
 
 What is in the file already is not run again: the search can be broken off and go on.
 """
@@ -158,9 +158,15 @@ def _write(path: Path, found: dict[str, Any]) -> None:
 
 
 def _with_results(found: dict[str, Any]) -> dict[str, Any]:
-    """With the rule's outcome for every sequence that has been run, in the list's order."""
-    names = [name for name in _names() if name in found["runs"]]
-    return {**found, "results": {name: result(found["runs"][name]) for name in names}}
+    """In the order of list and seeds, with the rule's outcome for every sequence that was run."""
+    runs = {
+        name: dict(
+            sorted(found["runs"][name].items(), key=lambda seed_and_run: int(seed_and_run[0]))
+        )
+        for name in _names()
+        if name in found["runs"]
+    }
+    return {**found, "runs": runs, "results": {name: result(of) for name, of in runs.items()}}
 
 
 def result(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("joblib")
@@ -12,6 +13,13 @@ pytest.importorskip("scipy")
 from bench import candidates, sequences
 from bench.candidates import Candidate
 from lasem_fast.demo import data
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def runs(lasem, everything, nothing):
@@ -98,6 +106,7 @@ def test_a_search_goes_on_with_its_file(tiny, tmp_path, capsys, monkeypatch):
     assert sequences.main(["--out", str(out), "--seeds", "2"]) == 0
     assert begun == [(tiny[0], 0), (tiny[0], 1), (tiny[1], 1)]
     found = json.loads(out.read_text())
+    assert list(found["runs"]) == [tiny[0].name, tiny[1].name]
     assert found["runs"][tiny[1].name]["0"] == first["runs"][tiny[1].name]["0"]
     assert list(found["results"]) == [tiny[0].name, tiny[1].name]
     printed = capsys.readouterr().out

@@ -52,7 +52,7 @@ class Results:
             self._unwritable = str(error)
 
     def kept(self) -> str:
-        """Where that is."""
+        """Where that is which was kept last."""
         if self._unwritable:
             return f"what had ended could not be written: {self._unwritable}"
         return f"what had ended is in {self.out / UNFINISHED}"
