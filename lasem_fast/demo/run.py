@@ -105,7 +105,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         help="the first one, of tasks, weights and mini-batches (default 0)",
     )
     add("--seeds", type=arguments.positive, metavar="N",
-        help=f"how many, one after the other (default {FULL['seeds']})")  # fmt: skip
+        help=f"how many, counted on from --seed (default {FULL['seeds']})")  # fmt: skip
     add("--tasks", type=arguments.positive, help=f"default {FULL['tasks']}")
     add("--epochs", type=arguments.positive, help=f"per task (default {FULL['epochs']})")
     add("--quick", action="store_true",
@@ -136,7 +136,7 @@ def _workers(args: argparse.Namespace) -> int:
 def _progress_bar(console: Console) -> ProgressBar:
     return ProgressBar(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
+        BarColumn(bar_width=8),
         TextColumn("{task.fields[where]}"),
         TimeElapsedColumn(),
         console=console,
