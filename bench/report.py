@@ -53,13 +53,14 @@ def report(results: Sequence[Results]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def inserted(document: str, text: str) -> str:
+def inserted(document: str, text: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """The document with ``text`` between its marker lines."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = markers
+    before, begin, rest = document.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"DOC: expected the lines {BEGIN} and {END}, got a document without them")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+        raise ValueError(f"DOC: expected the lines {first} and {last}, got a document without them")
+    return f"{before}{first}\n{text}\n{last}{after}"
 
 
 def _origin(results: Results) -> str:

@@ -20,6 +20,10 @@ class Command:
     needs: tuple[tuple[str, str], ...] = ()  # of that extra: (module, project on PyPI)
 
 
+_DEMO = (
+    ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("rich", "rich"),
+    ("joblib", "joblib"),
+)  # fmt: skip
 _EXPERIMENTS = (
     ("pydantic", "pydantic"), ("joblib", "joblib"), ("tomli", "tomli"), ("rich", "rich"),
     ("matplotlib", "matplotlib"), ("scipy", "scipy"),
@@ -29,7 +33,7 @@ COMMANDS = {
         "lasem_fast.demo.run",
         "a sequence of small image tasks: search against static sharing, tables, plots, timing",
         extra="demo",
-        needs=(("sklearn", "scikit-learn"), ("matplotlib", "matplotlib"), ("rich", "rich")),
+        needs=_DEMO,
     ),
     "run": Command(
         "lasem_fast.experiments.run",

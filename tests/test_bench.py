@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, demo_seeds, gate, machine, measured, peers, race, report
+from bench import cases, gate, machine, measured, peers, race, report
 from bench.cases import Case
 from bench.peers import BASE, Column, Outcome, Runner
 from lasem_fast.tools.builtin import NETS, Builtin, Skip, conv_layer, conv_stages, dense_head
@@ -295,31 +295,3 @@ def test_report_of_something_else_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "x.json")])
     assert "expected results of the benchmark suite, got x.json" in capsys.readouterr().err
-
-
-def test_the_demos_figures_in_readme_are_the_ones_on_record():
-    root = Path(__file__).parent.parent
-    found = json.loads((root / "bench" / "results" / "demo_seeds.json").read_text())
-    rows = demo_seeds.table(found).partition("\n\n")[0]
-    assert rows in (root / "README.md").read_text()
-
-
-def test_runs_of_the_demo_are_put_together(tmp_path, capsys):
-    values = dict.fromkeys(demo_seeds.MEASURES, 0.5)
-    paths = []
-    for seed, less in ((3, 0.25), (4, 0.75)):
-        comparison = {name: values for name in ("lasem", "all", "none")}
-        comparison["lasem"] = values | {"forgetting": less}
-        run = {"config": {"seed": seed, "tasks": 2}, "versions": {}, "comparison": comparison}
-        paths.append(tmp_path / f"{seed}.json")
-        paths[-1].write_text(json.dumps(run))
-    out = tmp_path / "out.json"
-    assert demo_seeds.main([*map(str, paths), "--out", str(out)]) == 0
-    assert "sharing everything in 1 of 2 runs" in capsys.readouterr().out
-    assert list(json.loads(out.read_text())["runs"]) == ["3", "4"]
-
-    for wrong, message in (("{}", "expected run.json files"), ("3 4", "expected run.json files")):
-        paths[0].write_text(wrong)
-        with pytest.raises(SystemExit):
-            demo_seeds.main([*map(str, paths)])
-        assert message in capsys.readouterr().err

@@ -10,7 +10,7 @@ are worth sharing differs from task to task.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,13 +84,18 @@ def make_tasks(
     classes_per_task: int = 4,
     train_per_class: int = 10,
     valid_per_class: int = 20,
+    transforms: Sequence[str] | None = None,
 ) -> list[Task]:
     """Draw ``n_tasks`` tasks; equal arguments give equal tensors.
 
     A task's training images come from ``images.train`` only, and so on, so that no image a task
     is tested on was ever trained on, by any task. Transformations are dealt like cards: all of
-    them once before any of them again. A task's note names its classes in the order of their
-    labels, its transformation, and mean and standard deviation of its noise.
+    ``transforms`` (names from `TRANSFORMS`; None: all of these) once before any of them again. A
+    task's note names its classes in the order of their labels, its transformation, and mean and
+    standard deviation of its noise.
+
+    Raises:
+        ValueError: there are not so many classes or tasks, or no such transformation.
     """
     n_classes = len(images.class_names)
     if not 1 <= classes_per_task <= n_classes:
@@ -100,6 +105,11 @@ def make_tasks(
             f"n_tasks must be in [1, {math.comb(n_classes, classes_per_task)}] for different "
             f"sets of {classes_per_task} out of {n_classes} classes, got {n_tasks}"
         )
+    names = list(TRANSFORMS) if transforms is None else list(transforms)
+    if not names or not set(names) <= set(TRANSFORMS):
+        raise ValueError(
+            f"transforms: expected some of {', '.join(map(repr, TRANSFORMS))}, got {transforms!r}"
+        )
     generator = torch.Generator().manual_seed(seed)
     used: set[frozenset[int]] = set()
     deck: list[str] = []
@@ -108,7 +118,7 @@ def make_tasks(
         while frozenset(classes := _draw(n_classes, classes_per_task, generator)) in used:
             pass
         used.add(frozenset(classes))
-        deck = deck or [list(TRANSFORMS)[i] for i in _draw(len(TRANSFORMS), None, generator)]
+        deck = deck or [names[i] for i in _draw(len(names), None, generator)]
         transform = deck.pop()
         mean = NOISE_MEANS[_draw(len(NOISE_MEANS), 1, generator)[0]]
         sd = NOISE_SDS[_draw(len(NOISE_SDS), 1, generator)[0]]
@@ -128,8 +138,8 @@ def make_tasks(
             noise = mean + sd * torch.randn(picked.shape, generator=generator)
             labels = torch.cat([torch.full_like(row, i) for i, row in enumerate(rows)])
             splits.append((alter((picked + noise).clamp(-0.5, 0.5)).contiguous(), labels))
-        names = " ".join(images.class_names[label] for label in classes)
-        note = f"{names}, {transform}, {mean:+.2f}±{sd:.1f}"
+        shown = " ".join(images.class_names[label] for label in classes)
+        note = f"{shown}, {transform}, {mean:+.2f}±{sd:.1f}"
         tasks.append(Task(f"task{number}", *splits, n_classes=classes_per_task, note=note))
     return tasks
 

@@ -13,6 +13,7 @@ from lasem_fast.demo import plots
 from lasem_fast.lifelong import RunRecord
 
 RUN, UNFINISHED = "run.json", "unfinished.json"
+PICTURES = ("trade-off.png", "posterior.png", "share_frequency.png")
 
 
 class Written(NamedTuple):
@@ -51,13 +52,16 @@ class Results:
             self._unwritable = str(error)
 
     def kept(self) -> str:
-        """Where the tasks that have ended are."""
+        """Where that is which was kept last."""
         if self._unwritable:
-            return f"the tasks that had ended could not be written: {self._unwritable}"
-        return f"the tasks that had ended are in {self.out / UNFINISHED}"
+            return f"what had ended could not be written: {self._unwritable}"
+        return f"what had ended is in {self.out / UNFINISHED}"
 
     def write(self, result: dict[str, Any], search: RunRecord) -> Written:
-        """Writes everything: to the folder, or else to a new one, or else to standard output."""
+        """Writes everything: to the folder, or else to a new one, or else to standard output.
+
+        ``search``: the run that two of the pictures are of.
+        """
         try:
             return Written(f"Written: {_write(self.out, result, search)}", 0)
         except OSError as error:
@@ -72,10 +76,12 @@ class Results:
 
 def _write(out: Path, result: dict[str, Any], search: RunRecord) -> str:
     _write_json(out / RUN, result)
-    plots.plot_posterior(search, out / "posterior.png")
-    plots.plot_share_frequency(search, out / "share_frequency.png")
+    trade_off, posterior, share_frequency = (out / name for name in PICTURES)
+    plots.plot_trade_off(result["comparison"], trade_off)
+    plots.plot_posterior(search, posterior)
+    plots.plot_share_frequency(search, share_frequency)
     (out / UNFINISHED).unlink(missing_ok=True)
-    return f"{RUN}, posterior.png, share_frequency.png in {out}"
+    return f"{', '.join((RUN, *PICTURES))} in {out}"
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:

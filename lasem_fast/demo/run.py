@@ -5,34 +5,27 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
-from rich.table import Table
-from torch import nn
 
 import lasem_fast
-from lasem_fast import LASEM, TransferNet, metrics
-from lasem_fast.demo import data, model, timing
+from lasem_fast.demo import tables, timing, training
+from lasem_fast.demo.comparison import METHOD_NAMES, compare, verdict
 from lasem_fast.demo.results import Results
-from lasem_fast.lifelong import METHODS, Progress, RunRecord, Task, train_sequence
+from lasem_fast.demo.training import Settings
+from lasem_fast.lifelong import METHODS, Progress, RunRecord
 from lasem_fast.tools import arguments
 
-LEARNING_RATE = 1e-3
-BATCH_SIZE = 16
-EVALUATE_EARLIER_EVERY = 10
-FULL = {"tasks": 8, "epochs": 40}
-QUICK = {"tasks": 3, "epochs": 4}
-_TABLE = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}  # 80 columns have to do
-METHOD_NAMES = {"lasem": "LASEM", "all": "all shared", "none": "nothing shared"}
+FULL = {"tasks": 8, "epochs": 40, "seeds": 3}
+QUICK = {"tasks": 3, "epochs": 4, "seeds": 1}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -42,43 +35,38 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    seeds = range(args.seed, args.seed + args.seeds)
+    workers = _workers(args)
+    settings = Settings(
+        args.data, args.root, args.tasks, args.epochs, args.device, args.backend, args.threads
+    )
     console = Console()
     torch.set_num_threads(args.threads)
     try:
-        images = _images(args)
-        tasks = data.make_tasks(images, args.tasks, seed=args.seed)
-        make_net, make_head = _factories(images.side)
-        _check_backend(args, make_net)
+        if seeds[-1] >= 2**63:
+            raise ValueError(f"--seeds: expected seeds below 2^63, got {seeds[0]} to {seeds[-1]}")
+        training.check(settings, seeds[0])
         results = Results(args.out)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
-    options = {
-        "epochs": args.epochs,
-        "batch_size": BATCH_SIZE,
-        "optimizer": partial(torch.optim.Adam, lr=LEARNING_RATE),
-        "seed": args.seed,
-        "evaluate_earlier_every": EVALUATE_EARLIER_EVERY,
-        "em_options": {"backend": args.backend},
-        "device": args.device,
-    }
-    runs: dict[str, RunRecord] = {}
+    runs: dict[int, dict[str, RunRecord]] = {}
 
     def keep(run: RunRecord) -> None:
-        runs[run.method] = run
-        results.keep(_result(args, runs, {}))
+        runs.setdefault(run.seed, {})[run.method] = run
+        results.keep(_result(settings, seeds, runs, {}))
 
     try:
         with _progress_bar(console) as bar:
-            for method in METHODS:
-                report = _reporter(bar, method, args.tasks * args.epochs)
-                train_sequence(
-                    make_net, make_head, tasks,
-                    method=method, on_epoch=report, on_task=keep, **options,
-                )  # fmt: skip
+            shown = _Shown(bar, len(seeds) * len(METHODS), workers)
+            for run in training.run_all(settings, seeds, workers, shown.epoch, keep):
+                keep(run)
+                shown.ended()
+        tasks = training.tasks(settings, seeds[0])
+        make_net, make_head = training.factories(tasks)
         times = timing.time_steps(
             make_net, make_head, tasks[0],
-            batch_size=BATCH_SIZE, backend=args.backend, device=args.device,
+            batch_size=training.BATCH_SIZE, backend=args.backend, device=args.device,
         )  # fmt: skip
     except (Exception, KeyboardInterrupt) as error:
         if runs:
@@ -86,13 +74,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 130  # as a shell has it
         raise
-    result = _result(args, runs, times)
+    result = _result(settings, seeds, runs, {**times, "workers": workers})
     # first of all: what follows may fail, and the results are there then
-    written = results.write(result, runs["lasem"])
+    written = results.write(result, runs[seeds[0]]["lasem"])
 
-    console.print(_task_table(runs["lasem"]))
-    console.print(_method_table(result["comparison"]))
-    console.print(_timing_lines(runs, times))
+    console.print(tables.task_table(runs[seeds[0]]["lasem"]))
+    console.print(tables.method_table(result["comparison"]))
+    console.print(verdict(result["comparison"]), highlight=False)
+    console.print(tables.timing_lines(runs, result["timing"]))
     console.print(written.message, markup=False, highlight=False)
     return written.status
 
@@ -100,9 +89,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Train on a sequence of small, diverse image tasks three times: LASEM, "
-        "transfer at all stages, no transfer. On one machine the same options and seed give the "
-        "same results, whatever else it does, unless LASEM_FAST_CHOICES=measure asks for timing.",
+        description="Train on sequences of small, diverse image tasks, one for every seed, three "
+        "times each: LASEM, transfer at all stages, no transfer. On one machine the same options "
+        "and seeds give the same results, whatever else it does and however many workers there "
+        "are, unless LASEM_FAST_CHOICES=measure asks for timing.",
     )
     add = parser.add_argument
     add("--data", choices=("digits", "fashion-mnist"), default="digits",
@@ -112,172 +102,106 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "--seed",
         type=arguments.seed,
         default=0,
-        help="of tasks, weights and mini-batches (default 0)",
+        help="the first one, of tasks, weights and mini-batches (default 0)",
     )
+    add("--seeds", type=arguments.positive, metavar="N",
+        help=f"how many, counted on from --seed (default {FULL['seeds']})")  # fmt: skip
     add("--tasks", type=arguments.positive, help=f"default {FULL['tasks']}")
     add("--epochs", type=arguments.positive, help=f"per task (default {FULL['epochs']})")
     add("--quick", action="store_true",
-        help=f"{QUICK['tasks']} tasks of {QUICK['epochs']} epochs: does it run?")  # fmt: skip
+        help=f"one seed, {QUICK['tasks']} tasks of {QUICK['epochs']} epochs: does it run?"
+    )  # fmt: skip
     add("--out", type=Path, default=Path("demo-run"), metavar="DIR", help="default demo-run/")
     add("--device", type=arguments.device, default="cpu", help="a PyTorch device (default cpu)")
     add("--backend", default="auto", help="of the EM step (default auto)")
     add("--threads", type=arguments.threads, default=1,
-        help="CPU threads; the net is too small to gain from more than the default 1")  # fmt: skip
+        help="CPU threads of a run; the net is too small to gain from more than the default 1"
+    )  # fmt: skip
+    add("--workers", type=arguments.positive, metavar="N",
+        help="runs at a time (default: one per seed, as far as there are CPUs; 1 on a GPU)"
+    )  # fmt: skip
     return parser
 
 
-def _images(args: argparse.Namespace) -> data.Images:
-    if args.data == "digits":
-        if args.root is not None:
-            raise ValueError("--root: expected only together with --data fashion-mnist")
-        return data.digits(args.seed)
-    if args.root is None:
-        raise ValueError("--data fashion-mnist needs --root, the folder of its four idx files")
-    return data.fashion_mnist(args.root, args.seed)
-
-
-def _check_backend(args: argparse.Namespace, make_net: Callable[[], TransferNet]) -> None:
-    """Raises ``ValueError`` before anything is trained; LASEM's own words say what is wrong."""
-    try:
-        LASEM(make_net(), backend=args.backend)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
-
-
-def _factories(side: int) -> tuple[Callable[[], TransferNet], Callable[[Task], nn.Module]]:
-    return (
-        lambda: TransferNet(model.make_stages(side)),
-        lambda task: model.make_head(task.n_classes, side),
-    )
+def _workers(args: argparse.Namespace) -> int:
+    """How many processes train; never more than there are runs."""
+    if args.workers is not None:
+        return min(args.workers, args.seeds * len(METHODS))
+    if torch.device(args.device).type != "cpu":
+        return 1
+    # those that this process may use
+    return max(1, min(args.seeds, joblib.cpu_count() // args.threads))
 
 
 def _progress_bar(console: Console) -> ProgressBar:
     return ProgressBar(
-        TextColumn("{task.description:14}"),
-        BarColumn(bar_width=20),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=8),
         TextColumn("{task.fields[where]}"),
         TimeElapsedColumn(),
         console=console,
     )
 
 
-def _reporter(bar: ProgressBar, method: str, total: int) -> Callable[[Progress], None]:
-    row = bar.add_task(METHOD_NAMES[method], total=total, where="")
+class _Shown:
+    """The progress bar: how many of the runs have ended, and where the present one is if known."""
 
-    def report(now: Progress) -> None:
-        where = f"task {now.task_number}/{now.n_tasks} epoch {now.epoch}/{now.epochs} {now.label}"
-        bar.update(row, advance=1, where=where)
+    def __init__(self, bar: ProgressBar, total: int, workers: int) -> None:
+        self._bar, self._total, self._ended = bar, total, 0
+        where = f"{workers} at a time" if workers > 1 else ""
+        self._row = bar.add_task(self._counted(), total=total, where=where)
 
-    return report
+    def epoch(self, seed: int, now: Progress) -> None:
+        """An epoch of a run in this process."""
+        done = ((now.task_number - 1) * now.epochs + now.epoch) / (now.n_tasks * now.epochs)
+        where = f"{METHOD_NAMES[now.method]}, seed {seed}, task {now.task_number}/{now.n_tasks}"
+        where += f", epoch {now.epoch}/{now.epochs}"
+        self._bar.update(self._row, completed=self._ended + done, where=where)
+
+    def ended(self) -> None:
+        """A run."""
+        self._ended += 1
+        self._bar.update(self._row, completed=self._ended, description=self._counted())
+
+    def _counted(self) -> str:
+        return f"{self._ended} of {self._total} runs"
 
 
 def _result(
-    args: argparse.Namespace, runs: dict[str, RunRecord], times: dict[str, Any]
+    settings: Settings,
+    seeds: Sequence[int],
+    runs: dict[int, dict[str, RunRecord]],
+    times: dict[str, Any],
 ) -> dict[str, Any]:
     """All that is written down. Wall-clock times are under "timing" and "seconds" only."""
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "root", "quick")}
-    settings = {"batch_size": BATCH_SIZE, "optimizer": "Adam", "learning_rate": LEARNING_RATE}
+    config = {k: v for k, v in vars(settings).items() if k != "root"}
+    options = {
+        "batch_size": training.BATCH_SIZE,
+        "optimizer": "Adam",
+        "learning_rate": training.LEARNING_RATE,
+    }
     versions = {
         "lasem_fast": lasem_fast.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    comparison = {
-        method: {
-            **run.summary(),
-            "gain_over_no_transfer": _gain(run, runs.get("none")),
-            "parameters": run.parameters,
-        }
-        for method, run in runs.items()
+    # in this order whatever the order in which they ended
+    ordered = {
+        seed: {method: runs[seed][method] for method in METHODS if method in runs[seed]}
+        for seed in seeds
+        if seed in runs
     }
     return {
-        "config": {**config, **settings},
+        "config": {**config, "seeds": list(seeds), **options},
         "versions": versions,
-        "comparison": comparison,
-        "runs": {method: run.to_dict() for method, run in runs.items()},
+        "comparison": compare(ordered),
+        "runs": {
+            str(seed): {method: run.to_dict() for method, run in of_seed.items()}
+            for seed, of_seed in ordered.items()
+        },
         "timing": times,
     }
-
-
-def _gain(run: RunRecord, alone: RunRecord | None) -> float | None:
-    """None for one task, and before both runs have ended."""
-    if alone is None or len(run.tasks) != len(alone.tasks):
-        return None
-    gain = metrics.gain(run.accuracy_matrix(), alone.accuracy_matrix().diagonal())
-    return gain if gain == gain else None
-
-
-def _task_table(run: RunRecord) -> Table:
-    table = Table(
-        title="LASEM, task by task",
-        caption="Test accuracy in %. Peak: at the best validation epoch. Ratio: after the last "
-        "task / after the task's own training.",
-        **_TABLE,
-    )
-    table.add_column("task")
-    table.add_column("classes, transformation, noise")
-    table.add_column("shared\nstages", justify="center")
-    for heading in ("peak", "after\nlast", "forgetting\nratio"):
-        table.add_column(heading, justify="right")
-    R = run.accuracy_matrix()
-    for task, learnt, final in zip(run.tasks, R.diagonal(), R[-1], strict=True):
-        table.add_row(
-            task.name, task.note, task.label, _percent(task.peak), _percent(final),
-            _ratio(final / learnt if learnt > 0 else None),
-        )  # fmt: skip
-    return table
-
-
-def _method_table(comparison: dict[str, dict[str, float | None]]) -> Table:
-    table = Table(
-        title="The three methods, means over the tasks",
-        caption="While learning: mean over the task's own epochs. Forgetting ratio: after the "
-        "last task / after the task's own training, and / peak. Parameters: of all tasks, heads "
-        "included.",
-        **_TABLE,
-    )
-    table.add_column("method")
-    for heading in (
-        "peak", "while\nlearning", "after\nlast", "forgetting\nratio", "(/ peak)",
-        "parameters\nkept",
-    ):  # fmt: skip
-        table.add_column(heading, justify="right")
-    for method, row in comparison.items():
-        table.add_row(
-            METHOD_NAMES[method],
-            _percent(row["peak_accuracy"]),
-            _percent(row["learning_curve_area"]),
-            _percent(row["average_accuracy"]),
-            _ratio(row["forgetting_ratio_to_end"]),
-            _ratio(row["forgetting_ratio_to_peak"]),
-            f"{row['parameters']:,}",
-        )
-    return table
-
-
-def _timing_lines(runs: dict[str, RunRecord], times: dict[str, Any]) -> str:
-    ms = times["milliseconds"]
-    n_configs = len(runs["lasem"].configurations)
-    trained = ", ".join(
-        f"{METHOD_NAMES[method]} {run.seconds['train']:.1f} s" for method, run in runs.items()
-    )
-    return (
-        f"One EM step over {n_configs} configurations (backend {times['backend']}, mini-batch of "
-        f"{times['batch_size']}): {ms['em']:.1f} ms\n"
-        f"  the naive loop: {ms['naive']:.1f} ms ({ms['naive'] / ms['em']:.1f} x as long)\n"
-        f"  one plain training step: {ms['plain']:.1f} ms (EM takes "
-        f"{ms['em'] / ms['plain']:.1f} x as long)\n"
-        f"Training only: {trained}"
-    )
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 if __name__ == "__main__":
