@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from test_cpu_kernels import relative
 from torch import nn
 
-from lasem_fast.backends import cpu_head
+from lasem_fast.backends import cpu_head, plain_torch
 from lasem_fast.backends import cpu_ops as ops
+from lasem_fast.backends.head_front import head_front
 from lasem_fast.levels.fold import RowsFirst
 
 pytestmark = pytest.mark.skipif(not ops.supported(), reason=ops.why_unsupported())
@@ -239,3 +240,54 @@ def test_other_heads_are_left_to_pytorch():
     assert cpu_head.linear_head(good, h, 2) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert cpu_head.linear_head(good.float(), h, 2) is None
+
+
+@pytest.mark.parametrize("where", [cpu_head.linear_head, plain_torch.channels_last_head])
+def test_dropout_before_the_linear_layer_drops_what_pytorch_would(where):
+    head = nn.Sequential(
+        nn.Flatten(), nn.Identity(), nn.Dropout(0.3), nn.Linear(30, 7), nn.ReLU(), nn.Linear(7, 4)
+    )
+    h, _ = leaves_of(8, 3, 2, 3, 5)
+    h.data.requires_grad_()
+    found, states = [], []
+    for run in (
+        lambda: where(head, h, 8).unflatten(0, (8, 3)),
+        lambda: head(h.folded()).unflatten(0, (3, 8)).transpose(0, 1),
+    ):
+        torch.manual_seed(5)
+        logits = run()
+        states.append(torch.get_rng_state())
+        grads = torch.autograd.grad(logits.square().sum(), [h.data, *head.parameters()])
+        found.append((logits, *grads))
+    assert torch.equal(*states)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_overflowed_and_is_dropped_is_zero():
+    h, _ = leaves_of(8, 3, 2, 3, 5)
+    front = head_front(nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(30, 7)), h, 8)
+    h.data.fill_(torch.inf)
+    images = front.images()
+    assert set(images.unique().tolist()) == {0.0, torch.inf}
+
+
+def test_a_head_that_is_refused_has_drawn_nothing():
+    head = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(20, 4))
+    h, _ = leaves_of(2, 3, 2, 2, 5)
+    others = (
+        nn.Sequential(nn.Flatten(), nn.Dropout(1.0), nn.Linear(20, 4)),
+        nn.Sequential(nn.Flatten(), nn.AlphaDropout(0.3), nn.Linear(20, 4)),
+        nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.ReLU(), nn.Linear(20, 4)),
+        nn.Sequential(nn.Dropout(0.3), nn.Flatten(), nn.Linear(20, 4)),
+    )
+    before = torch.get_rng_state()
+    assert cpu_head.linear_head(head.double(), RowsFirst(h.data.double()), 2) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cpu_head.linear_head(head.float(), h, 2) is None
+    for other in others:
+        assert cpu_head.linear_head(other, h, 2) is None
+    assert torch.equal(torch.get_rng_state(), before)
+    head.eval()
+    assert cpu_head.linear_head(head, h, 2) is not None
+    assert torch.equal(torch.get_rng_state(), before)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.backends import cpu_ops
-from lasem_fast.levels.fold import Fold, RowsFirst
-from lasem_fast.networks.layers import flatten_then_linear
+from lasem_fast.backends.head_front import head_front
+from lasem_fast.levels.fold import Fold
 
 
 def linear_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
-    """A head that flattens images and goes on with a linear layer, in float32 on the CPU.
+    """A head that flattens images, may drop from them and goes on with a linear layer, in float32.
 
     Args:
         head: a task's head.
@@ -22,17 +22,14 @@ def linear_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
         The logits ``[P * N, K]``, rows outermost; None for any other head, form, device or dtype,
         and where the weight is the larger one: then putting it into order costs too much.
     """
-    if not isinstance(h, RowsFirst) or h.data.dim() != 5 or not flatten_then_linear(head):
+    front = head_front(head, h, rows)
+    if front is None or torch.is_autocast_enabled("cpu"):
         return None
-    x, linear = h.data.flatten(2, 3).flatten(0, 1), head[1]
-    weight, bias = linear.weight, linear.bias
-    if linear.in_features != x.shape[1] * x.shape[2] or linear.out_features > x.shape[0]:
+    linear = front.linear
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (front.data, linear.weight)):
         return None
-    if torch.is_autocast_enabled("cpu"):
-        return None
-    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (x, weight)):
-        return None
+    weight, bias = front.weight(), linear.bias
     if bias is None:
         bias = weight.new_zeros(linear.out_features)
-    logits = cpu_ops.channels_last_linear(x.contiguous(), weight.contiguous(), bias.contiguous())
-    return head[2:](logits)
+    x = front.images().contiguous()
+    return front.go_on(cpu_ops.channels_last_linear(x, weight.contiguous(), bias.contiguous()))

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lasem_fast.backends.followed_core import Places, followed, follows
+from lasem_fast.backends.head_front import head_front
 from lasem_fast.backends.operations import Layer, Skip
-from lasem_fast.levels.fold import Fold, RowsFirst, folded, index_tensor
+from lasem_fast.levels.fold import Fold, folded, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness, passed_over
-from lasem_fast.networks.layers import PlainStage, flatten_then_linear, plain_stage, same_form
+from lasem_fast.networks.layers import PlainStage, plain_stage, same_form
 from lasem_fast.networks.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
@@ -205,12 +206,10 @@ def channels_last_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
         The logits ``[P * N, K]``, rows outermost; None for any other head or form, and where the
         weight is the larger one.
     """
-    if not isinstance(h, RowsFirst) or h.data.dim() != 5 or not flatten_then_linear(head):
+    front = head_front(head, h, rows)
+    if front is None:
         return None
-    samples, height, width, channels = h.data.shape[1:]
-    linear = head[1]
-    if linear.in_features != height * width * channels or linear.out_features > rows * samples:
-        return None
-    weight = linear.weight.unflatten(1, (channels, height * width)).transpose(1, 2).flatten(1)
-    logits = F.linear(h.data.flatten(2).flatten(0, 1), weight, linear.bias)
-    return head[2:](logits)
+    images = front.images()
+    pixels, channels = images.shape[1:]
+    weight = front.weight().unflatten(1, (channels, pixels)).transpose(1, 2).flatten(1)
+    return front.go_on(F.linear(images.flatten(1), weight, front.linear.bias))

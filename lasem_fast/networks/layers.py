@@ -83,20 +83,6 @@ def plain_stage(module: nn.Module) -> PlainStage | None:
     return PlainStage(before, name, core, after)
 
 
-def flatten_then_linear(module: nn.Module) -> bool:
-    """Whether a module flattens every sample, applies a linear layer and may go on from there."""
-    if type(module) is not nn.Sequential or has_hooks(module) or len(module) < 2:
-        return False
-    flatten, linear = module[0], module[1]
-    return (
-        type(flatten) is nn.Flatten
-        and (flatten.start_dim, flatten.end_dim) == (1, -1)
-        and type(linear) is nn.Linear
-        and not has_hooks(flatten)
-        and not has_hooks(linear)
-    )
-
-
 def same_form(a: PlainStage, b: PlainStage | None) -> bool:
     """Whether two plain stages differ in their weights alone, whatever the weights' shapes."""
     if b is None:
