@@ -13,6 +13,7 @@ from oracle import assert_equals, assert_step_equals, brute_force
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.backends import cpu_ops
 
 
 @pytest.mark.parametrize("groups", [None, [1, 2]])
@@ -51,6 +52,36 @@ def test_compiles_with_inductor():
     x, y = batch()
     truth = brute_force(net, em.space.bits, x, y, "a")
     assert_step_equals(net, torch.compile(em, fullgraph=True)(x, y, task="a"), truth)
+
+
+@pytest.mark.skipif(not cpu_ops.supported(), reason=cpu_ops.why_unsupported())
+@pytest.mark.parametrize("side", [8, 9])
+def test_the_cpp_kernels_compile_without_graph_breaks(side):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = lf.TransferNet(
+        [
+            nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        ]
+    )
+    classes = nn.Linear(5 * (side // 2) ** 2, 4)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Dropout(0.3), classes))
+    em = lf.LASEM(net, backend="cpp")
+    compiled = torch.compile(em, fullgraph=True, backend="aot_eager")
+    x, y = torch.randn(7, 3, side, side), torch.randint(4, (7,))
+    found = []
+    for step in (em, compiled):
+        torch.manual_seed(1)
+        net.zero_grad()
+        result = step(x, y, "a", posterior=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        result.loss.backward()
+        found.append([result.loss, *(p.grad.clone() for p in net.parameters())])
+        em.eval()
+        found[-1] += step(x, y, "a")[1:4]
+        em.train()
+    for eager, traced in zip(*found, strict=True):
+        torch.testing.assert_close(traced, eager)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

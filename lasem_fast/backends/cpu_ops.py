@@ -7,8 +7,6 @@ it; then :func:`supported` is false, :func:`why_unsupported` says why, and the o
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -247,8 +245,11 @@ def fewest_products(conv_size: tuple[int, int], filter_size: int) -> int:
     """
     if filter_size == 5:
         return 2
-    tiles = {m: math.prod(-(-n // m) * (m + filter_size - 1) for n in conv_size) for m in (2, 3, 4)}
-    return min(tiles, key=tiles.__getitem__)
+    height, width = conv_size
+    products = {}
+    for m in (2, 3, 4):
+        products[m] = -(-height // m) * -(-width // m) * (m + filter_size - 1) ** 2
+    return min(products, key=products.__getitem__)
 
 
 def winograd_level(
