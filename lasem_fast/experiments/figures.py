@@ -61,8 +61,10 @@ def _static_configurations(experiments: Sequence[Experiment]) -> Figure | None:
         names = [_configuration(m) for m in static]
         _with_intervals(axis, range(len(static)), static, _STYLES[0], "static configuration")
         _line(axis, experiment.lasem(transfer), _RED, "--", "LASEM")
-        brute = experiment.of_kind("brute-force", transfer)
-        _line(axis, brute[0] if brute else None, _GREEN, "-.", "brute force")
+        for brute in experiment.of_kind("brute-force", transfer)[:1]:
+            whole = brute.n_tasks == static[0].n_tasks
+            label = "brute force" if whole else f"brute force, first {brute.n_tasks} tasks"
+            _line(axis, brute, _GREEN, "-.", label)
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axis.set_title(f"{experiment.name}, {transfer}", fontsize=10)
         axis.set_ylabel("peak per-task accuracy, %")
