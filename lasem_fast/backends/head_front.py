@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.levels.fold import Fold, RowsFirst
-from lasem_fast.networks.layers import has_hooks
+from lasem_fast.networks.layers import does_nothing, flattens_samples, has_hooks
 
 
 class HeadFront(NamedTuple):
@@ -59,8 +59,8 @@ def head_front(head: nn.Module, h: Fold, rows: int) -> HeadFront | None:
         return None
     if type(head) is not nn.Sequential or has_hooks(head):
         return None
-    layers = [layer for layer in head if not _does_nothing(layer)]
-    if not layers or not _flattens(layers[0]):
+    layers = [layer for layer in head if has_hooks(layer) or not does_nothing(layer)]
+    if not layers or not flattens_samples(layers[0]) or has_hooks(layers[0]):
         return None
     dropout = layers.pop(1) if len(layers) > 1 and type(layers[1]) is nn.Dropout else None
     if len(layers) < 2 or type(layers[1]) is not nn.Linear or has_hooks(layers[1]):
@@ -73,16 +73,6 @@ def head_front(head: nn.Module, h: Fold, rows: int) -> HeadFront | None:
     return HeadFront(h.data, 0.0 if dropout is None else dropout.p, linear, layers[2:])
 
 
-def _does_nothing(layer: nn.Module) -> bool:
-    off = type(layer) is nn.Dropout and not (layer.training and layer.p > 0)
-    return (off or type(layer) is nn.Identity) and not has_hooks(layer)
-
-
-def _flattens(layer: nn.Module) -> bool:
-    sample = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
-    return sample and not has_hooks(layer)
-
-
 def _draws_alike(dropout: nn.Dropout, data: Tensor) -> bool:
     """Whether PyTorch draws the dropout's mask from the same numbers as :func:`_dropped`."""
     return data.device.type == "cpu" and dropout.p < 1 and not has_hooks(dropout)
@@ -92,6 +82,7 @@ def _dropped(data: Tensor, p: float) -> Tensor:
     """What PyTorch's dropout of the folded batch, samples outermost, leaves; not scaled."""
     rows, samples, height, width, channels = data.shape
     size = samples, rows, channels, height, width
-    dropped = torch.empty(size, dtype=torch.bool).bernoulli_(1 - p).logical_not_()
+    kept = torch.empty(size, dtype=torch.bool, device=data.device).bernoulli_(1 - p)
+    dropped = kept.logical_not_().permute(1, 0, 3, 4, 2).contiguous()
     # filled, not multiplied: what overflowed and is dropped is 0
-    return data.masked_fill(dropped.permute(1, 0, 3, 4, 2).contiguous(), 0)
+    return data.masked_fill(dropped, 0)

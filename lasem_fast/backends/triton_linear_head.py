@@ -15,7 +15,7 @@ from lasem_fast.levels.fold import Fold, RowsFirst, folded
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
 from lasem_fast.levels.row_liveness import Liveness
-from lasem_fast.networks.layers import has_hooks, is_random
+from lasem_fast.networks.layers import does_nothing, flattens_samples, has_hooks
 
 
 class _Step(NamedTuple):
@@ -54,8 +54,8 @@ def _run(head: nn.Module, h: Fold, rows: int, *, pair: bool) -> Tensor | None:
     layers = list(head) if type(head) is nn.Sequential else [head]
     if any(has_hooks(layer) for layer in (head, *layers)):
         return None
-    layers = [layer for layer in layers if not _does_nothing(layer)]
-    flat = bool(layers) and _flattens(layers[0])
+    layers = [layer for layer in layers if not does_nothing(layer)]
+    flat = bool(layers) and flattens_samples(layers[0])
     steps = _linear_steps(layers[1:] if flat else layers)
     if not steps or (pair and not any(step.drop for step in steps)):
         return None
@@ -80,16 +80,6 @@ def _run(head: nn.Module, h: Fold, rows: int, *, pair: bool) -> Tensor | None:
         if x is None:
             return None
     return x.flatten(0, 1)
-
-
-def _does_nothing(layer: nn.Module) -> bool:
-    return type(layer) is nn.Identity or (
-        type(layer) is nn.Dropout and not (layer.training and is_random(layer))
-    )
-
-
-def _flattens(layer: nn.Module) -> bool:
-    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _linear_steps(layers: list[nn.Module]) -> list[_Step]:

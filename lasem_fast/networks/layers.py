@@ -76,11 +76,22 @@ def plain_stage(module: nn.Module) -> PlainStage | None:
         return None
     spatial = _CONVOLUTIONS.get(type(core), 0)
     for child in after:
-        if type(child) is nn.Flatten and (child.start_dim, child.end_dim) == (1, -1):
+        if flattens_samples(child):
             spatial = 0  # what was one channel is one run of features from here on
         elif type(child) not in _BEHIND[spatial] or _setting(child, "return_indices", False):
             return None
     return PlainStage(before, name, core, after)
+
+
+def flattens_samples(layer: nn.Module) -> bool:
+    """Whether a layer makes one vector of every sample; hooks are not looked at."""
+    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
+def does_nothing(layer: nn.Module) -> bool:
+    """Whether a layer is the identity in its present mode; hooks are not looked at."""
+    off = type(layer) is nn.Dropout and not (layer.training and is_random(layer))
+    return off or type(layer) is nn.Identity
 
 
 def same_form(a: PlainStage, b: PlainStage | None) -> bool:

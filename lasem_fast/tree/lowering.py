@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lasem_fast.levels.relu_and_pool import Pool, max_pool, relu_and_pool
-from lasem_fast.networks.layers import has_hooks, is_random, plain_stage, same_settings
+from lasem_fast.networks.layers import (
+    flattens_samples,
+    has_hooks,
+    is_random,
+    plain_stage,
+    same_settings,
+)
 from lasem_fast.networks.skip_layer import SkipLayer
 
 _CORES = (nn.Conv2d, nn.Linear)
@@ -160,16 +166,12 @@ def _plain(module: nn.Module) -> Program | None:
         return None
     before = [layer for layer in stage.before if type(layer) is not nn.Identity]
     flatten = bool(before)
-    if flatten and not (len(before) == 1 and _flattens(before[0])):
+    if flatten and not (len(before) == 1 and flattens_samples(before[0])):
         return None
     if flatten and type(stage.core) is not nn.Linear:
         return None
     layer = FusedLayer(stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool)
     return Program(1, (layer,), (1,))
-
-
-def _flattens(layer: nn.Module) -> bool:
-    return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
 
 
 def _skip_layer(module: SkipLayer) -> Program | str:
@@ -292,7 +294,7 @@ class _Builder:
             self._pool(node, max_pool(layer))
         elif type(layer) is nn.Identity or (is_random(layer) and not layer.training):
             self._same(node)
-        elif _flattens(layer):
+        elif flattens_samples(layer):
             self._flatten(node)
         elif is_random(layer):
             raise _Refused(f"{type(layer).__name__} draws random numbers in training mode")
