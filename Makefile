@@ -9,7 +9,7 @@ RESULTS ?= bench/results
 KEEP_MEMORY = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 BENCH = $(BIN)/python -m pytest bench --benchmark-only --benchmark-quiet $(ARGS)
 
-.PHONY: demo test test-library test-experiments test-interpreter test-ahead-of-time test-ptx lint sanitize bench bench-full clean
+.PHONY: demo test test-library test-experiments test-interpreter test-ahead-of-time test-ptx test-avx512 lint sanitize bench bench-full clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m lasem_fast demo $(ARGS)
@@ -67,6 +67,15 @@ sanitize: $(VENV)/.ready
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=build/sanitized $(BIN)/pytest -o pythonpath=tests \
 	--deselect tests/test_cpu_kernels.py::test_memory_of_outputs_is_used_again_and_given_back \
+	tests/test_cpu_kernels.py tests/test_level_rows.py tests/test_cpu_level.py \
+	tests/test_channels_last_linear.py $(ARGS)
+
+# The float32 kernels' AVX-512 forms on a CPU with AVX2 alone, instruction by instruction in SIMDe
+# (Debian: libsimde-dev).
+test-avx512: $(VENV)/.ready
+	CFLAGS="-mavx2 -mfma -DLASEM_EMULATE_AVX512 -I$(CURDIR)/tests/emulation" LASEM_FAST_REQUIRE_EXT=1 \
+	$(BIN)/python setup.py --quiet build --build-lib build/emulated --build-temp build/emulated-objects
+	LASEM_FAST_CPU_ISA=avx512 PYTHONPATH=build/emulated $(BIN)/pytest -o pythonpath=tests \
 	tests/test_cpu_kernels.py tests/test_level_rows.py tests/test_cpu_level.py \
 	tests/test_channels_last_linear.py $(ARGS)
 

@@ -1,6 +1,6 @@
 """What every kernel of a training step should take on a GPU, beside what it took.
 
-    python -m bench.model [--row TEXT ...] [--results FILE] [--kernels] [ceilings]
+    python -m bench.model [--row TEXT ...] [--results FILE] [--kernels] [--boxes] [ceilings]
 
 Needs no GPU: launches are recorded on the CPU, compiled for sm_90 (minutes the first time) and
 timed by the formulas of :mod:`bench.time_model`. ``FILE`` is ``bench.json`` of ``bench/on_gpu.sh``:
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--row", action="append", help="only rows whose name contains this")
     parser.add_argument("--results", type=Path, help="bench.json of bench/on_gpu.sh")
     parser.add_argument("--kernels", action="store_true", help="a line for every kernel")
+    parser.add_argument("--boxes", action="store_true", help="levels that read boxes (TMA)")
     for name, default in Ceilings()._asdict().items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"({default})")
     options = parser.parse_args(arguments)
@@ -43,12 +44,14 @@ def main(arguments: list[str] | None = None) -> None:
     results = json.loads(options.results.read_text()) if options.results else {}
     cases = [c for c in gpu("cuda") if not options.row or any(part in c.id for part in options.row)]
     for case in cases:
-        report(case, ceilings, results, options.kernels)
+        report(case, ceilings, results, options.kernels, options.boxes)
 
 
-def report(case: Case, ceilings: Ceilings, results: dict[str, Any], kernels: bool) -> None:
+def report(
+    case: Case, ceilings: Ceilings, results: dict[str, Any], kernels: bool, boxes: bool
+) -> None:
     """Prints what a row should take and, where that is known, what it took."""
-    launches, others = step_launches(case)
+    launches, others = step_launches(case, boxes)
     forms = [specialised(launch) for launch in launches]
     found = [
         predict(launch, machine_code(form, _CAPABILITY), ceilings)
@@ -73,18 +76,19 @@ def report(case: Case, ceilings: Ceilings, results: dict[str, Any], kernels: boo
 
 
 _HEADER = (
-    f"{'kernel':24} {'grid':>16} {'tile':>12} {'GFLOP':>7} {'issue':>7} {'tensor':>7} "
+    f"{'kernel':24} {'grid':>16} {'tile':>16} {'GFLOP':>7} {'issue':>7} {'tensor':>7} "
     f"{'L2':>7} {'DRAM':>7} {'us':>7} {'took':>7}"
 )
 
 
 def _line(launch: Launch, found: Prediction, took: float | None) -> str:
     a = launch.arguments
-    tile = "x".join(str(a[size]) for size in ("ROWS", "COLUMNS", "DEPTH") if size in a)
+    sides = ("IMAGES", "BOX_H", "BOX_W", "ROWS", "COLUMNS", "DEPTH")
+    tile = "x".join(str(a[side]) for side in sides if side in a)
     times = (found.issue, found.tensor, found.l2, found.memory, found.total)
     return (
         f"{launch.kernel.__name__.removesuffix('_kernel'):24} "
-        f"{'x'.join(map(str, launch.grid)):>16} {tile:>12} {found.flops / 1e9:7.2f} "
+        f"{'x'.join(map(str, launch.grid)):>16} {tile:>16} {found.flops / 1e9:7.2f} "
         + " ".join(f"{time:7.2f}" for time in times)
         + (f" {'-':>7}" if took is None else f" {took:7.2f}")
     )

@@ -18,8 +18,13 @@ from lasem_fast.em import LASEM
 from lasem_fast.search import dispatch
 
 
-def step_launches(case: Case) -> tuple[list[Launch], Counter[str]]:
+def step_launches(case: Case, boxes: bool = False) -> tuple[list[Launch], Counter[str]]:
     """What a forward and a backward of a row start on a device.
+
+    Args:
+        case: the row.
+        boxes: whether levels read boxes wherever they can, see
+            :class:`lasem_fast.backends.triton_level.BoxLevel`.
 
     Returns:
         The launches of the project's kernels, in order, and how often each of PyTorch's own
@@ -33,6 +38,9 @@ def step_launches(case: Case) -> tuple[list[Launch], Counter[str]]:
         enter(mock.patch.object(triton_level, "_INTERPRETED", True))
         enter(mock.patch.object(triton_scores, "_INTERPRETED", True))
         enter(mock.patch.object(triton_scores, "_looked_at_first", return_value=False))
+        if boxes:
+            levels = triton_level.BoxLevel(), triton_level.TritonLevel()
+            enter(mock.patch.object(dispatch, "_WITHOUT_DEVICE", levels))
         em = LASEM(net, problem.space, backend="triton")
         # on a device nothing waits for a value
         enter(mock.patch.object(em, "_reads_values", return_value=False))

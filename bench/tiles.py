@@ -31,6 +31,7 @@ from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 
+KERNELS = ("forward", "dgrad", "wgrad", "box_forward", "box_dgrad", "box_wgrad")
 PARENTS, SAMPLES, BRANCHES, KERNEL = 2, 3, 2, 3
 # How much further off than PyTorch a kernel may be: its sums are taken in another order.
 SLACK = 2.0
@@ -44,7 +45,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One level; ``kernel`` is the one of the three whose tile is ``tile``."""
+    """One level; ``kernel`` is the one of the family's three whose tile is ``tile``."""
 
     kernel: str
     tile: tuple[int, ...]
@@ -96,7 +97,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _cases(args: argparse.Namespace) -> Iterator[Case]:
     for dtype in args.dtypes:
-        for kernel in ("forward", "dgrad", "wgrad"):
+        for kernel in KERNELS:
             tiles = _tiles(kernel, dtype)
             for tile in tiles[:1] if args.few else tiles:
                 for pool in args.pools:
@@ -108,11 +109,14 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def _module(kernel: str) -> Any:
-    return import_module(f"lasem_fast.kernels.level_{kernel}")
+    family = "" if kernel.startswith("box_") else "level_"
+    return import_module(f"lasem_fast.kernels.{family}{kernel}")
 
 
 def _tiles(kernel: str, dtype: str) -> Sequence[Any]:
     module = _module(kernel)
+    if kernel.startswith("box_"):
+        return module.TILES if dtype in ("bf16", "fp16") else ()
     if dtype == "fp32":
         return module.FMA_TILES
     if dtype == "tf32" and hasattr(module, "TF32_TILES"):
@@ -207,11 +211,12 @@ def _ours(
 ) -> dict[str, Tensor]:
     """Output, code and gradients of the kernels, in memory that was poisoned."""
     leaves = [t.detach().requires_grad_() for t in (x, *weights, *biases)]
-    tiles = Tiles(**{case.kernel: case.tile})
+    tiles = Tiles(**{case.kernel.removeprefix("box_"): case.tile})
     with _poisoned():
         y = level(
             leaves[0], leaves[1 : 1 + BRANCHES], leaves[1 + BRANCHES :], geometry,
             Rows.full(PARENTS, BRANCHES), dtype=dtype, tiles=tiles,
+            boxes=case.kernel.startswith("box_"),
         )  # fmt: skip
         code = y.grad_fn.saved_tensors[2]  # x, skip, code, then the parameters
         gradients = torch.autograd.grad(y, leaves, dy)

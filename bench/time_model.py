@@ -25,6 +25,7 @@ from bench.compiling import Launch
 from bench.sass import MachineCode
 
 _TILED = ("level_forward_kernel", "level_dgrad_kernel", "level_wgrad_kernel")
+_BOXED = ("box_forward_kernel", "box_dgrad_kernel", "box_wgrad_kernel")
 
 
 class Ceilings(NamedTuple):
@@ -95,9 +96,29 @@ def _operand(launch: Launch) -> torch.dtype:
     return arguments.get("y", arguments.get("dy")).dtype
 
 
+def _boxed_work(launch: Launch) -> tuple[float, float, float]:
+    """As :func:`_work`, of kernels that read boxes of 16 bits."""
+    name, a = launch.kernel.__name__, launch.arguments
+    pixels, columns = a["IMAGES"] * a["BOX_H"] * a["BOX_W"], a["COLUMNS"]
+    if name == "box_wgrad_kernel":
+        of_row = _cdiv(a["samples"], a["IMAGES"])
+        of_row *= _cdiv(a["CONV_H"], a["BOX_H"]) * _cdiv(a["CONV_W"], a["BOX_W"])
+        steps = _cdiv(max(a["count0"], a["count1"]) * of_row, launch.grid[2])
+        return steps, 2 * a["ROWS"] * columns * pixels, 2 * pixels * (a["ROWS"] + columns)
+    depth = a["DEPTH"]
+    steps = a["KH"] * a["KW"]
+    if name == "box_forward_kernel":
+        steps *= _cdiv(a["C_IN"], depth)
+    else:
+        steps *= a["BRANCHES"] * _cdiv(a["C_OUT"], depth)
+    return steps, 2 * pixels * columns * depth, 2 * depth * (pixels + columns)
+
+
 def _work(launch: Launch) -> tuple[float, float, float]:
     """Steps of a program, and FLOPs and operands' bytes of a step; zeros without a product."""
     name, a = launch.kernel.__name__, launch.arguments
+    if name in _BOXED:
+        return _boxed_work(launch)
     if name not in _TILED:
         return 0, 0, 0
     rows, columns, depth = a["ROWS"], a["COLUMNS"], a["DEPTH"]
@@ -118,7 +139,8 @@ def _work(launch: Launch) -> tuple[float, float, float]:
 
 def _bytes(launch: Launch) -> int:
     """Of all its tensors, each once."""
-    tensors = [t for t in launch.arguments.values() if isinstance(t, torch.Tensor)]
+    values = [getattr(value, "base", value) for value in launch.arguments.values()]
+    tensors = [t for t in values if isinstance(t, torch.Tensor)]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 

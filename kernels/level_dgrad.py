@@ -74,14 +74,14 @@ def _input_gradient(
     parent = tl.load(entry, mask=inside, other=0).to(index)
     # of dx, computed here because what it is made of would be held in more registers
     dx_offset = (pixel + (parent - slot) * samples * PIXELS) * WIDE_AS
-    row0 = _live_row(entry + 1, inside, live, HAS_LIVE).to(index)
+    row0 = live_row(entry + 1, inside, live, HAS_LIVE).to(index)
     any0 = tl.max(row0, axis=0) >= 0
     image0 = row0 * samples + n  # negative where there is no row
     image1 = image0
     begin = 0
     end = tl.where(any0, TAPS * STEPS, 0)
     if BRANCHES == 2:
-        row1 = _live_row(entry + 2, inside, live, HAS_LIVE).to(index)
+        row1 = live_row(entry + 2, inside, live, HAS_LIVE).to(index)
         any1 = tl.max(row1, axis=0) >= 0
         image1 = row1 * samples + n
         begin = tl.where(any0, 0, TAPS * STEPS)
@@ -136,7 +136,7 @@ def _input_gradient(
 
 
 @triton.jit
-def _live_row(entry, inside, live, HAS_LIVE: tl.constexpr):
+def live_row(entry, inside, live, HAS_LIVE: tl.constexpr):
     """The rows at ``entry``, negative where there is none or it is not live."""
     row = tl.load(entry, mask=inside, other=-1)
     if HAS_LIVE:
@@ -146,7 +146,7 @@ def _live_row(entry, inside, live, HAS_LIVE: tl.constexpr):
 
 
 @triton.jit
-def _skip_gradient(
+def skip_gradient(
     tile, dy, code, by_skip, live, dskip, skips, sharing, samples,
     C_OUT: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
@@ -168,7 +168,7 @@ def _skip_gradient(
     there = inside & (ho < OUT_H) & (wo < OUT_W)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for shared in range(sharing):
-        row = _live_row(entry + shared, there, live, HAS_LIVE).to(index)
+        row = live_row(entry + shared, there, live, HAS_LIVE).to(index)
         at = (((row * samples + n) * OUT_H + ho) * OUT_W + wo) * C_OUT
         read = (row >= 0)[:, None] & used[None, :]
         gradient = tl.load(dy + at[:, None] + column[None, :], mask=read, other=0.0)
@@ -209,7 +209,7 @@ def level_dgrad_kernel(
                 HAS_CODE, HAS_LIVE, HAS_CARRIED, COVERS, PRECISION, WIDE, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
-            _skip_gradient(
+            skip_gradient(
                 tl.program_id(0) - input_tiles, dy, code, by_skip, live, dskip,
                 skips, sharing, samples, C_OUT, CONV_H, CONV_W, OUT_H, OUT_W, POOL, POOL_PAD,
                 SKIP_HAS_CODE, HAS_LIVE, SHUT, WIDE, ROWS, COLUMNS,

@@ -168,11 +168,11 @@ def level_wgrad_kernel(
 
 @triton.jit
 def level_wgrad_sum_kernel(
-    parts, bias_parts, dweight0, dweight1, dbias0, dbias1, splits, d_o, d_c, d_h, d_w,
+    parts, bias_parts, dweight0, dweight1, dbias0, dbias1, splits, bias_splits, d_o, d_c, d_h, d_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias from parts [S, B, Co, KH, KW, C] and bias_parts [S, B, Co]."""
+    """dweight and dbias from parts [S, B, Co, KH, KW, C] and bias_parts [S', B, Co]."""
     SIZE: tl.constexpr = BRANCHES * C_OUT * KH * KW * C_IN
     WEIGHT_BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     block = tl.program_id(0)
@@ -197,7 +197,7 @@ def level_wgrad_sum_kernel(
         inside = at < BRANCHES * C_OUT
         part_at = bias_parts + at
         total = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(splits):
+        for _ in range(bias_splits):
             total += tl.load(part_at, mask=inside, other=0.0)
             part_at += BRANCHES * C_OUT
         dbias = tl.where(at // C_OUT == 1, dbias1, dbias0) + at % C_OUT
@@ -257,7 +257,7 @@ def level_wgrad(
     # the largest tile that fits: the splits fill the GPU
     tile = tile or candidates(rows, x, weights, geometry, dy.dtype, tf32)[0]
     column_tiles = len(weights) * cdiv(columns, tile.columns)
-    splits = _splits(tile, cdiv(lines, tile.rows) * column_tiles, pixels)
+    splits = splits_of(cdiv(lines, tile.rows) * column_tiles, pixels // tile.depth)
     channels_out, channels, kh, kw = weights[0].shape
     shape = {
         "BRANCHES": len(weights), "C_IN": channels, "C_OUT": channels_out, "KH": kh, "KW": kw,
@@ -294,14 +294,31 @@ def level_wgrad(
             num_warps=tile.warps, num_stages=tile.stages, **shape,
         )  # fmt: skip
         if splits > 1:
-            total = len(weights) * columns
-            blocks = cdiv(total * lines, SUM_BLOCK) + (cdiv(total, SUM_BLOCK) if biases else 0)
-            dbias = dbiases or dweights  # the latter is never written
-            level_wgrad_sum_kernel[blocks,](
-                parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
-                splits, *dweights[0].stride(), BLOCK=SUM_BLOCK, num_warps=4, **shape,
-            )  # fmt: skip
+            sum_parts(parts, bias_parts, dweights, dbiases)
     return dweights, dbiases
+
+
+def sum_parts(
+    parts: Tensor, bias_parts: Tensor, dweights: list[Tensor], dbiases: list[Tensor]
+) -> None:
+    """Adds up parts into gradients, in their order: one launch.
+
+    Args:
+        parts: ``[S, B, Co, KH, KW, C]``, float32, contiguous.
+        bias_parts: ``[S', B, Co]``, float32, contiguous; not read without biases.
+        dweights: one ``[Co, C, KH, KW]`` per branch, of one layout; written.
+        dbiases: one contiguous ``[Co]`` per branch, or none; written.
+    """
+    splits, branches, channels_out, kh, kw, channels = parts.shape
+    blocks = cdiv(parts[0].numel(), SUM_BLOCK)
+    blocks += cdiv(branches * channels_out, SUM_BLOCK) if dbiases else 0
+    dbias = dbiases or dweights  # the latter is never written
+    level_wgrad_sum_kernel[blocks,](
+        parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
+        splits, bias_parts.shape[0], *dweights[0].stride(),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw,
+        HAS_BIAS=bool(dbiases), BLOCK=SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 def _product(
@@ -312,13 +329,13 @@ def _product(
     return weights[0][0].numel(), weights[0].shape[0], pixels
 
 
-def _splits(tile: Tile, programs: int, pixels: int) -> int:
-    """In how many parts the sum is cut, none of them very short.
+def splits_of(programs: int, steps: int) -> int:
+    """In how many parts a sum of so many steps is cut, none of them very short.
 
     As many as give every multiprocessor two programs, less where that leaves fewer of them idle at
     the end: the busiest one decides.
     """
-    most = min(cdiv(2 * MULTIPROCESSORS, programs), pixels // (_STEPS * tile.depth))
+    most = min(cdiv(2 * MULTIPROCESSORS, programs), steps // _STEPS)
     return min(
         range(max(1, most), 0, -1), key=lambda n: Fraction(cdiv(n * programs, MULTIPROCESSORS), n)
     )

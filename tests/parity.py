@@ -76,6 +76,9 @@ NETS = {
         27,
         (2, 6, 6),
     ),
+    "runs of 8 channels": SmallNet(
+        lambda: [_conv(3, 8), _conv(8, 16, pool=2), _conv(16, 8, pool=3)], 32, (3, 10, 9)
+    ),
     "tf": SmallNet(lambda: [_conv(2, 3), _conv(3, 4, pool=2)], 36, (2, 6, 6), transfer=_TF),
     "dfcnn": SmallNet(lambda: [_conv(2, 3), _conv(3, 4, pool=2)], 36, (2, 6, 6), transfer="dfcnn"),
 }

@@ -9,6 +9,7 @@ import torch
 import lasem_fast as lf
 from bench import ceilings
 from bench.gate import WrongResult
+from lasem_fast.backends import triton_level
 from lasem_fast.search import dispatch
 
 BACKENDS = ("torch", "cpp", "triton")
@@ -76,6 +77,18 @@ def test_every_layout_on_the_gpu(backend, layout):
     _needs(backend)
     ceilings.set_tf32(False)
     parity.check(backend, parity.problem("pool 2", "fp32", "cuda", layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", ["runs of 8 channels", "residual"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_boxes_on_the_gpu(net, dtype, monkeypatch):
+    _needs("triton")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("boxes need a device of compute capability 9.0")
+    # what it does not take is left to PyTorch
+    monkeypatch.setattr(dispatch, "_ON_GPU", triton_level.BoxLevel())
+    parity.check("triton", parity.problem(net, dtype, "cuda"))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,9 @@ from torch import nn
 
 import lasem_fast as lf
 from bench.cases import TASK
+from lasem_fast.backends import triton_level
 from lasem_fast.capture import CapturedStep
+from lasem_fast.search import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -70,6 +72,16 @@ def _assert_same_training(captured, em, optimizer, drawn, turns=6, change=lambda
     for (name, a), b in zip(em.net.named_parameters(), plain_em.net.parameters(), strict=True):
         assert torch.equal(a, b), name
     assert torch.equal(em.prior(TASK), plain_em.prior(TASK))
+
+
+def test_replay_in_boxes_is_the_plain_loop(monkeypatch):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("boxes need a device of compute capability 9.0")
+    monkeypatch.setattr(dispatch, "_ON_GPU", triton_level.BoxLevel())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        em, opt, drawn = _made("triton", net="runs of 8 channels")
+        captured = lf.capture(em, opt, drawn.x, drawn.y, TASK, strict=True)
+        _assert_same_training(captured, em, opt, drawn)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -26,10 +26,14 @@ const Isa kBadChoice = {"", nullptr,
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+#if defined(LASEM_EMULATE_AVX512)
+bool has_avx512() { return has_avx2(); }
+#else
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+#endif
 
 const Isa* find(const char* name) {
   if (std::strcmp(name, kAvx512.name) == 0 && has_avx512()) return &kAvx512;

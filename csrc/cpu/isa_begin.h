@@ -8,7 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(LASEM_ISA_AVX512)
+#if defined(LASEM_ISA_AVX512) && defined(LASEM_EMULATE_AVX512)  // make test-avx512
+#include "emulated_avx512.h"
+#elif defined(LASEM_ISA_AVX512)
 #if defined(__clang__)
 #pragma clang attribute push(                                                        \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), \

@@ -1,4 +1,4 @@
-"""The `triton` backend: stages of convolutions and linear layers, a launch for each."""
+"""The `triton` backend: stages of convolutions and linear layers, in one of two kernel families."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class TritonLevel:
     """
 
     carries = True
+    _boxes = False
 
     def why_not(self, layer: Layer, x: Tensor) -> str:
         if len(layer.weights) > _MOST_BRANCHES:
@@ -72,14 +73,44 @@ class TritonLevel:
             skips = tuple(range(width)) if skip.rows is None else skip.rows
         rows = Rows(level.parents, level.positions, level.width, skips, width)
         carry = carry and images is x
+        dtype = _dtype(x, [*layer.weights, *layer.biases])
+        if self._boxes and not _in_boxes(images, weights, geometry, dtype):
+            return None
         out = run_level(
             images, weights, [bias.contiguous() for bias in layer.biases], geometry, rows,
-            dtype=_dtype(x, [*layer.weights, *layer.biases]), skip=data, liveness=liveness,
-            carry=carry,
+            dtype=dtype, skip=data, liveness=liveness, carry=carry, boxes=self._boxes,
         )  # fmt: skip
         y, carried = out if carry else (out, x)
         y = y.flatten(2) if type(layer.core) is nn.Linear else y
         return (y, carried) if carry else y
+
+
+class BoxLevel(TritonLevel):
+    """The same with operands that are read in boxes (TMA): on sm_90, for products of 16 bits.
+
+    Two launches forward, three with a pool of 3, and at most four backward.
+    """
+
+    _boxes = True
+
+    def why_not(self, layer: Layer, x: Tensor) -> str:
+        if why := super().why_not(layer, x):
+            return why
+        if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+            return f"on {x.device}: boxes need a device of compute capability 9.0"
+        return ""
+
+
+def _in_boxes(
+    x: Tensor, weights: Sequence[Tensor], geometry: Geometry, dtype: torch.dtype | None
+) -> bool:
+    """Whether a level's operands can be read in boxes."""
+    from lasem_fast.kernels import boxes  # and triton with it
+
+    if x.dtype != dtype or (geometry.covers(x.shape, weights[0].shape) and x.shape[2:4] != (1, 1)):
+        return False
+    channels_out, channels = weights[0].shape[:2]
+    return not boxes.why_not(geometry, channels, channels_out, dtype) and boxes.can_read(x)
 
 
 def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasem_fast.backends import second_order
+from lasem_fast.backends import box_level_op, second_order
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,
@@ -193,6 +193,7 @@ class _Call(NamedTuple):
     tiles: Tiles
     branches: int
     carry: bool
+    boxes: bool
 
 
 class _Level(torch.autograd.Function):
@@ -202,11 +203,19 @@ class _Level(torch.autograd.Function):
     def forward(ctx, call, x, skip, *parameters):
         weights, biases = list(parameters[: call.branches]), list(parameters[call.branches :])
         *tables, counts = tables_of(call.rows, call.branches, x.device)
-        y, code = _forward(
-            x, weights, biases, skip, tables, counts, call.geometry, call.dtype, call.tiles.forward
-        )
+        copies = None
+        if call.boxes:
+            _check(x, weights, biases, skip, Tables(*tables, counts), call.geometry, call.dtype)
+            y, code, copies = box_level_op.forward(
+                x, weights, biases, skip, tables, counts, call.geometry, call.tiles.forward
+            )
+        else:
+            y, code = _forward(
+                x, weights, biases, skip, tables, counts, call.geometry, call.dtype,
+                call.tiles.forward,
+            )  # fmt: skip
         # the skip itself is not read again, but gradients of gradients lead to it
-        ctx.save_for_backward(x, skip, code, *parameters)
+        ctx.save_for_backward(x, skip, code, copies, *parameters)
         ctx.call, ctx.tables, ctx.counts = call, tables, counts
         ctx.skip_dtype = None if skip is None else skip.dtype
         ctx.set_materialize_grads(False)
@@ -214,9 +223,8 @@ class _Level(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, carried=None):
-        call, tables, counts = ctx.call, ctx.tables, ctx.counts
-        x, skip, code, *parameters = ctx.saved_tensors
-        weights, biases = parameters[: call.branches], parameters[call.branches :]
+        call = ctx.call
+        x, skip, code, copies, *parameters = ctx.saved_tensors
         grads = [None] * len(parameters)
         if dy is None:
             return None, carried, None, *grads
@@ -231,18 +239,40 @@ class _Level(torch.autograd.Function):
                 dskip = dy
             else:
                 skip_dtype = ctx.skip_dtype
-        if ctx.needs_input_grad[1] or skip_dtype is not None:
-            dx, summed = _dgrad(
-                dy, code, weights, tables, counts, live, carried, x.shape, call.geometry, x.dtype,
-                skip_dtype, call.tiles.dgrad,
-            )  # fmt: skip
-            dskip = dskip if skip_dtype is None else summed
-        if any(ctx.needs_input_grad[3:]):
-            dweights, dbiases = _wgrad(
-                dy, code, x, weights, biases, tables, counts, live, call.geometry, call.tiles.wgrad
-            )
-            grads = [*dweights, *dbiases]
-        return None, dx, dskip, *grads
+        run = _box_backward if call.boxes else _gather_backward
+        dx, summed, gradients = run(ctx, dy, code, copies, x, parameters, live, carried, skip_dtype)
+        dskip = dskip if skip_dtype is None else summed
+        return None, dx, dskip, *(gradients or grads)
+
+
+def _gather_backward(ctx, dy, code, copies, x, parameters, live, carried, skip_dtype):
+    call, tables, counts = ctx.call, ctx.tables, ctx.counts
+    weights, biases = parameters[: call.branches], parameters[call.branches :]
+    dx, dskip, gradients = None, None, []
+    if ctx.needs_input_grad[1] or skip_dtype is not None:
+        dx, dskip = _dgrad(
+            dy, code, weights, tables, counts, live, carried, x.shape, call.geometry, x.dtype,
+            skip_dtype, call.tiles.dgrad,
+        )  # fmt: skip
+    if any(ctx.needs_input_grad[3:]):
+        dweights, dbiases = _wgrad(
+            dy, code, x, weights, biases, tables, counts, live, call.geometry, call.tiles.wgrad
+        )
+        gradients = [*dweights, *dbiases]
+    return dx, dskip, gradients
+
+
+def _box_backward(ctx, dy, code, copies, x, parameters, live, carried, skip_dtype):
+    call = ctx.call
+    weights, biases = parameters[: call.branches], parameters[call.branches :]
+    _check_live(live, dy)
+    needs_dx, needs_dweights = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:])
+    dx, dskip, dweights, dbiases = box_level_op.backward(
+        dy, code, copies, x, weights, biases, ctx.tables, ctx.counts, live, carried, call.geometry,
+        needs_dx, skip_dtype, needs_dweights, call.tiles.dgrad, call.tiles.wgrad,
+    )  # fmt: skip
+    reached = needs_dx or skip_dtype is not None
+    return dx if reached else None, dskip, [*dweights, *dbiases]
 
 
 def _plain_backward(ctx, dy, live, carried, x, skip, code, parameters):
@@ -286,6 +316,7 @@ def level(
     liveness: Liveness | None = None,
     carry: bool = False,
     tiles: Tiles = Tiles(),  # noqa: B008
+    boxes: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One level: ``max_pool2d(relu_after(relu(conv2d(x, weight, bias)) + skip))`` of every row.
 
@@ -302,6 +333,8 @@ def level(
         carry: return ``x`` as well, to be used as a skip further on: its gradient is then added in
             the launch that makes the gradient of ``x``.
         tiles: block sizes, of which every one gives the same sums in another order.
+        boxes: read the operands in boxes: for levels, and an ``x`` of ``dtype``, that
+            :mod:`lasem_fast.kernels.boxes` can read.
 
     Returns:
         ``[R, N, out_h, out_w, Co]``, which is a next level's ``x``; with ``carry`` and ``x``.
@@ -312,5 +345,6 @@ def level(
     if (skip is None) == bool(rows.skips):
         got = "a list without" if skip is not None else "none"
         raise ValueError(f"skip: expected a skip just where rows.skips names its rows, got {got}")
-    call = _Call(rows, geometry, liveness, dtype, tiles, len(weights), carry)
+    boxes = boxes and len(rows) > 0
+    call = _Call(rows, geometry, liveness, dtype, tiles, len(weights), carry, boxes)
     return _Level.apply(call, x, skip, *weights, *biases)

@@ -88,6 +88,7 @@ class DEN(TaskNetMethod):
     """
 
     module: GrowingNet
+    grows = True
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from lasem_fast.lifelong import Method, Phase, Task
 from lasem_fast.lifelong.training import accuracy
 
 _STEPS = 2
+_EPOCHS = 10  # of a brief training
 _IMAGES = 128  # that an evaluation is timed with, at most
 
 
@@ -79,7 +80,9 @@ def _measured(arguments: dict[str, Any], variant: Variant) -> Cost:
         if number in (len(tasks) // 2, len(tasks) - 1):
             found[number] = _at(method, task, arguments)
         else:
-            _added(method, task, arguments)
+            parameters = _added(method, task, arguments)
+            if getattr(method, "grows", False):
+                _train_briefly(method, task, parameters, arguments)
     middle, last = found[len(tasks) // 2], found[len(tasks) - 1]
     # Simpson's rule: a progressive network grows with the square of the tasks
     means = [(a + 4 * b + c) / 6 for a, b, c in zip(first, middle, last, strict=True)]
@@ -91,6 +94,18 @@ def _added(method: Method, task: Task, arguments: dict[str, Any]) -> list[Any]:
     parameters = method.add_task(task, arguments["make_head"](task).to(device))
     method.module.to(device)
     return parameters
+
+
+def _train_briefly(
+    method: Method, task: Task, parameters: list[Any], arguments: dict[str, Any]
+) -> None:
+    """One mini-batch in each of a few epochs, so that a network has the size that it grows to."""
+    optimizer = arguments["optimizer"](parameters)
+    x, y = (part[: arguments["batch_size"]].to(arguments["device"]) for part in task.train)
+    epochs = min(_EPOCHS, arguments["epochs"])
+    for epoch in range(1, epochs + 1):
+        method.begin_epoch(task, Phase(epoch, epochs, 0))
+        method.step(x, y, task.name, optimizer)
 
 
 def _at(method: Method, task: Task, arguments: dict[str, Any]) -> Cost:

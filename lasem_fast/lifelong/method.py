@@ -46,6 +46,9 @@ class Method(Protocol):
     Attributes:
         module: what is moved to a device, put into train or eval mode, saved and loaded.
         labels: of the configurations that a posterior is over; [] where there is none.
+
+    A method whose network changes size while a task is trained may say so by ``grows = True``: a
+    prediction of its time then goes through the epochs of some tasks, with a mini-batch in each.
     """
 
     module: nn.Module

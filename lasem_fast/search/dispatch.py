@@ -22,7 +22,7 @@ from lasem_fast.backends import (
     triton_linear_head,
     triton_scores,
 )
-from lasem_fast.backends.operations import Operations
+from lasem_fast.backends.operations import LevelOperation, Operations
 from lasem_fast.backends.ways import OneOf
 from lasem_fast.configs import Configuration
 from lasem_fast.levels.plan import Plan
@@ -35,8 +35,18 @@ _AVAILABLE = "available"
 
 # One for all LASEMs of a process, so that each shape is looked up once.
 _TRITON = triton_level.TritonLevel()
+# Where there is no CUDA device: in Triton's interpreter, or for a recording of the launches.
+_WITHOUT_DEVICE: tuple[LevelOperation, ...] = (_TRITON,)
 # Compilers of kernels have bugs: before it is timed, Triton has to agree with PyTorch in float64.
-_ON_GPU = OneOf({"Triton": _TRITON, "PyTorch": plain_torch.TorchLevel()}, "cuda", trusted="PyTorch")
+_ON_GPU = OneOf(
+    {
+        "Triton": _TRITON,
+        "Triton, boxes": triton_level.BoxLevel(),
+        "PyTorch": plain_torch.TorchLevel(),
+    },
+    "cuda",
+    trusted="PyTorch",
+)
 _ON_CPU = OneOf({"C++": cpu_level.CpuLevel(), "PyTorch": plain_torch.TorchLevel()}, "cpu")
 
 
@@ -116,7 +126,7 @@ def operations(backend: str) -> Operations:
         # a net may stay on the CPU or move later, so the CPU's operations stand behind
         return operations("cpp" if cpu_ops.supported() else "torch").after(
             Operations(
-                levels=(_ON_GPU if torch.cuda.is_available() else _TRITON,),
+                levels=(_ON_GPU,) if torch.cuda.is_available() else _WITHOUT_DEVICE,
                 heads=(triton_linear_head.triton_head,),
                 heads_twice=(triton_linear_head.triton_head_twice,),
                 scores=(triton_scores.scores,),

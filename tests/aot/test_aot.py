@@ -6,10 +6,17 @@ import json
 import os
 
 import pytest
-from budget import ARCHITECTURES, BUDGET, compile_all, launches, uses_tensor_cores
+from budget import ARCHITECTURES, BUDGET, compile_all, jobs, launches, uses_tensor_cores
 
 from bench.compiling import machine_code, specialised
-from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
+from lasem_fast.kernels import (
+    box_dgrad,
+    box_forward,
+    box_wgrad,
+    level_dgrad,
+    level_forward,
+    level_wgrad,
+)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise pytest.UsageError("tests/aot: expected an environment without TRITON_INTERPRET")
@@ -24,11 +31,10 @@ def footprints():
 
 
 def test_the_budget_lists_every_launch_and_no_other():
-    assert set(ENTRIES) == {f"{name}/sm_{c}" for name in LAUNCHES for c in ARCHITECTURES}
+    assert set(ENTRIES) == {f"{name}/sm_{capability}" for name, capability in jobs()}
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize(("name", "capability"), jobs())
 def test_footprint(footprints, name, capability):
     got, allowed = footprints[f"{name}/sm_{capability}"], ENTRIES[f"{name}/sm_{capability}"]
     assert got.stack == 0, f"spills {got.stack} bytes per thread"
@@ -65,3 +71,49 @@ def test_instructions_of_a_step(name):
     warps = LAUNCHES[name].options["num_warps"]
     assert loop.flops == 2 * tile[0] * tile[1] * tile[2] // warps  # one step in each pass
     assert loop.instructions <= MOST_INSTRUCTIONS[name]
+
+
+BOX_TILES = [
+    (module.__name__.rpartition(".")[2], tile)
+    for module in (box_forward, box_dgrad, box_wgrad)
+    for tile in module.TILES
+]
+
+
+@pytest.mark.parametrize(("kernel", "tile"), BOX_TILES)
+def test_operands_come_in_boxes(kernel, tile):
+    """By tensor copies, to products of warp groups wherever one side of a tile has 64 rows."""
+    launch = next(
+        launch
+        for name, launch in LAUNCHES.items()
+        if name.startswith(f"{kernel}/") and name.endswith("/pool2") and _has(launch, tile)
+    )
+    opcodes = machine_code(specialised(launch), 90).opcodes
+    assert "UTMALDG" in opcodes
+    assert ("HGMMA" in opcodes) == (max(tile.rows, tile.columns) >= 64)
+
+
+def _has(launch, tile):
+    """Whether a launch is of a tile."""
+    a = launch.arguments
+    pixels = a["IMAGES"] * a["BOX_H"] * a["BOX_W"]
+    sizes = (a["ROWS"], a["COLUMNS"], pixels) if "ROWS" in a else (pixels, a["COLUMNS"], a["DEPTH"])
+    return sizes == tuple(tile[:3])
+
+
+# Instructions that a warp may issue per step; a multiply and an add are 2 FLOPs.
+MOST_BOX_INSTRUCTIONS = {("box_forward", 0): 150, ("box_dgrad", 0): 160, ("box_wgrad", 0): 260}
+
+
+@pytest.mark.parametrize(("kernel", "number"), MOST_BOX_INSTRUCTIONS)
+def test_instructions_of_a_step_in_boxes(kernel, number):
+    module = {"box_forward": box_forward, "box_dgrad": box_dgrad, "box_wgrad": box_wgrad}[kernel]
+    tile = module.TILES[number]
+    launch = next(
+        launch
+        for name, launch in LAUNCHES.items()
+        if name.startswith(f"{kernel}/") and name.endswith("/pool2") and _has(launch, tile)
+    )
+    loop = machine_code(specialised(launch), 90).loop
+    assert loop.flops == 2 * tile.rows * tile.columns * tile.depth // tile.warps
+    assert loop.instructions <= MOST_BOX_INSTRUCTIONS[kernel, number]

@@ -106,6 +106,32 @@ def draw(seed: int, dtype: torch.dtype = torch.float32) -> Case:
     return case
 
 
+def draw_boxes(seed: int, dtype: torch.dtype) -> Case:
+    """As :func:`draw`, of what boxes can read: stride 1, channels in runs of 8, no linear layer."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    branches, kernel = pick.randint(1, 2), pick.choice([(1, 1), (3, 3), (3, 3), (2, 3), (5, 4)])
+    channels, out = pick.choice([8, 16, 24]), pick.choice([8, 16, 24])
+    pool, ceil = pick.choice([1, 2, 2, 3]), pick.random() < 0.5
+    pad, pool_pad = tuple(pick.randint(0, k) for k in kernel), pick.randint(0, pool // 2)
+    size = [
+        max(1, k + pool - 1 - 2 * p) + pick.randint(0, 4) for k, p in zip(kernel, pad, strict=True)
+    ]
+    conv = [n + 2 * p - k + 1 for n, p, k in zip(size, pad, kernel, strict=True)]
+    pooled = F.max_pool2d(torch.zeros(1, *conv), pool, padding=pool_pad, ceil_mode=ceil)
+    geometry = Geometry(1, 1, *pad, *conv, pool, pool_pad, *pooled.shape[1:], pick.randint(0, 1))
+    rows = draw_rows(pick, branches)
+    x = integers(rows.width, pick.randint(1, 3), *size, channels)
+    weights = [permuted(integers(out, channels, *kernel), pick) for _ in range(branches)]
+    biases = [integers(out) for _ in range(branches)] if pick.random() < 0.8 else []
+    case = Case(x, weights, biases, geometry, ceil, dtype, rows)
+    if pick.random() < 0.5 and pool < 3:
+        case = with_skip(case, pick)
+    if pick.random() < 0.4:
+        case = case._replace(live=torch.tensor([pick.random() < 0.5 for _ in rows.parents]))
+    return case
+
+
 def draw_rows(pick: random.Random, branches: int) -> Rows:
     """All rows of a level, or some of them in any order."""
     if pick.random() < 0.3:

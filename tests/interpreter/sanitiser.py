@@ -42,7 +42,8 @@ class _Memory:
     def check(self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
         """Checks the active lanes of a load or store by the program that is running."""
         at = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))
-        at = at[np.broadcast_to(mask, at.shape)].astype(np.int64)
+        lanes = np.broadcast_to(mask, at.shape).astype(bool)  # the interpreter has masks of 0 and 1
+        at = at[lanes].astype(np.int64)
         inside = np.zeros(at.shape, bool)
         for begin, end in self.spans:
             inside |= (at >= begin) & (at + size <= end)
@@ -93,18 +94,18 @@ def sanitised():
     call = GridExecutor.__call__
 
     def launch(self, *args, **kwargs):
-        values = [*args, *kwargs.values()]
+        values = [getattr(value, "base", value) for value in (*args, *kwargs.values())]
         memory.append(_Memory([value for value in values if isinstance(value, torch.Tensor)]))
         try:
             return call(self, *args, **kwargs)
         finally:
             memory.pop()
 
-    def load(self, pointers, mask, other, *rest):
+    def load(self, pointers, mask, other, *rest, **named):
         element = pointers.get_element_ty()
         size = interpreter._get_np_dtype(element).itemsize
         memory[-1].check("load", pointers.data, mask.data, size)
-        result = plain["create_masked_load"](self, pointers, mask, other, *rest)
+        result = plain["create_masked_load"](self, pointers, mask, other, *rest, **named)
         if other is None and not mask.data.all():
             poison = np.nan if element.is_floating() else np.iinfo(result.data.dtype).max
             if element == tl.bfloat16:

@@ -73,3 +73,7 @@ def test_every_tile_of_every_dtype_is_a_case():
     for kernel in ("forward", "dgrad", "wgrad"):
         there = {case.tile for case in cases if case.kernel == kernel and case.dtype == "bf16"}
         assert there == {tuple(tile) for tile in tiles._module(kernel).TENSOR_CORE_TILES}
+        box = f"box_{kernel}"
+        there = {case.tile for case in cases if case.kernel == box}
+        assert there == {tuple(tile) for tile in tiles._module(box).TILES}
+        assert {case.dtype for case in cases if case.kernel == box} == {"bf16"}

@@ -1,0 +1,256 @@
+"""Level forward whose operands are read in boxes (TMA, sm_90): one launch, two with a pool of 3.
+
+As :mod:`lasem_fast.kernels.level_forward`, for stride 1 and products of 16 bits. A program computes
+the convolution on a box of pixels of one row, and a pool of 2 from registers. Windows of 3 do not
+fill boxes: their pool is a launch of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasem_fast.kernels.box_pool import box_pool
+from lasem_fast.kernels.boxes import box_for, described
+from lasem_fast.kernels.level_geometry import (
+    CLOSED,
+    SHUT,
+    Geometry,
+    device_of,
+    needs_int64,
+    output_shape,
+)
+from lasem_fast.kernels.level_rows import Tables
+from lasem_fast.kernels.level_tiles import Tile, cdiv, default, fitting
+
+TILES = (
+    Tile(128, 64, 64, 4, 4),
+    Tile(128, 32, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 32, 64, 4, 4),
+    Tile(128, 64, 32, 4, 4),
+    Tile(128, 32, 32, 4, 4),
+    Tile(64, 32, 32, 4, 4),
+    Tile(64, 16, 16, 4, 4),
+)
+
+
+@triton.jit
+def _windows(total, IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+             COLUMNS: tl.constexpr):  # fmt: skip
+    """The four positions of every 2 x 2 window of a box, ``[windows, COLUMNS]`` each."""
+    WINDOWS: tl.constexpr = IMAGES * BOX_H * BOX_W // 4
+    parts = tl.reshape(total, (IMAGES, BOX_H // 2, 2, BOX_W // 2, 2, COLUMNS))
+    left, right = tl.split(tl.permute(parts, (0, 1, 3, 5, 2, 4)))
+    top_left, low_left = tl.split(left)
+    top_right, low_right = tl.split(right)
+    return (
+        tl.reshape(top_left, (WINDOWS, COLUMNS)),
+        tl.reshape(top_right, (WINDOWS, COLUMNS)),
+        tl.reshape(low_left, (WINDOWS, COLUMNS)),
+        tl.reshape(low_right, (WINDOWS, COLUMNS)),
+    )
+
+
+@triton.jit
+def _better(best, winner, total, name, valid, ENDS_CLOSED: tl.constexpr, CLOSED: tl.constexpr):
+    """The running maximum and its code with one more position."""
+    # NaN wins, as in PyTorch: a configuration that overflows has to show
+    take = (total > best) | (total != total)
+    if not ENDS_CLOSED:
+        take = take | (winner == CLOSED)
+    take = take & valid
+    return tl.where(take, total, best), tl.where(take, name, winner)
+
+
+@triton.jit(do_not_specialize=["count0"])
+def box_forward_kernel(
+    x, weights, bias0, bias1, skip, by_branch, y, code, count0, samples, s_s, s_n, s_h, s_w, s_c,
+    BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    CONV_H: tl.constexpr, CONV_W: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    POOL: tl.constexpr, POOL_PAD: tl.constexpr, RELU: tl.constexpr, RELU_AFTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, CLOSED: tl.constexpr, SHUT: tl.constexpr,
+    WIDE: tl.constexpr, IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see box_forward."""
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
+    STEPS: tl.constexpr = (C_IN + DEPTH - 1) // DEPTH
+    BOXES_X: tl.constexpr = (OUT_W * POOL + BOX_W - 1) // BOX_W
+    BOXES_Y: tl.constexpr = (OUT_H * POOL + BOX_H - 1) // BOX_H
+    ENDS_CLOSED: tl.constexpr = RELU_AFTER if HAS_SKIP else RELU
+    box = tl.program_id(0)
+    ow0 = box % BOXES_X * BOX_W - POOL_PAD
+    oh0 = box // BOXES_X % BOXES_Y * BOX_H - POOL_PAD
+    image_blocks = tl.cdiv(samples, IMAGES)
+    block = box // (BOXES_X * BOXES_Y)
+    n0 = block % image_blocks * IMAGES
+    entry = block // image_blocks
+    row = tl.load(by_branch + entry * 3)
+    parent = tl.load(by_branch + entry * 3 + 1)
+    filter0 = tl.program_id(1) * COLUMNS
+    column = filter0 + tl.arange(0, COLUMNS)
+    used = column < C_OUT
+    bias_at = bias0
+    if BRANCHES == 2:
+        second = entry >= count0
+        bias_at = tl.where(second, bias1, bias0)
+        filter0 += tl.where(second, C_OUT, 0)
+
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(KH * KW * STEPS):
+        tap = step // STEPS
+        channel = step % STEPS * DEPTH
+        ih = oh0 - PAD_H + tap // KW
+        iw = ow0 - PAD_W + tap % KW
+        values = tl.reshape(x.load([parent, n0, ih, iw, channel]), (ROWS, DEPTH))
+        filters = tl.reshape(weights.load([filter0, tap, channel]), (COLUMNS, DEPTH))
+        total = tl.dot(values, filters.T, total)
+
+    if HAS_BIAS:
+        total += tl.load(bias_at + column, mask=used, other=0.0).to(tl.float32)[None, :]
+    pixel = tl.arange(0, ROWS)
+    ph = pixel // BOX_W % BOX_H
+    pw = pixel % BOX_W
+    n = n0 + pixel // (BOX_H * BOX_W)
+    oh = oh0 + ph
+    ow = ow0 + pw
+    valid = (n < samples) & (oh >= 0) & (oh < CONV_H) & (ow >= 0) & (ow < CONV_W)
+    name = (ph % POOL * POOL + pw % POOL).to(tl.uint8)
+    names = tl.broadcast_to(name[:, None], (ROWS, COLUMNS))
+    if HAS_SKIP:
+        if RELU:
+            shut = total <= 0
+            total = tl.where(shut, 0.0, total)
+            names = tl.where(shut, names + SHUT, names)
+        added = tl.load(by_branch + entry * 3 + 2).to(index)
+        s_at = skip + added * s_s + (n.to(index) * s_n + oh * s_h + ow * s_w)[:, None]
+        s_at += (column.to(index) * s_c)[None, :]
+        keep = valid[:, None] & used[None, :]
+        total += tl.load(s_at, mask=keep, other=0.0).to(tl.float32)
+
+    start: tl.constexpr = 0.0 if ENDS_CLOSED else float("-inf")
+    if POOL == 1:
+        best = tl.full((ROWS, COLUMNS), start, tl.float32)
+        winner = tl.full((ROWS, COLUMNS), CLOSED, tl.uint8)
+        best, winner = _better(best, winner, total, names, valid[:, None], ENDS_CLOSED, CLOSED)
+        ho = oh
+        wo = ow
+    else:
+        WINDOWS: tl.constexpr = ROWS // 4
+        window = tl.arange(0, WINDOWS)
+        wh = window // (BOX_W // 2) % (BOX_H // 2)
+        ww = window % (BOX_W // 2)
+        n = n0 + window // (BOX_H * BOX_W // 4)
+        top = oh0 + 2 * wh
+        left = ow0 + 2 * ww
+        ho = (oh0 + POOL_PAD) // 2 + wh
+        wo = (ow0 + POOL_PAD) // 2 + ww
+        above = (top >= 0) & (top < CONV_H)
+        below = (top >= -1) & (top < CONV_H - 1)
+        before = (left >= 0) & (left < CONV_W)
+        behind = (left >= -1) & (left < CONV_W - 1)
+        best = tl.full((WINDOWS, COLUMNS), start, tl.float32)
+        winner = tl.full((WINDOWS, COLUMNS), CLOSED, tl.uint8)
+        t0, t1, t2, t3 = _windows(total, IMAGES, BOX_H, BOX_W, COLUMNS)
+        if HAS_SKIP and RELU:
+            c0, c1, c2, c3 = _windows(names, IMAGES, BOX_H, BOX_W, COLUMNS)
+        else:
+            c0 = tl.full((WINDOWS, COLUMNS), 0, tl.uint8)
+            c1 = tl.full((WINDOWS, COLUMNS), 1, tl.uint8)
+            c2 = tl.full((WINDOWS, COLUMNS), 2, tl.uint8)
+            c3 = tl.full((WINDOWS, COLUMNS), 3, tl.uint8)
+        in0 = (above & before)[:, None]
+        in1 = (above & behind)[:, None]
+        in2 = (below & before)[:, None]
+        in3 = (below & behind)[:, None]
+        best, winner = _better(best, winner, t0, c0, in0, ENDS_CLOSED, CLOSED)
+        best, winner = _better(best, winner, t1, c1, in1, ENDS_CLOSED, CLOSED)
+        best, winner = _better(best, winner, t2, c2, in2, ENDS_CLOSED, CLOSED)
+        best, winner = _better(best, winner, t3, c3, in3, ENDS_CLOSED, CLOSED)
+
+    image = row.to(index) * samples + n
+    at = (((image * OUT_H + ho) * OUT_W + wo) * C_OUT)[:, None] + column[None, :]
+    keep = ((n < samples) & (ho >= 0) & (ho < OUT_H) & (wo >= 0) & (wo < OUT_W))[:, None]
+    keep = keep & used[None, :]
+    tl.store(y + at, best.to(y.dtype.element_ty), mask=keep)
+    if RELU or RELU_AFTER or POOL > 1:
+        tl.store(code + at, winner, mask=keep)
+
+
+def candidates(rows: int, x: Tensor, weights: list[Tensor], geometry: Geometry) -> list[Tile]:
+    """The tiles that fit a level of ``rows``, in table order."""
+    return fitting(TILES, *_product(rows, x, weights, geometry))
+
+
+def box_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    copies: Tensor,
+    biases: list[Tensor],
+    skip: Tensor | None,
+    rows: Tables,
+    geometry: Geometry,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs a level that :func:`~lasem_fast.kernels.boxes.why_not` says "" of.
+
+    Args:
+        x: ``[P, N, H, W, C]``.
+        weights: one ``[Co, C, KH, KW]`` per branch, one or two.
+        copies: of the weights, by :func:`~lasem_fast.kernels.weight_copies.weight_copies`.
+        biases: one contiguous ``[Co]`` per branch, or none.
+        skip: ``[S, N, conv_h, conv_w, Co]``, any strides, or None.
+        rows: the R rows.
+        geometry: the level's sizes.
+        tile: block sizes; None: chosen by shape.
+
+    Returns:
+        As :func:`~lasem_fast.kernels.level_forward.level_forward`.
+    """
+    if geometry.pool > 2:
+        whole = geometry._replace(
+            pool=1, pool_pad=0, out_h=geometry.conv_h, out_w=geometry.conv_w, relu=0
+        )
+        z, _ = box_forward(x, weights, copies, biases, skip, rows, whole, tile)
+        return box_pool(z, geometry)
+    shape = output_shape(len(rows.by_branch), x, weights, geometry)
+    y = x.new_empty(shape)
+    code = x.new_empty(shape if geometry.has_code else (0,), dtype=torch.uint8)
+    lines, columns, _ = _product(shape[0], x, weights, geometry)
+    tile = tile or default(candidates(shape[0], x, weights, geometry), lines, columns)
+    pool, samples = geometry.pool, x.shape[1]
+    height, width = geometry.out_h * pool, geometry.out_w * pool
+    box = box_for(tile.rows, samples, height, width, least=pool)
+    images, down, across = box.counts(samples, height, width)
+    channels, kh, kw = weights[0].shape[1:]
+    added = x if skip is None else skip  # never read where there is none
+    biased = biases or [x]  # likewise
+    with device_of(x):
+        box_forward_kernel[shape[0] * images * down * across, cdiv(columns, tile.columns)](
+            described(x, (1, *box, tile.depth)), described(copies, (tile.columns, 1, tile.depth)),
+            biased[0], biased[-1], added, rows.by_branch, y, code, rows.counts[0], samples,
+            *added.stride(),
+            BRANCHES=len(weights), C_IN=channels, C_OUT=columns,
+            CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+            OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
+            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, POOL=pool, POOL_PAD=geometry.pool_pad,
+            RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
+            HAS_BIAS=bool(biases), HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
+            WIDE=needs_int64((y, added), lines), IMAGES=box.images, BOX_H=box.height,
+            BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y, code
+
+
+def _product(
+    rows: int, x: Tensor, weights: list[Tensor], geometry: Geometry
+) -> tuple[int, int, int]:
+    """Rows, columns and depth of the matrix products of all branches, one below the other."""
+    pixels = rows * x.shape[1] * geometry.out_h * geometry.out_w * geometry.pool**2
+    return pixels, weights[0].shape[0], weights[0].shape[1]

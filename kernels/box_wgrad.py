@@ -1,0 +1,185 @@
+"""Level backward to weights and biases, operands read in boxes (TMA, sm_90): two launches.
+
+A program sums the products of one tap over the boxes of one branch's rows, or over a part of them;
+the second launch adds up the parts in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasem_fast.kernels.box_gradient import Gradient
+from lasem_fast.kernels.boxes import described
+from lasem_fast.kernels.level_geometry import Geometry, device_of, gradient_buffers
+from lasem_fast.kernels.level_rows import Tables
+from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
+from lasem_fast.kernels.level_wgrad import splits_of, sum_parts
+
+# Rows are input channels, the depth is a box's pixels. A row is looked up before its box is read,
+# so that a pipeline of 5 stages is 2 steps ahead.
+TILES = (
+    Tile(64, 128, 128, 4, 5),
+    Tile(64, 64, 128, 4, 5),
+    Tile(64, 32, 128, 4, 5),
+    Tile(32, 64, 128, 4, 5),
+    Tile(32, 32, 128, 4, 5),
+    Tile(16, 16, 64, 4, 5),
+)
+# Rows of a product of a warp group: with fewer, the two sides change places.
+_GROUP = 64
+
+
+@triton.jit
+def _add_boxes(
+    total, begin, end, first, x, dz, by_branch, some, parents, rows, samples, kh, kw, channel, tile,
+    C_OUT: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """total += x' dz, or dz' x where TURNED, over a branch's boxes from ``begin`` to ``end``."""
+    PIXELS: tl.constexpr = IMAGES * BOX_H * BOX_W
+    BOXES_X: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W
+    BOXES_Y: tl.constexpr = (CONV_H + BOX_H - 1) // BOX_H
+    BLOCKS: tl.constexpr = (C_OUT + BLOCK - 1) // BLOCK
+    per_image = BOXES_X * BOXES_Y
+    per_row = tl.cdiv(samples, IMAGES) * per_image
+    for number in range(begin, end):
+        entry = by_branch + (first + number // per_row) * 3
+        # Without any gradient a box is not multiplied: a configuration that overflowed sends none,
+        # and 0 * inf must not make it NaN. What lies beyond the last row is 0.
+        blocks = some + (first * per_row + number) * BLOCKS
+        there = tl.load(blocks + tile * (COLUMNS // BLOCK))
+        if COLUMNS > BLOCK:
+            there += tl.load(blocks + tl.minimum(tile * 2 + 1, BLOCKS - 1))
+        row = tl.where(there > 0, tl.load(entry), rows)
+        parent = tl.where(there > 0, tl.load(entry + 1), parents)
+        n = number % per_row // per_image * IMAGES
+        oh = number // BOXES_X % BOXES_Y * BOX_H
+        ow = number % BOXES_X * BOX_W
+        values = x.load([parent, n, oh - PAD_H + kh, ow - PAD_W + kw, channel])
+        gradient = dz.load([row, n, oh, ow, tile * COLUMNS])
+        values = tl.reshape(values, (PIXELS, ROWS))
+        gradient = tl.reshape(gradient, (PIXELS, COLUMNS))
+        if TURNED:
+            total = tl.dot(gradient.T, values, total)
+        else:
+            total = tl.dot(values.T, gradient, total)
+    return total
+
+
+@triton.jit(do_not_specialize=["count0", "count1", "parents", "rows"])
+def box_wgrad_kernel(
+    x, dz, by_branch, live, some, parts, count0, count1, parents, rows, samples,
+    BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    CONV_H: tl.constexpr, CONV_W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
+    IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """One part of parts [S, B, Co, KH, KW, C]; see box_wgrad."""
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
+    BOXES: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W * ((CONV_H + BOX_H - 1) // BOX_H)
+    tap = tl.program_id(0) % (KH * KW)
+    channel = tl.program_id(0) // (KH * KW) * ROWS
+    tile = tl.program_id(1) % TILES
+    branch = tl.program_id(1) // TILES
+    first, count = 0, count0
+    if BRANCHES == 2:
+        first = tl.where(branch == 1, count0, 0)
+        count = tl.where(branch == 1, count1, count0)
+    split = tl.program_id(2)
+    per_row = tl.cdiv(samples, IMAGES) * BOXES
+    share = tl.cdiv(count * per_row, tl.num_programs(2))
+    begin = split * share
+    end = tl.minimum(begin + share, count * per_row)
+    total = tl.zeros((COLUMNS, ROWS) if TURNED else (ROWS, COLUMNS), tl.float32)
+    if HAS_LIVE:
+        # row by row, so that those that are not live are passed over
+        for of_branch in range(begin // per_row, tl.cdiv(end, per_row)):
+            alive = tl.load(live + tl.load(by_branch + (first + of_branch) * 3)) != 0
+            low = tl.maximum(begin, of_branch * per_row)
+            high = tl.minimum(end, (of_branch + 1) * per_row)
+            total = _add_boxes(
+                total, low, tl.where(alive, high, low), first, x, dz, by_branch, some,
+                parents, rows, samples, tap // KW, tap % KW, channel, tile, C_OUT,
+                CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W, ROWS, COLUMNS, BLOCK, TURNED,
+            )  # fmt: skip
+    else:
+        total = _add_boxes(
+            total, begin, end, first, x, dz, by_branch, some,
+            parents, rows, samples, tap // KW, tap % KW, channel, tile, C_OUT,
+            CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W, ROWS, COLUMNS, BLOCK, TURNED,
+        )  # fmt: skip
+    row = channel + tl.arange(0, ROWS)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    filters = (split.to(index) * BRANCHES + branch) * C_OUT + column
+    filter_at = (filters * (KH * KW) + tap) * C_IN
+    if TURNED:
+        at = filter_at[:, None] + row[None, :]
+        keep = (column < C_OUT)[:, None] & (row < C_IN)[None, :]
+    else:
+        at = filter_at[None, :] + row[:, None]
+        keep = (column < C_OUT)[None, :] & (row < C_IN)[:, None]
+    tl.store(parts + at, total, mask=keep)
+
+
+def candidates(weights: list[Tensor], pixels: int) -> list[Tile]:
+    """The tiles that fit a level whose branches have so many pixels, in table order."""
+    channels_out, channels = weights[0].shape[:2]
+    return fitting(TILES, channels, channels_out, pixels)
+
+
+def box_wgrad(
+    gradient: Gradient,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    rows: Tables,
+    geometry: Geometry,
+    tile: Tile,
+    *,
+    live: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of a level's weights and biases: two launches.
+
+    Args:
+        gradient: of the convolution, in boxes of ``tile.depth`` pixels and blocks of
+            ``tile.columns`` or half as many.
+        x, weights, biases, rows, geometry: as in the forward.
+        tile: block sizes.
+        live: bool ``[R]``: other rows are passed over; None: none is.
+
+    Returns:
+        For every branch the gradient of its weight and of its bias (none without biases), in the
+        layout and dtype of the parameters.
+    """
+    dweights = gradient_buffers(weights)
+    dbiases = [torch.empty_like(bias) for bias in biases]
+    channels_out, channels, kh, kw = weights[0].shape
+    dz, box, samples = gradient.dz, gradient.box, x.shape[1]
+    images, down, across = box.counts(samples, geometry.conv_h, geometry.conv_w)
+    grid = kh * kw * cdiv(channels, tile.rows), len(weights) * cdiv(channels_out, tile.columns)
+    splits = splits_of(grid[0] * grid[1], max(rows.counts) * images * down * across)
+    size = (splits, len(weights), channels_out, kh, kw, channels)
+    parts = x.new_empty(size, dtype=torch.float32)
+    has_live = live is not None
+    with device_of(x):
+        box_wgrad_kernel[(*grid, splits)](
+            described(x, (1, *box, tile.rows)), described(dz, (1, *box, tile.columns)),
+            rows.by_branch, live.view(torch.uint8) if has_live else gradient.some, gradient.some,
+            parts, rows.counts[0], rows.counts[-1], len(x), len(dz), samples,
+            BRANCHES=len(weights), C_IN=channels, C_OUT=channels_out,
+            CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
+            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, HAS_LIVE=has_live,
+            WIDE=parts.numel() >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,
+            BOX_W=box.width, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
+            TURNED=tile.rows < _GROUP <= tile.columns,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        sum_parts(parts, gradient.bias_parts, dweights, dbiases)
+    return dweights, dbiases

@@ -1,0 +1,109 @@
+"""Launches of the kernels that read boxes: every tile, on sm_90 alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bench.compiling import Launch, recorded
+from lasem_fast.kernels import box_dgrad, box_forward, box_gradient, box_wgrad, weight_copies
+from lasem_fast.kernels.boxes import box_for
+from lasem_fast.kernels.level_geometry import Geometry
+from lasem_fast.kernels.level_rows import Rows, tables_of
+from lasem_fast.kernels.level_tiles import Tile
+
+_PARENTS, _SAMPLES, _SIZE = 8, 10, 32
+
+
+def launches() -> dict[str, Launch]:
+    """By name: what each launcher would start for tensors of these shapes."""
+    found = {}
+    for tile in box_forward.TILES:
+        for pool in (1, 2):
+            found |= _forward(tile, f"pool{pool}", pool=pool)
+    tile = box_forward.TILES[0]
+    found |= _forward(tile, "fp16", pool=2, dtype=torch.float16)
+    found |= _forward(tile, "pool1_skip", pool=1, skip=True)
+    found |= _forward(tile, "pool2_skip", pool=2, skip=True)
+    found |= _forward(tile, "pool3", pool=3)
+    found |= _forward(tile, "one_branch_no_bias_no_relu", pool=1, branches=1, plain=True)
+    for tile in box_dgrad.TILES:
+        found |= _backward(tile, box_wgrad.TILES[1], "pool2")
+    for tile in box_wgrad.TILES:
+        found |= _backward(box_dgrad.TILES[0], tile, "pool2")
+        found |= _backward(box_dgrad.TILES[0], tile, "pool2_live", live=True)
+    tiles = box_dgrad.TILES[0], box_wgrad.TILES[1]
+    found |= _backward(*tiles, "fp16", dtype=torch.float16)
+    found |= _backward(*tiles, "pool1_skip", pool=1, skip=True)
+    found |= _backward(*tiles, "pool2_skip_live", skip=True, live=True)
+    found |= _backward(*tiles, "pool3", pool=3)
+    found |= _backward(*tiles, "one_branch_no_bias_no_relu", pool=1, branches=1, plain=True)
+    return found
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def _problem(dtype, pool, branches, plain, skip):
+    x = _meta(_PARENTS, _SAMPLES, _SIZE, _SIZE, 64, dtype=dtype)
+    weights = [_meta(64, 64, 3, 3)] * branches
+    biases = [] if plain else [_meta(64)] * branches
+    out = _SIZE // pool
+    geometry = Geometry(
+        1, 1, 1, 1, _SIZE, _SIZE, pool, 0, out, out, int(not plain), int(skip and pool > 1)
+    )
+    rows = Rows.full(_PARENTS, branches)
+    if skip:
+        rows = replace(rows, skips=rows.parents, skip_width=_PARENTS)
+    return x, weights, biases, geometry, rows
+
+
+def _named(started: list[Launch], form: str) -> dict[str, Launch]:
+    found = {}
+    for launch in started:
+        sizes = ("IMAGES", "BOX_H", "BOX_W", "ROWS", "COLUMNS", "DEPTH")
+        size = "x".join(str(launch.arguments[s]) for s in sizes if s in launch.arguments)
+        kernel = launch.kernel.__name__.removesuffix("_kernel")
+        # the sum of parts is compiled with the other kernels
+        if kernel != "level_wgrad_sum":
+            found[f"{kernel}/{size}/{form}"] = launch
+    return found
+
+
+def _forward(
+    tile: Tile, form: str, *, pool: int, dtype=torch.bfloat16, branches=2, plain=False, skip=False
+) -> dict[str, Launch]:
+    x, weights, biases, geometry, rows = _problem(dtype, pool, branches, plain, skip)
+    added = _meta(_PARENTS, _SAMPLES, _SIZE, _SIZE, 64, dtype=dtype) if skip else None
+    tables = tables_of(rows, branches, x.device)
+    with recorded() as started:
+        copies = weight_copies.weight_copies(weights, dtype)
+        box_forward.box_forward(x, weights, copies, biases, added, tables, geometry, tile)
+    return _named(started, form)
+
+
+def _backward(
+    dgrad: Tile, wgrad: Tile, form: str, *, pool=2, dtype=torch.bfloat16, branches=2, plain=False,
+    skip=False, live=False,
+) -> dict[str, Launch]:  # fmt: skip
+    x, weights, biases, geometry, rows = _problem(dtype, pool, branches, plain, skip)
+    tables = tables_of(rows, branches, x.device)
+    dy = _meta(len(rows), _SAMPLES, geometry.out_h, geometry.out_w, 64, dtype=dtype)
+    code = torch.empty_like(dy, dtype=torch.uint8) if geometry.has_code else _meta(0).byte()
+    lives = _meta(len(rows), dtype=torch.bool) if live else None
+    copies = _meta(branches * 64, 9, 64, dtype=dtype)
+    columns = min(wgrad.columns, box_gradient.MOST_COLUMNS)
+    with recorded() as started:
+        box = box_for(wgrad.depth, _SAMPLES, _SIZE, _SIZE)
+        gradient = box_gradient.box_gradient(
+            dy, code, branches, tables, geometry, box, columns, live=lives
+        )
+        box_dgrad.box_dgrad(
+            gradient.dz, copies, weights, tables, x.shape, geometry, dtype, dy, code, live=lives,
+            carried=x if skip else None, skip_dtype=dtype if skip else None, tile=dgrad,
+        )  # fmt: skip
+        box_wgrad.box_wgrad(gradient, x, weights, biases, tables, geometry, wgrad, live=lives)
+    return _named(started, form)

@@ -1,0 +1,264 @@
+"""The kernels that read boxes against PyTorch in float64, and their way through the backend."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from launches import launches
+from levels import Case, draw_boxes, integers, truth
+from oracle import brute_force
+from test_level_kernels import assert_exact
+from torch import nn
+
+import lasem_fast as lf
+from lasem_fast.backends.triton_level import BoxLevel, TritonLevel
+from lasem_fast.backends.triton_level_op import Tiles, level
+from lasem_fast.kernels import box_dgrad, box_forward, box_wgrad, level_forward, weight_copies
+from lasem_fast.kernels.boxes import Box, box_for
+from lasem_fast.kernels.level_geometry import Geometry
+from lasem_fast.kernels.level_rows import Rows
+from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.search import dispatch
+
+HALVES = [torch.float16, torch.bfloat16]
+MODULES = {"forward": box_forward, "dgrad": box_dgrad, "wgrad": box_wgrad}
+TILES = [(name, tile) for name, module in MODULES.items() for tile in module.TILES]
+
+
+def run(case: Case, dy, boxes=True, **tiles):
+    """Output and gradients through autograd, with the largest tiles unless others are given.
+
+    What must not be read is NaN.
+    """
+    tiles = {name: module.TILES[0] for name, module in MODULES.items()} | tiles if boxes else {}
+    leaves = [leaf.to(case.dtype, copy=True) for leaf in case.leaves]
+    for i in range(1, 1 + len(case.weights) + len(case.biases)):
+        leaves[i] = leaves[i].float()
+    leaves[0][[p for p in range(case.rows.width) if p not in case.rows.parents]] = torch.nan
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    case, liveness = case.with_leaves(leaves), None
+    dy = dy.to(case.dtype, copy=True)
+    if case.live is not None:
+        dy[~case.live] = torch.nan
+        liveness = Liveness(case.live)
+    y = level(
+        case.x, case.weights, case.biases, case.geometry, case.rows, dtype=case.dtype,
+        skip=case.skip, liveness=liveness, tiles=Tiles(**tiles), boxes=boxes,
+    )  # fmt: skip
+    dx, *rest = torch.autograd.grad(y, leaves, dy)
+    ends = len(case.weights), len(case.weights) + len(case.biases)
+    want = truth(case, dy)
+    return want._replace(
+        y=y.detach(), dx=dx, dweights=tuple(rest[: ends[0]]),
+        dbiases=tuple(rest[ends[0] : ends[1]]), dskip=tuple(rest[ends[1] :]),
+    )  # fmt: skip
+
+
+def listed(dtype=torch.float16, out=24) -> Case:
+    """Rows left out, some not live, a skip that rows share, ragged sizes, a padded pool of 2."""
+    torch.manual_seed(0)
+    geometry = Geometry(1, 1, 1, 1, 5, 6, 2, 1, 3, 4, 1, 1)
+    rows = Rows((2, 0, 2, 3), (1, 0, 0, 1), 4, (1, 0, 1, 2), 4)
+    return Case(
+        integers(4, 2, 5, 6, 24), [integers(out, 24, 3, 3) for _ in "ab"],
+        [integers(out) for _ in "ab"], geometry, False, dtype, rows, integers(4, 2, 5, 6, out),
+        torch.tensor([True, False, True, True]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("seed", range(10))
+def test_exact_on_integers(seed, dtype):
+    case = draw_boxes(seed, dtype)
+    dy = case.gradient()
+    assert_exact(run(case, dy), truth(case, dy))
+
+
+@pytest.mark.parametrize(("name", "tile"), TILES)
+def test_every_tile_is_exact(name, tile):
+    # the widest tile looks at two blocks of columns, the second of which is ragged
+    case = listed(out=72 if tile.columns > 64 else 24)
+    dy = case.gradient()
+    assert_exact(run(case, dy, **{name: tile}), truth(case, dy))
+
+
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_codes_are_those_of_the_other_kernels(pool):
+    torch.manual_seed(pool)
+    size = 6 // pool
+    geometry = Geometry(1, 1, 1, 1, 6, 6, pool, 0, size, size, 1)
+    case = Case(integers(2, 2, 6, 6, 8), [integers(16, 8, 3, 3) for _ in "ab"], [], geometry, False,
+                torch.float16, Rows.full(2, 2))  # fmt: skip
+    x, weights = case.x.half(), [w.float() for w in case.weights]
+    copies = weight_copies.weight_copies(weights, x.dtype)
+    got = box_forward.box_forward(x, weights, copies, [], None, case.tables, geometry)
+    want = level_forward.level_forward(x, weights, [], None, case.tables, geometry, x.dtype)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_a_configuration_that_overflows_stays_alone(bad, pool):
+    size = 6 // pool
+    geometry = Geometry(1, 1, 1, 1, 6, 6, pool, 0, size, size, 1)
+    case = Case(integers(2, 2, 6, 6, 8), [integers(8, 8, 3, 3) for _ in "ab"],
+                [integers(8) for _ in "ab"], geometry, False, torch.float16,
+                Rows.full(2, 2))  # fmt: skip
+    dy = integers(4, 2, size, size, 8)
+    dy[2:] = 0  # what a configuration sends that has been left out
+    clean = run(case, dy)
+    case.x[1, 1, 1:3] = bad
+    got = run(case, dy)
+    assert torch.equal(got.y[:2], clean.y[:2])
+    assert not got.y[2:, 1].isfinite().all()
+    assert torch.equal(got.dx, clean.dx)
+    for ours, theirs in zip(
+        got.dweights + got.dbiases, clean.dweights + clean.dbiases, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_carried_gradient_is_added():
+    case = draw_boxes(1, torch.float16)
+    case = case._replace(live=None, skip=None, rows=Rows.full(2, len(case.weights)),
+                         geometry=case.geometry._replace(relu_after=0),
+                         x=integers(2, *case.x.shape[1:]))  # fmt: skip
+    leaves = [leaf.half().requires_grad_() for leaf in case.leaves]
+    here = case.with_leaves(leaves)
+    y, x = level(
+        here.x, here.weights, here.biases, here.geometry, here.rows, dtype=torch.float16,
+        carry=True, boxes=True,
+    )  # fmt: skip
+    dy, carried = case.gradient(), integers(*case.x.shape)
+    (dx,) = torch.autograd.grad([y, x], here.x, [dy.half(), carried.half()])
+    assert torch.equal(dx, (truth(case, dy).dx + carried).half())
+
+
+def test_64_bit_offsets_give_the_same_bits(monkeypatch):
+    case = listed().with_values(torch.randn)
+    dy = torch.randn(case.gradient().shape)
+    narrow = run(case, dy)
+    for module in (box_forward, box_dgrad):
+        monkeypatch.setattr(module, "needs_int64", lambda *_: True)
+    assert_exact(run(case, dy), narrow)
+
+
+# How much further from float64 than the other kernels a level may be: sums in another order.
+ERROR_FACTOR = 2
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounding(dtype):
+    """No ReLU and no pool, whose gradients would jump."""
+    case = listed(dtype).with_values(lambda shape: torch.randn(shape).to(dtype))
+    geometry = Geometry(1, 1, 1, 1, 5, 6, 1, 0, 5, 6, 0)
+    case = case._replace(geometry=geometry, live=None)
+    dy = torch.randn(case.gradient().shape).to(dtype)
+    want = truth(case, dy)
+    ours, theirs = run(case, dy), run(case, dy, boxes=False)
+    for name, got, peer, right in zip(want._fields, ours, theirs, want, strict=True):
+        got, peer, right = (
+            torch.cat([p.double().flatten() for p in t]) if isinstance(t, tuple) else t.double()
+            for t in (got, peer, right)
+        )
+        assert (got - right).norm() <= ERROR_FACTOR * (peer - right).norm(), name
+
+
+def test_launches():
+    """Copies and forward; dz, dgrad, wgrad and its sum, whatever the list."""
+    case = listed()
+    with launches() as counted:
+        run(case, case.gradient())
+    kernels = {k: n for k, n in counted.kernels.items() if not k.startswith("aten")}
+    assert kernels == {
+        "weight_copies_kernel": 1, "box_forward_kernel": 1, "box_gradient_kernel": 1,
+        "box_dgrad_kernel": 1, "box_wgrad_kernel": 1, "level_wgrad_sum_kernel": 1,
+    }  # fmt: skip
+
+
+def test_boxes_cover_the_images_with_the_fewest():
+    assert box_for(128, 10, 32, 32) == Box(1, 4, 32)
+    assert box_for(128, 10, 4, 4) == Box(8, 4, 4)
+    assert box_for(64, 3, 15, 15) == Box(1, 4, 16)
+    assert box_for(64, 100, 1, 1, least=2) == Box(16, 2, 2)
+    for pixels, samples, height, width in product((16, 128), (1, 3, 10), (1, 5, 11), (2, 7)):
+        box = box_for(pixels, samples, height, width)
+        assert box.pixels == pixels
+        counts = box.counts(samples, height, width)
+        covered = [side * count for side, count in zip(box, counts, strict=True)]
+        assert all(c >= n for c, n in zip(covered, (samples, height, width), strict=True))
+
+
+def test_opcheck():
+    case = draw_boxes(3, torch.float16)
+    x, weights = case.x.half(), [w.float() for w in case.weights]
+    biases, skip = [b.float() for b in case.biases], None
+    rows = replace(case.rows, skips=(), skip_width=0)
+    case = case._replace(rows=rows)
+    geometry = list(case.geometry._replace(relu_after=0))
+    *tables, counts = case.tables
+    lists, ops = (tables, list(counts)), torch.ops.lasem_fast
+    forward = (x, weights, biases, skip, *lists, geometry, [])
+    torch.library.opcheck(ops.level_boxes.default, forward)
+    y, code, copies = ops.level_boxes(*forward)
+    for to_input, to_parameters in ((True, False), (False, True)):
+        backward = (y, code, copies, x, weights, biases, *lists, None, None, geometry, to_input,
+                    None, to_parameters, [], [])  # fmt: skip
+        torch.library.opcheck(ops.level_boxes_backward.default, backward)
+
+
+@pytest.fixture
+def in_boxes(monkeypatch):
+    """The `triton` backend reads boxes wherever it can."""
+    monkeypatch.setattr(dispatch, "_WITHOUT_DEVICE", (BoxLevel(), TritonLevel()))
+    for module in (box_forward, box_dgrad):  # few programs, which take long here
+        monkeypatch.setattr(module, "default", lambda tiles, *_: tiles[0])
+
+
+NETS = {
+    "cifar-4": (lambda: lf.nets.cifar100(layers=4, width=1 / 4), 8, 3),
+    "stl-9": (lambda: lf.nets.stl10(layers=9, width=1 / 4), 9, 8),
+    "residual-17": (lambda: lf.nets.residual17(4, width=1 / 8), 16, 10),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_whole_step_against_brute_force(name, in_boxes):
+    """Under autocast, beside PyTorch's own backend; the first layer has 3 channels."""
+    make, size, least = NETS[name]
+    torch.manual_seed(0)
+    architecture = make()
+    net = architecture.net()
+    every = architecture.space().configs
+    space = lf.ConfigSpace.from_configs([every[0], every[-1], every[5]])
+    images = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        h = images
+        for stage in net.shared:
+            h = stage(h)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(h.flatten(1).shape[1], 3)))
+    net.to(memory_format=torch.channels_last)
+    x, y = images, torch.tensor([2])
+    exact = copy.deepcopy(net).double()
+    right = brute_force(exact, space.bits, x.double(), y, "a")
+    errors = {}
+    for backend in ("torch", "triton"):
+        net.zero_grad()
+        with launches() as counted, torch.autocast("cpu", dtype=torch.bfloat16):
+            step = lf.LASEM(net, space, backend=backend)(x, y, "a")
+        with launches() as behind:
+            step.loss.backward()
+        pairs = [(step.posterior, right.posterior), (step.log_likelihood, right.log_likelihood)]
+        pairs += [(p.grad, right.grads[name]) for name, p in net.named_parameters()]
+        got, want = (
+            torch.cat([t.detach().double().flatten() for t in ts])
+            for ts in zip(*pairs, strict=True)
+        )
+        errors[backend] = float((got - want).norm() / want.norm())
+    assert counted.kernels["box_forward_kernel"] >= least
+    assert behind.kernels["box_wgrad_kernel"] >= least
+    assert errors["triton"] <= ERROR_FACTOR * errors["torch"], errors
