@@ -104,7 +104,9 @@ def _boxed_work(launch: Launch) -> tuple[float, float, float]:
         of_row = _cdiv(a["samples"], a["IMAGES"])
         of_row *= _cdiv(a["CONV_H"], a["BOX_H"]) * _cdiv(a["CONV_W"], a["BOX_W"])
         steps = _cdiv(max(a["count0"], a["count1"]) * of_row, launch.grid[2])
-        return steps, 2 * a["ROWS"] * columns * pixels, 2 * pixels * (a["ROWS"] + columns)
+        taps = a["TAPS"]
+        operands = 2 * pixels * (taps * a["ROWS"] + columns)
+        return steps, 2 * taps * a["ROWS"] * columns * pixels, operands
     depth = a["DEPTH"]
     steps = a["KH"] * a["KW"]
     if name == "box_forward_kernel":

@@ -26,6 +26,7 @@ from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, default, fitting
 
 TILES = (
+    Tile(128, 128, 64, 8, 3),
     Tile(128, 64, 64, 4, 4),
     Tile(128, 32, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),

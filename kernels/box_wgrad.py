@@ -1,7 +1,8 @@
 """Level backward to weights and biases, operands read in boxes (TMA, sm_90): two launches.
 
-A program sums the products of one tap over the boxes of one branch's rows, or over a part of them;
-the second launch adds up the parts in a fixed order.
+A program sums the products of one tap, or of three side by side that share a box of the gradient,
+over the boxes of one branch's rows, or over a part of them; the second launch adds up the parts in
+a fixed order.
 """
 
 from __future__ import annotations
@@ -21,24 +22,38 @@ from lasem_fast.kernels.level_wgrad import splits_of, sum_parts
 # Rows are input channels, the depth is a box's pixels. A row is looked up before its box is read,
 # so that a pipeline of 5 stages is 2 steps ahead.
 TILES = (
+    Tile(128, 128, 64, 8, 5),
     Tile(64, 128, 128, 4, 5),
-    Tile(64, 64, 128, 4, 5),
-    Tile(64, 32, 128, 4, 5),
-    Tile(32, 64, 128, 4, 5),
-    Tile(32, 32, 128, 4, 5),
+    Tile(64, 64, 64, 4, 5),
+    Tile(64, 32, 64, 4, 5),
+    Tile(32, 64, 64, 4, 5),
+    Tile(32, 32, 64, 4, 5),
     Tile(16, 16, 64, 4, 5),
 )
+# Output values of a thread that leave registers for the rest, where there are three sums.
+_MOST_OF_THREE = 32
 # Rows of a product of a warp group: with fewer, the two sides change places.
 _GROUP = 64
 
 
 @triton.jit
+def _product(total, values, gradient, TURNED: tl.constexpr):
+    if TURNED:
+        total = tl.dot(gradient.T, values, total)
+    else:
+        total = tl.dot(values.T, gradient, total)
+    return total
+
+
+@triton.jit
 def _add_boxes(
-    total, begin, end, first, x, dz, by_branch, some, parents, rows, samples, kh, kw, channel, tile,
+    total, total1, total2, begin, end, first, x, dz, by_branch, some, parents, rows, samples,
+    kh, kw, channel, tile,
     C_OUT: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
     """total += x' dz, or dz' x where TURNED, over a branch's boxes from ``begin`` to ``end``."""
     PIXELS: tl.constexpr = IMAGES * BOX_H * BOX_W
@@ -60,15 +75,31 @@ def _add_boxes(
         n = number % per_row // per_image * IMAGES
         oh = number // BOXES_X % BOXES_Y * BOX_H
         ow = number % BOXES_X * BOX_W
-        values = x.load([parent, n, oh - PAD_H + kh, ow - PAD_W + kw, channel])
-        gradient = dz.load([row, n, oh, ow, tile * COLUMNS])
-        values = tl.reshape(values, (PIXELS, ROWS))
-        gradient = tl.reshape(gradient, (PIXELS, COLUMNS))
-        if TURNED:
-            total = tl.dot(gradient.T, values, total)
-        else:
-            total = tl.dot(values.T, gradient, total)
-    return total
+        gradient = tl.reshape(dz.load([row, n, oh, ow, tile * COLUMNS]), (PIXELS, COLUMNS))
+        ih = oh - PAD_H + kh
+        iw = ow - PAD_W + kw
+        values = tl.reshape(x.load([parent, n, ih, iw, channel]), (PIXELS, ROWS))
+        total = _product(total, values, gradient, TURNED)
+        if TAPS == 3:
+            values = tl.reshape(x.load([parent, n, ih, iw + 1, channel]), (PIXELS, ROWS))
+            total1 = _product(total1, values, gradient, TURNED)
+            values = tl.reshape(x.load([parent, n, ih, iw + 2, channel]), (PIXELS, ROWS))
+            total2 = _product(total2, values, gradient, TURNED)
+    return total, total1, total2
+
+
+@triton.jit
+def _store(
+    parts, total, filter_at, tap, row, column, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    if TURNED:
+        at = (filter_at + tap * C_IN)[:, None] + row[None, :]
+        keep = (column < C_OUT)[:, None] & (row < C_IN)[None, :]
+    else:
+        at = (filter_at + tap * C_IN)[None, :] + row[:, None]
+        keep = (column < C_OUT)[None, :] & (row < C_IN)[:, None]
+    tl.store(parts + at, total, mask=keep)
 
 
 @triton.jit(do_not_specialize=["count0", "count1", "parents", "rows"])
@@ -79,13 +110,14 @@ def box_wgrad_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
     """One part of parts [S, B, Co, KH, KW, C]; see box_wgrad."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
     BOXES: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W * ((CONV_H + BOX_H - 1) // BOX_H)
-    tap = tl.program_id(0) % (KH * KW)
-    channel = tl.program_id(0) // (KH * KW) * ROWS
+    tap = tl.program_id(0) % (KH * KW // TAPS) * TAPS
+    channel = tl.program_id(0) // (KH * KW // TAPS) * ROWS
     tile = tl.program_id(1) % TILES
     branch = tl.program_id(1) // TILES
     first, count = 0, count0
@@ -98,34 +130,35 @@ def box_wgrad_kernel(
     begin = split * share
     end = tl.minimum(begin + share, count * per_row)
     total = tl.zeros((COLUMNS, ROWS) if TURNED else (ROWS, COLUMNS), tl.float32)
+    total1 = total
+    total2 = total
     if HAS_LIVE:
         # row by row, so that those that are not live are passed over
         for of_branch in range(begin // per_row, tl.cdiv(end, per_row)):
             alive = tl.load(live + tl.load(by_branch + (first + of_branch) * 3)) != 0
             low = tl.maximum(begin, of_branch * per_row)
             high = tl.minimum(end, (of_branch + 1) * per_row)
-            total = _add_boxes(
-                total, low, tl.where(alive, high, low), first, x, dz, by_branch, some,
-                parents, rows, samples, tap // KW, tap % KW, channel, tile, C_OUT,
-                CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W, ROWS, COLUMNS, BLOCK, TURNED,
+            total, total1, total2 = _add_boxes(
+                total, total1, total2, low, tl.where(alive, high, low), first, x, dz, by_branch,
+                some, parents, rows, samples, tap // KW, tap % KW, channel, tile, C_OUT,
+                CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W,
+                ROWS, COLUMNS, BLOCK, TURNED, TAPS,
             )  # fmt: skip
     else:
-        total = _add_boxes(
-            total, begin, end, first, x, dz, by_branch, some,
+        total, total1, total2 = _add_boxes(
+            total, total1, total2, begin, end, first, x, dz, by_branch, some,
             parents, rows, samples, tap // KW, tap % KW, channel, tile, C_OUT,
-            CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W, ROWS, COLUMNS, BLOCK, TURNED,
+            CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W,
+            ROWS, COLUMNS, BLOCK, TURNED, TAPS,
         )  # fmt: skip
     row = channel + tl.arange(0, ROWS)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     filters = (split.to(index) * BRANCHES + branch) * C_OUT + column
-    filter_at = (filters * (KH * KW) + tap) * C_IN
-    if TURNED:
-        at = filter_at[:, None] + row[None, :]
-        keep = (column < C_OUT)[:, None] & (row < C_IN)[None, :]
-    else:
-        at = filter_at[None, :] + row[:, None]
-        keep = (column < C_OUT)[None, :] & (row < C_IN)[:, None]
-    tl.store(parts + at, total, mask=keep)
+    filter_at = filters * (KH * KW * C_IN)
+    _store(parts, total, filter_at, tap, row, column, C_IN, C_OUT, TURNED)
+    if TAPS == 3:
+        _store(parts, total1, filter_at, tap + 1, row, column, C_IN, C_OUT, TURNED)
+        _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
 
 
 def candidates(weights: list[Tensor], pixels: int) -> list[Tile]:
@@ -163,7 +196,9 @@ def box_wgrad(
     channels_out, channels, kh, kw = weights[0].shape
     dz, box, samples = gradient.dz, gradient.box, x.shape[1]
     images, down, across = box.counts(samples, geometry.conv_h, geometry.conv_w)
-    grid = kh * kw * cdiv(channels, tile.rows), len(weights) * cdiv(channels_out, tile.columns)
+    taps = 3 if kw % 3 == 0 and tile.accumulators <= _MOST_OF_THREE else 1
+    lines = kh * kw // taps * cdiv(channels, tile.rows)
+    grid = lines, len(weights) * cdiv(channels_out, tile.columns)
     splits = splits_of(grid[0] * grid[1], max(rows.counts) * images * down * across)
     size = (splits, len(weights), channels_out, kh, kw, channels)
     parts = x.new_empty(size, dtype=torch.float32)
@@ -178,7 +213,7 @@ def box_wgrad(
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, HAS_LIVE=has_live,
             WIDE=parts.numel() >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
-            TURNED=tile.rows < _GROUP <= tile.columns,
+            TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         sum_parts(parts, gradient.bias_parts, dweights, dbiases)

@@ -12,7 +12,8 @@ class Tile(NamedTuple):
     Attributes:
         rows, columns: of the output that one program computes.
         depth: how much of the sum one step takes.
-        warps: at most 4, because loops over taps have been miscompiled with 8 (pytorch#173068).
+        warps: at most 4 where a step computes addresses and masks, because such loops over taps
+            have been miscompiled with 8 (pytorch#173068).
         stages: of the software pipeline.
     """
 
