@@ -5,12 +5,14 @@ As :mod:`lasem_fast.kernels.level_dgrad`, from the gradient of the convolution a
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasem_fast.kernels.boxes import box_for, described
+from lasem_fast.kernels.boxes import box_for, cheapest, described
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
 from lasem_fast.kernels.level_geometry import (
     SHUT,
@@ -20,7 +22,7 @@ from lasem_fast.kernels.level_geometry import (
     skip_buffer,
 )
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import Tile, cdiv, default, fitting
+from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
 
 TILES = (
     Tile(128, 128, 64, 8, 3),
@@ -173,11 +175,16 @@ def box_dgrad(
     dx = dz.new_empty(x_shape, dtype=dtype)
     dskip = skip_buffer(dy, rows, geometry, skip_dtype)
     lines, columns, _ = _product(x_shape, weights)
-    tile = tile or default(candidates(x_shape, weights, geometry), lines, columns)
     parents, samples, height, width, channels = x_shape
+
+    def programs(tile: Tile) -> tuple[int, int]:
+        counts = box_for(tile.rows, samples, height, width).counts(samples, height, width)
+        return parents * prod(counts), cdiv(columns, tile.columns)
+
+    fit = candidates(x_shape, weights, geometry)
+    tile = tile or cheapest(fit, lambda tile: prod(programs(tile)))
     box = box_for(tile.rows, samples, height, width)
-    images, down, across = box.counts(samples, height, width)
-    boxes, column_tiles = parents * images * down * across, cdiv(columns, tile.columns)
+    boxes, column_tiles = programs(tile)
     channels_out, _, kh, kw = weights[0].shape
     has_skip = skip_dtype is not None
     skip_pixels = dskip.numel() // channels_out if has_skip else 0

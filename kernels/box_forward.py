@@ -7,13 +7,15 @@ fill boxes: their pool is a launch of its own.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.box_pool import box_pool
-from lasem_fast.kernels.boxes import box_for, described
+from lasem_fast.kernels.boxes import box_for, cheapest, described
 from lasem_fast.kernels.level_geometry import (
     CLOSED,
     SHUT,
@@ -23,7 +25,7 @@ from lasem_fast.kernels.level_geometry import (
     output_shape,
 )
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import Tile, cdiv, default, fitting
+from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
 
 TILES = (
     Tile(128, 128, 64, 8, 3),
@@ -223,16 +225,21 @@ def box_forward(
     y = x.new_empty(shape)
     code = x.new_empty(shape if geometry.has_code else (0,), dtype=torch.uint8)
     lines, columns, _ = _product(shape[0], x, weights, geometry)
-    tile = tile or default(candidates(shape[0], x, weights, geometry), lines, columns)
     pool, samples = geometry.pool, x.shape[1]
-    height, width = geometry.out_h * pool, geometry.out_w * pool
-    box = box_for(tile.rows, samples, height, width, least=pool)
-    images, down, across = box.counts(samples, height, width)
+    size = samples, geometry.out_h * pool, geometry.out_w * pool
+
+    def programs(tile: Tile) -> tuple[int, int]:
+        images, down, across = box_for(tile.rows, *size, least=pool).counts(*size)
+        return shape[0] * images * down * across, cdiv(columns, tile.columns)
+
+    fit = candidates(shape[0], x, weights, geometry)
+    tile = tile or cheapest(fit, lambda tile: prod(programs(tile)))
+    box = box_for(tile.rows, *size, least=pool)
     channels, kh, kw = weights[0].shape[1:]
     added = x if skip is None else skip  # never read where there is none
     biased = biases or [x]  # likewise
     with device_of(x):
-        box_forward_kernel[shape[0] * images * down * across, cdiv(columns, tile.columns)](
+        box_forward_kernel[programs(tile)](
             described(x, (1, *box, tile.depth)), described(copies, (tile.columns, 1, tile.depth)),
             biased[0], biased[-1], added, rows.by_branch, y, code, rows.counts[0], samples,
             *added.stride(),

@@ -7,13 +7,15 @@ a fixed order.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.box_gradient import Gradient
-from lasem_fast.kernels.boxes import described
+from lasem_fast.kernels.boxes import box_for, described
 from lasem_fast.kernels.level_geometry import Geometry, device_of, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
@@ -167,6 +169,25 @@ def candidates(weights: list[Tensor], pixels: int) -> list[Tile]:
     return fitting(TILES, channels, channels_out, pixels)
 
 
+def chosen(weights: list[Tensor], rows: Tables, samples: int, geometry: Geometry) -> Tile:
+    """The tile whose programs read the least; the parts of the sum fill the GPU."""
+    size = samples, geometry.conv_h, geometry.conv_w
+    channels_out, channels, _, kw = weights[0].shape
+
+    def read(tile: Tile) -> float:
+        boxes = prod(box_for(tile.depth, *size).counts(*size))
+        taps = _taps(tile, kw)
+        tiles = cdiv(channels, tile.rows) * cdiv(channels_out, tile.columns)
+        return boxes * tile.depth * tiles * (tile.rows + tile.columns / taps)
+
+    return min(candidates(weights, max(rows.counts) * prod(size)), key=read)
+
+
+def _taps(tile: Tile, kw: int) -> int:
+    """How many taps, side by side, a program sums."""
+    return 3 if kw % 3 == 0 and tile.accumulators <= _MOST_OF_THREE else 1
+
+
 def box_wgrad(
     gradient: Gradient,
     x: Tensor,
@@ -196,7 +217,7 @@ def box_wgrad(
     channels_out, channels, kh, kw = weights[0].shape
     dz, box, samples = gradient.dz, gradient.box, x.shape[1]
     images, down, across = box.counts(samples, geometry.conv_h, geometry.conv_w)
-    taps = 3 if kw % 3 == 0 and tile.accumulators <= _MOST_OF_THREE else 1
+    taps = _taps(tile, kw)
     lines = kh * kw // taps * cdiv(channels, tile.rows)
     grid = lines, len(weights) * cdiv(channels_out, tile.columns)
     splits = splits_of(grid[0] * grid[1], max(rows.counts) * images * down * across)

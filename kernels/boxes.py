@@ -6,7 +6,8 @@ same shape, shifted, so that a program computes no address but a box's corner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lasem_fast.kernels.level_geometry import Geometry
-from lasem_fast.kernels.level_tiles import cdiv
+from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv
 
 DTYPES = (torch.float16, torch.bfloat16)
 # What a copy may start at, in bytes; also where every image, row and column begins.
@@ -40,6 +41,7 @@ class Box(NamedTuple):
         return images, rows, columns
 
 
+@cache
 def box_for(pixels: int, samples: int, height: int, width: int, least: int = 1) -> Box:
     """The box of so many pixels that covers the images with the fewest boxes; wide ones first.
 
@@ -61,6 +63,14 @@ def box_for(pixels: int, samples: int, height: int, width: int, least: int = 1) 
         return images * rows * columns
 
     return min(boxes, key=boxes_needed)
+
+
+def cheapest(tiles: Sequence[Tile], programs: Callable[[Tile], int]) -> Tile:
+    """The tile whose programs read the least, small images' padding included; the first of equals.
+
+    Fewer programs than there are multiprocessors take as long as one on each of them.
+    """
+    return min(tiles, key=lambda t: max(programs(t), MULTIPROCESSORS) * (t.rows + t.columns))
 
 
 def described(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:

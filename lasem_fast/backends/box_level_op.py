@@ -84,8 +84,7 @@ def _(
 
     geometry, rows, dy = Geometry(*geometry), Tables(*tables, tuple(counts)), dy.contiguous()
     samples = x.shape[1]
-    pixels = max(rows.counts) * samples * geometry.conv_h * geometry.conv_w
-    tile = _tile(wgrad) or box_wgrad.candidates(weights, pixels)[0]
+    tile = _tile(wgrad) or box_wgrad.chosen(weights, rows, samples, geometry)
     box = box_for(tile.depth, samples, geometry.conv_h, geometry.conv_w)
     columns = min(tile.columns, MOST_COLUMNS)
     gradient = box_gradient(dy, code, len(weights), rows, geometry, box, columns, live=live)

@@ -24,11 +24,15 @@ class TreeLiveness:
     def keep(self, weighs: Tensor) -> None:
         """Says which configurations count, a bool tensor ``[C]``; a row is live if one uses it."""
         device = weighs.device
+        looks = device.type == "cpu" and not torch.compiler.is_compiling()
         last = len(self.plan.levels[-1])
-        live = _any_of(weighs, index_tensor(self.plan.leaves, device), last)
+        live: Tensor | None = _any_of(weighs, index_tensor(self.plan.leaves, device), last)
         for level, liveness in zip(reversed(self.plan.levels), reversed(self.levels), strict=True):
+            if live is not None and looks and bool(live.all()):
+                live = None  # and so above, every row of which has a row here
             liveness.live = live
-            live = _any_of(live, index_tensor(level.parents, device), level.width)
+            if live is not None:
+                live = _any_of(live, index_tensor(level.parents, device), level.width)
 
     def share_of(self, weighs: Tensor) -> float | None:
         """The share of the tree's rows that some configurations use; None if all is followed."""
