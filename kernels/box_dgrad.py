@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasem_fast.kernels.boxes import box_for, cheapest, described
+from lasem_fast.kernels.boxes import TILES, box_for, cheapest, described
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
 from lasem_fast.kernels.level_geometry import (
     SHUT,
@@ -23,18 +23,6 @@ from lasem_fast.kernels.level_geometry import (
 )
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
-
-TILES = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 64, 64, 4, 4),
-    Tile(128, 32, 64, 4, 4),
-    Tile(64, 64, 64, 4, 4),
-    Tile(64, 32, 64, 4, 4),
-    Tile(128, 64, 32, 4, 4),
-    Tile(128, 32, 32, 4, 4),
-    Tile(64, 32, 32, 4, 4),
-    Tile(64, 16, 16, 4, 4),
-)
 
 
 @triton.jit
@@ -136,11 +124,6 @@ def box_dgrad_kernel(
         )  # fmt: skip
 
 
-def candidates(x_shape: tuple[int, ...], weights: list[Tensor], geometry: Geometry) -> list[Tile]:
-    """The tiles that fit a level, in table order."""
-    return fitting(TILES, *_product(x_shape, weights))
-
-
 def box_dgrad(
     dz: Tensor,
     copies: Tensor,
@@ -174,18 +157,18 @@ def box_dgrad(
     """
     dx = dz.new_empty(x_shape, dtype=dtype)
     dskip = skip_buffer(dy, rows, geometry, skip_dtype)
-    lines, columns, _ = _product(x_shape, weights)
     parents, samples, height, width, channels = x_shape
+    channels_out, _, kh, kw = weights[0].shape
 
     def programs(tile: Tile) -> tuple[int, int]:
         counts = box_for(tile.rows, samples, height, width).counts(samples, height, width)
-        return parents * prod(counts), cdiv(columns, tile.columns)
+        return parents * prod(counts), cdiv(channels, tile.columns)
 
-    fit = candidates(x_shape, weights, geometry)
+    lines = parents * samples * height * width
+    fit = fitting(TILES, lines, channels, channels_out)
     tile = tile or cheapest(fit, lambda tile: prod(programs(tile)))
     box = box_for(tile.rows, samples, height, width)
     boxes, column_tiles = programs(tile)
-    channels_out, _, kh, kw = weights[0].shape
     has_skip = skip_dtype is not None
     skip_pixels = dskip.numel() // channels_out if has_skip else 0
     if has_skip:
@@ -209,9 +192,3 @@ def box_dgrad(
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return dx, dskip
-
-
-def _product(x_shape: tuple[int, ...], weights: list[Tensor]) -> tuple[int, int, int]:
-    """Rows and columns of the matrix product, and how deep a tap of one branch is."""
-    parents, samples, height, width, channels = x_shape
-    return parents * samples * height * width, channels, weights[0].shape[0]

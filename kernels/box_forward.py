@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.box_pool import box_pool
-from lasem_fast.kernels.boxes import box_for, cheapest, described
+from lasem_fast.kernels.boxes import TILES, box_for, cheapest, described
 from lasem_fast.kernels.level_geometry import (
     CLOSED,
     SHUT,
@@ -26,18 +26,6 @@ from lasem_fast.kernels.level_geometry import (
 )
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
-
-TILES = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 64, 64, 4, 4),
-    Tile(128, 32, 64, 4, 4),
-    Tile(64, 64, 64, 4, 4),
-    Tile(64, 32, 64, 4, 4),
-    Tile(128, 64, 32, 4, 4),
-    Tile(128, 32, 32, 4, 4),
-    Tile(64, 32, 32, 4, 4),
-    Tile(64, 16, 16, 4, 4),
-)
 
 
 @triton.jit
@@ -185,11 +173,6 @@ def box_forward_kernel(
         tl.store(code + at, winner, mask=keep)
 
 
-def candidates(rows: int, x: Tensor, weights: list[Tensor], geometry: Geometry) -> list[Tile]:
-    """The tiles that fit a level of ``rows``, in table order."""
-    return fitting(TILES, *_product(rows, x, weights, geometry))
-
-
 def box_forward(
     x: Tensor,
     weights: list[Tensor],
@@ -224,7 +207,7 @@ def box_forward(
     shape = output_shape(len(rows.by_branch), x, weights, geometry)
     y = x.new_empty(shape)
     code = x.new_empty(shape if geometry.has_code else (0,), dtype=torch.uint8)
-    lines, columns, _ = _product(shape[0], x, weights, geometry)
+    columns, channels, kh, kw = weights[0].shape
     pool, samples = geometry.pool, x.shape[1]
     size = samples, geometry.out_h * pool, geometry.out_w * pool
 
@@ -232,10 +215,10 @@ def box_forward(
         images, down, across = box_for(tile.rows, *size, least=pool).counts(*size)
         return shape[0] * images * down * across, cdiv(columns, tile.columns)
 
-    fit = candidates(shape[0], x, weights, geometry)
+    lines = shape[0] * prod(size)
+    fit = fitting(TILES, lines, columns, channels)
     tile = tile or cheapest(fit, lambda tile: prod(programs(tile)))
     box = box_for(tile.rows, *size, least=pool)
-    channels, kh, kw = weights[0].shape[1:]
     added = x if skip is None else skip  # never read where there is none
     biased = biases or [x]  # likewise
     with device_of(x):
@@ -254,11 +237,3 @@ def box_forward(
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y, code
-
-
-def _product(
-    rows: int, x: Tensor, weights: list[Tensor], geometry: Geometry
-) -> tuple[int, int, int]:
-    """Rows, columns and depth of the matrix products of all branches, one below the other."""
-    pixels = rows * x.shape[1] * geometry.out_h * geometry.out_w * geometry.pool**2
-    return pixels, weights[0].shape[0], weights[0].shape[1]

@@ -163,12 +163,6 @@ def box_wgrad_kernel(
         _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
 
 
-def candidates(weights: list[Tensor], pixels: int) -> list[Tile]:
-    """The tiles that fit a level whose branches have so many pixels, in table order."""
-    channels_out, channels = weights[0].shape[:2]
-    return fitting(TILES, channels, channels_out, pixels)
-
-
 def chosen(weights: list[Tensor], rows: Tables, samples: int, geometry: Geometry) -> Tile:
     """The tile whose programs read the least; the parts of the sum fill the GPU."""
     size = samples, geometry.conv_h, geometry.conv_w
@@ -180,7 +174,7 @@ def chosen(weights: list[Tensor], rows: Tables, samples: int, geometry: Geometry
         tiles = cdiv(channels, tile.rows) * cdiv(channels_out, tile.columns)
         return boxes * tile.depth * tiles * (tile.rows + tile.columns / taps)
 
-    return min(candidates(weights, max(rows.counts) * prod(size)), key=read)
+    return min(fitting(TILES, channels, channels_out, max(rows.counts) * prod(size)), key=read)
 
 
 def _taps(tile: Tile, kw: int) -> int:

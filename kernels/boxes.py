@@ -21,6 +21,18 @@ DTYPES = (torch.float16, torch.bfloat16)
 # What a copy may start at, in bytes; also where every image, row and column begins.
 _ALIGNMENT = 16
 _RUN = _ALIGNMENT // 2  # channels
+# Of the forward and of the gradient of the input: rows are a box's pixels.
+TILES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 4),
+    Tile(128, 32, 64, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 32, 64, 4, 4),
+    Tile(128, 64, 32, 4, 4),
+    Tile(128, 32, 32, 4, 4),
+    Tile(64, 32, 32, 4, 4),
+    Tile(64, 16, 16, 4, 4),
+)
 
 
 class Box(NamedTuple):
@@ -78,7 +90,9 @@ def described(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def why_not(geometry: Geometry, channels: int, channels_out: int, dtype: torch.dtype) -> str:
+def why_not(
+    geometry: Geometry, channels: int, channels_out: int, dtype: torch.dtype, has_skip: bool
+) -> str:
     """Why a level's products cannot be read in boxes whatever its input's memory, or ""."""
     if dtype not in DTYPES:
         return f"products in {dtype}: boxes are for 16 bits"
@@ -86,12 +100,12 @@ def why_not(geometry: Geometry, channels: int, channels_out: int, dtype: torch.d
         return f"stride {(geometry.stride_h, geometry.stride_w)}: boxes are for stride 1"
     if channels % _RUN or channels_out % _RUN:
         return f"{channels} to {channels_out} channels: boxes need multiples of {_RUN}"
-    if geometry.pool > 2 and geometry.relu_after:
+    if geometry.pool > 2 and has_skip:
         return f"a skip before a pool of {geometry.pool}"
     return ""
 
 
 def can_read(x: Tensor) -> bool:
     """Whether a tensor ``[P, N, H, W, C]`` of 16 bits lies so that boxes of it can be copied."""
-    strided = x.stride(-1) == 1 and not any(stride % _RUN for stride in x.stride()[:-1])
-    return strided and 0 not in x.shape and x.data_ptr() % _ALIGNMENT == 0
+    runs = all(stride > 0 and stride % _RUN == 0 for stride in x.stride()[:-1])
+    return x.stride(-1) == 1 and runs and 0 not in x.shape and x.data_ptr() % _ALIGNMENT == 0

@@ -74,7 +74,7 @@ class TritonLevel:
         rows = Rows(level.parents, level.positions, level.width, skips, width)
         carry = carry and images is x
         dtype = _dtype(x, [*layer.weights, *layer.biases])
-        if self._boxes and not _in_boxes(images, weights, geometry, dtype):
+        if self._boxes and not _in_boxes(images, weights, geometry, dtype, skip):
             return None
         out = run_level(
             images, weights, [bias.contiguous() for bias in layer.biases], geometry, rows,
@@ -102,7 +102,11 @@ class BoxLevel(TritonLevel):
 
 
 def _in_boxes(
-    x: Tensor, weights: Sequence[Tensor], geometry: Geometry, dtype: torch.dtype | None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    geometry: Geometry,
+    dtype: torch.dtype | None,
+    skip: Skip | None,
 ) -> bool:
     """Whether a level's operands can be read in boxes."""
     from lasem_fast.kernels import boxes  # and triton with it
@@ -110,7 +114,8 @@ def _in_boxes(
     if x.dtype != dtype or (geometry.covers(x.shape, weights[0].shape) and x.shape[2:4] != (1, 1)):
         return False
     channels_out, channels = weights[0].shape[:2]
-    return not boxes.why_not(geometry, channels, channels_out, dtype) and boxes.can_read(x)
+    why_not = boxes.why_not(geometry, channels, channels_out, dtype, skip is not None)
+    return not why_not and boxes.can_read(x)
 
 
 def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:

@@ -15,6 +15,7 @@ from test_level_kernels import assert_exact
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.backends.operations import Layer, Skip
 from lasem_fast.backends.triton_level import BoxLevel, TritonLevel
 from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels import (
@@ -29,6 +30,8 @@ from lasem_fast.kernels import (
 from lasem_fast.kernels.boxes import Box, box_for
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import Pool
 from lasem_fast.levels.row_liveness import Liveness
 from lasem_fast.search import dispatch
 
@@ -203,6 +206,33 @@ def test_boxes_cover_the_images_with_the_fewest():
         counts = box.counts(samples, height, width)
         covered = [side * count for side, count in zip(box, counts, strict=True)]
         assert all(c >= n for c, n in zip(covered, (samples, height, width), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True), ({"pool": 3}, True), ({"pool": 3, "skip": True}, False), ({"skip": True}, True),
+        ({"stride": 2}, False), ({"channels": 12}, False), ({"dtype": torch.float32}, False),
+    ],
+)  # fmt: skip
+def test_what_it_takes_and_what_is_left_to_the_other_kernels(change, taken):
+    """Also the sum with a skip before a pool of 3, whose ReLU comes before the sum."""
+    pool, channels = change.get("pool", 1), change.get("channels", 8)
+    dtype, stride = change.get("dtype", torch.bfloat16), change.get("stride", 1)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 8, 3, stride, padding=1, dtype=dtype)
+    layer = Layer(conv, [conv.weight] * 2, [conv.bias] * 2, False, True, False, Pool(pool))
+    x = torch.randn(2, 1, 6, 6, channels).to(dtype)
+    skip = Skip(torch.randn(4, 1, 6, 6, 8).to(dtype), None) if change.get("skip") else None
+    rows = Level((0, 0, 1, 1), (0, 1, 0, 1), 2)
+    assert BoxLevel().why_not(layer, x) == ""
+    got = BoxLevel()(layer, x, rows, skip, None)
+    assert (got is not None) == taken
+    if taken:
+        other = TritonLevel()(layer, x, rows, skip, None)
+        torch.testing.assert_close(got, other)
+    # memory that no copy could be made of
+    assert BoxLevel()(layer, x[:1].expand(2, -1, -1, -1, -1), rows, skip, None) is None
 
 
 def test_opcheck():
