@@ -304,9 +304,15 @@ def graphed_tree(problem: Problem) -> Runner:
     return _graphed(plain_tree(problem))
 
 
+def _for_ours(problem: Problem) -> TransferNet:
+    """On a GPU with the memory format that the README advises."""
+    net = _copied(problem)
+    return net.to(memory_format=torch.channels_last) if problem.x.is_cuda else net
+
+
 def ours(problem: Problem, backend: str) -> Runner:
     """The library, with one of its backends."""
-    net = _copied(problem)
+    net = _for_ours(problem)
     em = lf.LASEM(net, problem.space, backend=backend)
 
     def step() -> Outcome:
@@ -328,7 +334,7 @@ def ours_pruned(problem: Problem, backend: str) -> Runner:
 
     With the others' posterior 0, every backend and precision follows the same ones.
     """
-    net = _copied(problem)
+    net = _for_ours(problem)
     favoured = problem.favoured()
     prior = torch.zeros(len(problem.space), dtype=torch.float64)
     prior[favoured] = 1
@@ -357,7 +363,7 @@ class _NoUpdate(torch.optim.Optimizer):
 
 def ours_captured(problem: Problem, backend: str) -> Runner:
     """The library with one of its backends, its step captured by ``lf.capture``."""
-    net = _copied(problem)
+    net = _for_ours(problem)
     em = lf.LASEM(net, problem.space, backend=backend)
     with problem.case.precision():
         captured = lf.capture(

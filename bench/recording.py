@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import TASK, Case
 from bench.compiling import Launch, recorded
-from lasem_fast.backends import triton_level, triton_scores
+from lasem_fast.backends import triton_level, triton_linear_head, triton_scores
 from lasem_fast.em import LASEM
 from lasem_fast.search import dispatch
 
@@ -39,8 +39,9 @@ def step_launches(case: Case, boxes: bool = False) -> tuple[list[Launch], Counte
         enter(mock.patch.object(triton_scores, "_INTERPRETED", True))
         enter(mock.patch.object(triton_scores, "_looked_at_first", return_value=False))
         if boxes:
-            levels = triton_level.BoxLevel(), triton_level.TritonLevel()
+            levels = (_Boxes(),)
             enter(mock.patch.object(dispatch, "_WITHOUT_DEVICE", levels))
+            enter(mock.patch.object(triton_linear_head, "_OPERATION", *levels))
         em = LASEM(net, problem.space, backend="triton")
         # on a device nothing waits for a value
         enter(mock.patch.object(em, "_reads_values", return_value=False))
@@ -55,6 +56,13 @@ def step_launches(case: Case, boxes: bool = False) -> tuple[list[Launch], Counte
             # not backward(), which would copy gradients because the recording holds them too
             torch.autograd.grad(step.loss, [*net.parameters()], allow_unused=True)
     return launches, others.counts
+
+
+class _Boxes(triton_level.TritonLevel):
+    """As on a device of compute capability 9.0."""
+
+    def _in_boxes(self, *level: Any) -> bool:
+        return triton_level._can_be_boxes(*level)
 
 
 class tf32:

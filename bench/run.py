@@ -36,12 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing per row")
     parser.add_argument("--budget", type=float, default=1e9,
         help="seconds after which no further row is begun")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the results file")
+    parser.add_argument("--row", metavar="ID", help="only this one")
+    parser.add_argument("--list", action="store_true", help="prints the rows and ends")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the results file")
     args = parser.parse_args(argv)
+    rows = [case for case in SUITES[args.suite](args.device) if args.row in (None, case.id)]
+    if args.list:
+        print("\n".join(case.id for case in rows))
+        return FINISHED
+    if not rows:
+        parser.error(f"argument --row: expected one that --list prints, got {args.row!r}")
+    if args.out is None:
+        parser.error("the following arguments are required: --out")
     start = time.monotonic()
     results = record.ResultsFile(args.out, args.device, ceilings.measure(args.device))
     left_out = []
-    for case in SUITES[args.suite](args.device):
+    for case in rows:
         columns = _columns(case, args.columns)
         if not columns or results.has(case, columns):
             continue

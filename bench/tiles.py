@@ -1,6 +1,6 @@
 """``python -m bench.tiles``: every tile of the level kernels against float64, on the device itself.
 
-One level of 2 parents and 3 samples through both branches, forward and backward, for every tile,
+One level of 2 parents through both branches, forward and backward, for every tile,
 dtype, pool and number of channels. Outputs are poisoned beforehand (NaN in memory that nothing has
 written), every case is run twice and has to give the same bits, and may be off from float64 by at
 most twice as much as PyTorch at that precision, or as one rounding of what is added up, the choices
@@ -32,7 +32,7 @@ from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 
 KERNELS = ("forward", "dgrad", "wgrad", "box_forward", "box_dgrad", "box_wgrad")
-PARENTS, SAMPLES, BRANCHES, KERNEL = 2, 3, 2, 3
+PARENTS, BRANCHES, KERNEL = 2, 2, 3
 # How much further off than PyTorch a kernel may be: its sums are taken in another order.
 SLACK = 2.0
 _DTYPES = {
@@ -53,12 +53,14 @@ class Case:
     pool: int
     channels: int
     size: int
+    samples: int
     device: str
 
     @property
     def id(self) -> str:
         tile = "x".join(map(str, self.tile))
-        return f"{self.kernel}/{tile}/{self.dtype}/pool{self.pool}/{self.channels}/{self.size}"
+        sizes = f"{self.channels}/{self.size}/{self.samples}"
+        return f"{self.kernel}/{tile}/{self.dtype}/pool{self.pool}/{sizes}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pools", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--channels", type=int, nargs="+", default=[64, 72])
     parser.add_argument("--size", type=int, default=20, help="of the images")
+    parser.add_argument("--samples", type=int, default=3, help="of a parent")
     parser.add_argument("--few", action="store_true", help="one tile of every kernel and dtype")
     parser.add_argument("--workers", type=int, default=0,
         help="processes, which compile side by side; 0: this one")  # fmt: skip
@@ -104,8 +107,9 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
                     for channels in args.channels:
                         if _runs(kernel, tile, pool):
                             yield Case(
-                                kernel, tuple(tile), dtype, pool, channels, args.size, args.device
-                            )
+                                kernel, tuple(tile), dtype, pool, channels, args.size,
+                                args.samples, args.device,
+                            )  # fmt: skip
 
 
 def _module(kernel: str) -> Any:
@@ -186,7 +190,7 @@ def _problem(
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, device=case.device)
 
-    x = normal(PARENTS, SAMPLES, size, size, channels).to(dtype)
+    x = normal(PARENTS, case.samples, size, size, channels).to(dtype)
     scale = (channels * KERNEL**2) ** -0.5
     weights = [
         normal(channels, channels, KERNEL, KERNEL, scale=scale).contiguous(
@@ -196,7 +200,7 @@ def _problem(
     ]
     biases = [normal(channels, scale=0.1) for _ in range(BRANCHES)]
     rows = PARENTS * BRANCHES
-    dy = normal(rows, SAMPLES, geometry.out_h, geometry.out_w, channels).to(dtype)
+    dy = normal(rows, case.samples, geometry.out_h, geometry.out_w, channels).to(dtype)
     return x, weights, biases, dy, geometry
 
 
@@ -253,7 +257,7 @@ def _plain(
     z = convolve(*inputs).relu()
     if geometry.pool > 1:
         z = F.max_pool2d(z, geometry.pool)
-    z = z.unflatten(0, (PARENTS, SAMPLES)).unflatten(2, (BRANCHES, -1))
+    z = z.unflatten(0, (PARENTS, -1)).unflatten(2, (BRANCHES, -1))
     y = z.permute(0, 2, 1, 4, 5, 3).flatten(0, 1)
     return {"y": y, **_named([g.detach() for g in gradients if g is not None])}
 

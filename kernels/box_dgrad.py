@@ -12,7 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasem_fast.kernels.boxes import TILES, box_for, cheapest, described
+from lasem_fast.kernels.box_form import Filters
+from lasem_fast.kernels.boxes import (
+    TILES,
+    Convolution,
+    Taps,
+    box_for,
+    cheapest,
+    described,
+    met_taps,
+    reads,
+)
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
 from lasem_fast.kernels.level_geometry import (
     SHUT,
@@ -29,15 +39,14 @@ from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
 def _input_gradient(
     box, dz, weights, by_parent, live, carried, dx, samples,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    HAS_LIVE: tl.constexpr, HAS_CARRIED: tl.constexpr, WIDE: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    HAS_LIVE: tl.constexpr, HAS_CARRIED: tl.constexpr, ALL_TAPS: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
-    STEPS: tl.constexpr = KH * KW * ((C_OUT + DEPTH - 1) // DEPTH)
     BLOCKS: tl.constexpr = (C_OUT + DEPTH - 1) // DEPTH
     BOXES_X: tl.constexpr = (WIDTH + BOX_W - 1) // BOX_W
     BOXES_Y: tl.constexpr = (HEIGHT + BOX_H - 1) // BOX_H
@@ -49,12 +58,18 @@ def _input_gradient(
     parent = tl.load(entry)
     row0 = live_row(entry + 1, True, live, HAS_LIVE)
     row1 = row0
+    # taps turned around: the first one reads the furthest
+    kh0, down, kw0, across = 0, KH, 0, KW
+    if not ALL_TAPS:
+        kh0, down = met_taps(ih0, BOX_H, KH, PAD_H - KH + 1, CONV_H)
+        kw0, across = met_taps(iw0, BOX_W, KW, PAD_W - KW + 1, CONV_W)
+    steps = down * across * BLOCKS
     begin = 0
-    end = tl.where(row0 >= 0, STEPS, 0)
+    end = tl.where(row0 >= 0, steps, 0)
     if BRANCHES == 2:
         row1 = live_row(entry + 2, True, live, HAS_LIVE)
-        begin = tl.where(row0 >= 0, 0, STEPS)
-        end = tl.where(row1 >= 0, 2 * STEPS, STEPS)
+        begin = tl.where(row0 >= 0, 0, steps)
+        end = tl.where(row1 >= 0, 2 * steps, steps)
     column0 = tl.program_id(1) * COLUMNS
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -63,12 +78,15 @@ def _input_gradient(
         filter0 = step % BLOCKS * DEPTH
         channel = filter0
         if BRANCHES == 2:
-            row = tl.where(step >= STEPS, row1, row0)
-            filter0 += tl.where(step >= STEPS, C_OUT, 0)
-        tap = step // BLOCKS % (KH * KW)
+            row = tl.where(step >= steps, row1, row0)
+            filter0 += tl.where(step >= steps, C_OUT, 0)
+        number = step // BLOCKS % (down * across)
+        kh = KH - 1 - kh0 - number // across
+        kw = KW - 1 - kw0 - number % across
+        tap = kh * KW + kw
         # the convolution's output pixels that read these input pixels through this tap
-        oh = ih0 + PAD_H - tap // KW
-        ow = iw0 + PAD_W - tap % KW
+        oh = ih0 + PAD_H - kh
+        ow = iw0 + PAD_W - kw
         gradient = tl.reshape(dz.load([row, n0, oh, ow, channel]), (ROWS, DEPTH))
         # beyond a branch's filters come those of the next one, which meet zeros
         filters = tl.reshape(weights.load([filter0, tap, column0]), (DEPTH, COLUMNS))
@@ -96,7 +114,8 @@ def box_dgrad_kernel(
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
     HAS_LIVE: tl.constexpr, HAS_CARRIED: tl.constexpr,
-    HAS_SKIP: tl.constexpr, SKIP_HAS_CODE: tl.constexpr, SHUT: tl.constexpr, WIDE: tl.constexpr,
+    HAS_SKIP: tl.constexpr, SKIP_HAS_CODE: tl.constexpr, SHUT: tl.constexpr,
+    ALL_TAPS: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -107,8 +126,8 @@ def box_dgrad_kernel(
         if box < boxes:
             _input_gradient(
                 box, dz, weights, by_parent, live, carried, dx, samples,
-                BRANCHES, C_IN, C_OUT, HEIGHT, WIDTH, KH, KW, PAD_H, PAD_W,
-                HAS_LIVE, HAS_CARRIED, WIDE, IMAGES, BOX_H, BOX_W, COLUMNS, DEPTH,
+                BRANCHES, C_IN, C_OUT, HEIGHT, WIDTH, CONV_H, CONV_W, KH, KW, PAD_H, PAD_W,
+                HAS_LIVE, HAS_CARRIED, ALL_TAPS, WIDE, IMAGES, BOX_H, BOX_W, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             skip_gradient(
@@ -119,15 +138,14 @@ def box_dgrad_kernel(
     else:
         _input_gradient(
             box, dz, weights, by_parent, live, carried, dx, samples,
-            BRANCHES, C_IN, C_OUT, HEIGHT, WIDTH, KH, KW, PAD_H, PAD_W,
-            HAS_LIVE, HAS_CARRIED, WIDE, IMAGES, BOX_H, BOX_W, COLUMNS, DEPTH,
+            BRANCHES, C_IN, C_OUT, HEIGHT, WIDTH, CONV_H, CONV_W, KH, KW, PAD_H, PAD_W,
+            HAS_LIVE, HAS_CARRIED, ALL_TAPS, WIDE, IMAGES, BOX_H, BOX_W, COLUMNS, DEPTH,
         )  # fmt: skip
 
 
 def box_dgrad(
     dz: Tensor,
-    copies: Tensor,
-    weights: list[Tensor],
+    filters: Filters,
     rows: Tables,
     x_shape: tuple[int, ...],
     geometry: Geometry,
@@ -144,9 +162,9 @@ def box_dgrad(
 
     Args:
         dz: ``[R, N, conv_h, conv_w, Co]``, contiguous: the gradient of the convolution.
-        copies: of the weights, by :func:`~lasem_fast.kernels.weight_copies.weight_copies`.
-        weights, rows, x_shape, geometry, dtype: as in
-            :func:`~lasem_fast.kernels.level_dgrad.level_dgrad`, and so are the others.
+        filters: by :func:`~lasem_fast.kernels.weight_copies.weight_copies`.
+        rows, x_shape, geometry, dtype: as in :func:`~lasem_fast.kernels.level_dgrad.level_dgrad`,
+            in the form that boxes are read of, and so are the others.
         dy: ``[R, N, out_h, out_w, Co]``, contiguous, from which the skip's gradient is made.
         code: of the forward.
         live, carried, skip_dtype: likewise.
@@ -158,17 +176,22 @@ def box_dgrad(
     dx = dz.new_empty(x_shape, dtype=dtype)
     dskip = skip_buffer(dy, rows, geometry, skip_dtype)
     parents, samples, height, width, channels = x_shape
-    channels_out, _, kh, kw = weights[0].shape
+    channels_out, (kh, kw) = filters.channels_out, filters.kernel
+    size = samples, height, width
+    taps = Convolution(
+        Taps(kh, geometry.pad_h - kh + 1, geometry.conv_h),
+        Taps(kw, geometry.pad_w - kw + 1, geometry.conv_w),
+    )
 
-    def programs(tile: Tile) -> tuple[int, int]:
-        counts = box_for(tile.rows, samples, height, width).counts(samples, height, width)
-        return parents * prod(counts), cdiv(channels, tile.columns)
+    def programs(tile: Tile) -> float:
+        share = reads(box_for(tile.rows, *size, convolution=taps), *size, convolution=taps)
+        return parents * share / (kh * kw) * cdiv(channels, tile.columns)
 
-    lines = parents * samples * height * width
-    fit = fitting(TILES, lines, channels, channels_out)
-    tile = tile or cheapest(fit, lambda tile: prod(programs(tile)))
-    box = box_for(tile.rows, samples, height, width)
-    boxes, column_tiles = programs(tile)
+    lines = parents * prod(size)
+    tile = tile or cheapest(fitting(TILES, lines, channels, channels_out), programs)
+    box = box_for(tile.rows, *size, convolution=taps)
+    of_parent = prod(box.counts(*size))
+    boxes, column_tiles = parents * of_parent, cdiv(channels, tile.columns)
     has_skip = skip_dtype is not None
     skip_pixels = dskip.numel() // channels_out if has_skip else 0
     if has_skip:
@@ -177,16 +200,18 @@ def box_dgrad(
     has_live = live is not code
     with device_of(dz):
         box_dgrad_kernel[boxes + cdiv(skip_pixels, tile.rows), column_tiles](
-            described(dz, (1, *box, tile.depth)), described(copies, (tile.depth, 1, tile.columns)),
+            described(dz, (1, *box, tile.depth)),
+            described(filters.data, (tile.depth, 1, tile.columns)),
             rows.by_parent, live, dx if carried is None else carried, dx, dy, code,
             rows.by_skip, dskip, boxes, *rows.by_skip.shape, samples,
-            BRANCHES=len(weights), C_IN=channels, C_OUT=channels_out, HEIGHT=height, WIDTH=width,
-            CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+            BRANCHES=filters.branches, C_IN=channels, C_OUT=channels_out,
+            HEIGHT=height, WIDTH=width, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
             OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
             POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
             HAS_LIVE=has_live, HAS_CARRIED=carried is not None, HAS_SKIP=has_skip,
             SKIP_HAS_CODE=geometry.skip_has_code, SHUT=SHUT,
+            ALL_TAPS=reads(box, *size, convolution=taps) == of_parent * kh * kw,
             WIDE=needs_int64((dx, dy, dskip), lines, skip_pixels), IMAGES=box.images,
             BOX_H=box.height, BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -14,16 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_pool import box_pool
-from lasem_fast.kernels.boxes import TILES, box_for, cheapest, described
-from lasem_fast.kernels.level_geometry import (
-    CLOSED,
-    SHUT,
-    Geometry,
-    device_of,
-    needs_int64,
-    output_shape,
+from lasem_fast.kernels.boxes import (
+    TILES,
+    Box,
+    Convolution,
+    Taps,
+    box_for,
+    cheapest,
+    described,
+    met_taps,
+    reads,
 )
+from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
 
@@ -60,11 +64,13 @@ def _better(best, winner, total, name, valid, ENDS_CLOSED: tl.constexpr, CLOSED:
 def box_forward_kernel(
     x, weights, bias0, bias1, skip, by_branch, y, code, count0, samples, s_s, s_n, s_h, s_w, s_c,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     CONV_H: tl.constexpr, CONV_W: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     POOL: tl.constexpr, POOL_PAD: tl.constexpr, RELU: tl.constexpr, RELU_AFTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, CLOSED: tl.constexpr, SHUT: tl.constexpr,
-    WIDE: tl.constexpr, IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    ALL_TAPS: tl.constexpr, WIDE: tl.constexpr,
+    IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see box_forward."""
@@ -92,12 +98,19 @@ def box_forward_kernel(
         bias_at = tl.where(second, bias1, bias0)
         filter0 += tl.where(second, C_OUT, 0)
 
+    kh0, down, kw0, across = 0, KH, 0, KW
+    if not ALL_TAPS:
+        kh0, down = met_taps(oh0, BOX_H, KH, -PAD_H, HEIGHT)
+        kw0, across = met_taps(ow0, BOX_W, KW, -PAD_W, WIDTH)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(KH * KW * STEPS):
-        tap = step // STEPS
+    for step in range(down * across * STEPS):
+        number = step // STEPS
         channel = step % STEPS * DEPTH
-        ih = oh0 - PAD_H + tap // KW
-        iw = ow0 - PAD_W + tap % KW
+        kh = kh0 + number // across
+        kw = kw0 + number % across
+        tap = kh * KW + kw
+        ih = oh0 - PAD_H + kh
+        iw = ow0 - PAD_W + kw
         values = tl.reshape(x.load([parent, n0, ih, iw, channel]), (ROWS, DEPTH))
         filters = tl.reshape(weights.load([filter0, tap, channel]), (COLUMNS, DEPTH))
         total = tl.dot(values, filters.T, total)
@@ -175,8 +188,7 @@ def box_forward_kernel(
 
 def box_forward(
     x: Tensor,
-    weights: list[Tensor],
-    copies: Tensor,
+    filters: Filters,
     biases: list[Tensor],
     skip: Tensor | None,
     rows: Tables,
@@ -186,9 +198,8 @@ def box_forward(
     """Runs a level that :func:`~lasem_fast.kernels.boxes.why_not` says "" of.
 
     Args:
-        x: ``[P, N, H, W, C]``.
-        weights: one ``[Co, C, KH, KW]`` per branch, one or two.
-        copies: of the weights, by :func:`~lasem_fast.kernels.weight_copies.weight_copies`.
+        x: ``[P, N, H, W, C]``, in the form that boxes are read of, and so are the others.
+        filters: by :func:`~lasem_fast.kernels.weight_copies.weight_copies`.
         biases: one contiguous ``[Co]`` per branch, or none.
         skip: ``[S, N, conv_h, conv_w, Co]``, any strides, or None.
         rows: the R rows.
@@ -202,36 +213,45 @@ def box_forward(
         whole = geometry._replace(
             pool=1, pool_pad=0, out_h=geometry.conv_h, out_w=geometry.conv_w, relu=0
         )
-        z, _ = box_forward(x, weights, copies, biases, skip, rows, whole, tile)
+        z, _ = box_forward(x, filters, biases, skip, rows, whole, tile)
         return box_pool(z, geometry)
-    shape = output_shape(len(rows.by_branch), x, weights, geometry)
+    columns, (kh, kw) = filters.channels_out, filters.kernel
+    _, samples, height, width, channels = x.shape
+    shape = len(rows.by_branch), samples, geometry.out_h, geometry.out_w, columns
     y = x.new_empty(shape)
     code = x.new_empty(shape if geometry.has_code else (0,), dtype=torch.uint8)
-    columns, channels, kh, kw = weights[0].shape
-    pool, samples = geometry.pool, x.shape[1]
+    pool = geometry.pool
     size = samples, geometry.out_h * pool, geometry.out_w * pool
+    taps = Convolution(
+        Taps(kh, -geometry.pad_h, height), Taps(kw, -geometry.pad_w, width), -geometry.pool_pad
+    )
 
-    def programs(tile: Tile) -> tuple[int, int]:
-        images, down, across = box_for(tile.rows, *size, least=pool).counts(*size)
-        return shape[0] * images * down * across, cdiv(columns, tile.columns)
+    def box_of(tile: Tile) -> Box:
+        return box_for(tile.rows, *size, least=pool, convolution=taps)
+
+    def programs(tile: Tile) -> float:
+        share = reads(box_of(tile), *size, convolution=taps) / (kh * kw)
+        return shape[0] * share * cdiv(columns, tile.columns)
 
     lines = shape[0] * prod(size)
-    fit = fitting(TILES, lines, columns, channels)
-    tile = tile or cheapest(fit, lambda tile: prod(programs(tile)))
-    box = box_for(tile.rows, *size, least=pool)
+    tile = tile or cheapest(fitting(TILES, lines, columns, channels), programs)
+    box = box_of(tile)
+    boxes = prod(box.counts(*size))
     added = x if skip is None else skip  # never read where there is none
     biased = biases or [x]  # likewise
     with device_of(x):
-        box_forward_kernel[programs(tile)](
-            described(x, (1, *box, tile.depth)), described(copies, (tile.columns, 1, tile.depth)),
+        box_forward_kernel[shape[0] * boxes, cdiv(columns, tile.columns)](
+            described(x, (1, *box, tile.depth)),
+            described(filters.data, (tile.columns, 1, tile.depth)),
             biased[0], biased[-1], added, rows.by_branch, y, code, rows.counts[0], samples,
             *added.stride(),
-            BRANCHES=len(weights), C_IN=channels, C_OUT=columns,
+            BRANCHES=filters.branches, C_IN=channels, C_OUT=columns, HEIGHT=height, WIDTH=width,
             CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
             OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, POOL=pool, POOL_PAD=geometry.pool_pad,
             RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
             HAS_BIAS=bool(biases), HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
+            ALL_TAPS=reads(box, *size, convolution=taps) == boxes * kh * kw,
             WIDE=needs_int64((y, added), lines), IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,

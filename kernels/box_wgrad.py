@@ -7,6 +7,7 @@ a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -14,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_gradient import Gradient
-from lasem_fast.kernels.boxes import box_for, described
+from lasem_fast.kernels.boxes import Box, Convolution, Taps, box_for, described, reads
 from lasem_fast.kernels.level_geometry import Geometry, device_of, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
@@ -48,35 +50,58 @@ def _product(total, values, gradient, TURNED: tl.constexpr):
 
 
 @triton.jit
+def _meeting(tap, TAPS: tl.constexpr, SIDE: tl.constexpr, PAD: tl.constexpr, SIZE: tl.constexpr,
+             CONV: tl.constexpr):  # fmt: skip
+    """The first and the number of the boxes that read anything but zeros through these taps."""
+    first = tl.maximum(0, PAD - tap - TAPS + 1) // SIDE
+    behind = tl.cdiv(tl.maximum(0, tl.minimum(SIZE + PAD - tap, CONV)), SIDE)
+    return first, tl.maximum(0, behind - first)
+
+
+@triton.jit
+def _middle_first(i, KERNEL: tl.constexpr):
+    """A kernel's taps along one side, the one that meets the most boxes first."""
+    return KERNEL // 2 + tl.where(i % 2 == 1, -(i + 1) // 2, i // 2)
+
+
+@triton.jit
 def _add_boxes(
     total, total1, total2, begin, end, first, x, dz, by_branch, some, parents, rows, samples,
-    kh, kw, channel, tile,
+    kh, kw, channel, tile, box_y, down, box_x, across,
     C_OUT: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """total += x' dz, or dz' x where TURNED, over a branch's boxes from ``begin`` to ``end``."""
+    """total += x' dz, or dz' x where TURNED, over a branch's boxes from ``begin`` to ``end``.
+
+    Only boxes ``down`` by ``across`` from ``box_y`` and ``box_x`` on count.
+    """
     PIXELS: tl.constexpr = IMAGES * BOX_H * BOX_W
     BOXES_X: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W
     BOXES_Y: tl.constexpr = (CONV_H + BOX_H - 1) // BOX_H
     BLOCKS: tl.constexpr = (C_OUT + BLOCK - 1) // BLOCK
-    per_image = BOXES_X * BOXES_Y
-    per_row = tl.cdiv(samples, IMAGES) * per_image
+    image_blocks = tl.cdiv(samples, IMAGES)
+    per_row = image_blocks * down * across
     for number in range(begin, end):
-        entry = by_branch + (first + number // per_row) * 3
+        of_branch = number // per_row
+        entry = by_branch + (first + of_branch) * 3
+        block = number % per_row // (down * across)
+        y = box_y + number // across % down
+        w = box_x + number % across
         # Without any gradient a box is not multiplied: a configuration that overflowed sends none,
         # and 0 * inf must not make it NaN. What lies beyond the last row is 0.
-        blocks = some + (first * per_row + number) * BLOCKS
+        box = ((first + of_branch) * image_blocks + block) * (BOXES_X * BOXES_Y) + y * BOXES_X + w
+        blocks = some + box * BLOCKS
         there = tl.load(blocks + tile * (COLUMNS // BLOCK))
         if COLUMNS > BLOCK:
             there += tl.load(blocks + tl.minimum(tile * 2 + 1, BLOCKS - 1))
         row = tl.where(there > 0, tl.load(entry), rows)
         parent = tl.where(there > 0, tl.load(entry + 1), parents)
-        n = number % per_row // per_image * IMAGES
-        oh = number // BOXES_X % BOXES_Y * BOX_H
-        ow = number % BOXES_X * BOX_W
+        n = block * IMAGES
+        oh = y * BOX_H
+        ow = w * BOX_W
         gradient = tl.reshape(dz.load([row, n, oh, ow, tile * COLUMNS]), (PIXELS, COLUMNS))
         ih = oh - PAD_H + kh
         iw = ow - PAD_W + kw
@@ -108,27 +133,34 @@ def _store(
 def box_wgrad_kernel(
     x, dz, by_branch, live, some, parts, count0, count1, parents, rows, samples,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    CONV_H: tl.constexpr, CONV_W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    PAD_H: tl.constexpr, PAD_W: tl.constexpr, HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """One part of parts [S, B, Co, KH, KW, C]; see box_wgrad."""
+    """One part of parts [S, B, Co, KH * KW * C]; see box_wgrad."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
-    BOXES: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W * ((CONV_H + BOX_H - 1) // BOX_H)
-    tap = tl.program_id(0) % (KH * KW // TAPS) * TAPS
-    channel = tl.program_id(0) // (KH * KW // TAPS) * ROWS
+    GROUPS: tl.constexpr = KW // TAPS
+    channel = tl.program_id(0) * ROWS
     tile = tl.program_id(1) % TILES
     branch = tl.program_id(1) // TILES
+    # programs with the most to do start first
+    group = tl.program_id(2) % (KH * GROUPS)
+    split = tl.program_id(2) // (KH * GROUPS)
+    splits = tl.num_programs(2) // (KH * GROUPS)
+    kh = _middle_first(group // GROUPS, KH)
+    kw = _middle_first(group % GROUPS, GROUPS) * TAPS
+    box_y, down = _meeting(kh, 1, BOX_H, PAD_H, HEIGHT, CONV_H)
+    box_x, across = _meeting(kw, TAPS, BOX_W, PAD_W, WIDTH, CONV_W)
     first, count = 0, count0
     if BRANCHES == 2:
         first = tl.where(branch == 1, count0, 0)
         count = tl.where(branch == 1, count1, count0)
-    split = tl.program_id(2)
-    per_row = tl.cdiv(samples, IMAGES) * BOXES
-    share = tl.cdiv(count * per_row, tl.num_programs(2))
+    per_row = tl.cdiv(samples, IMAGES) * down * across
+    share = tl.cdiv(count * per_row, splits)
     begin = split * share
     end = tl.minimum(begin + share, count * per_row)
     total = tl.zeros((COLUMNS, ROWS) if TURNED else (ROWS, COLUMNS), tl.float32)
@@ -136,25 +168,27 @@ def box_wgrad_kernel(
     total2 = total
     if HAS_LIVE:
         # row by row, so that those that are not live are passed over
-        for of_branch in range(begin // per_row, tl.cdiv(end, per_row)):
+        of_row = tl.maximum(1, per_row)
+        for of_branch in range(begin // of_row, tl.cdiv(end, of_row)):
             alive = tl.load(live + tl.load(by_branch + (first + of_branch) * 3)) != 0
             low = tl.maximum(begin, of_branch * per_row)
             high = tl.minimum(end, (of_branch + 1) * per_row)
             total, total1, total2 = _add_boxes(
                 total, total1, total2, low, tl.where(alive, high, low), first, x, dz, by_branch,
-                some, parents, rows, samples, tap // KW, tap % KW, channel, tile, C_OUT,
-                CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W,
-                ROWS, COLUMNS, BLOCK, TURNED, TAPS,
+                some, parents, rows, samples, kh, kw, channel, tile,
+                box_y, down, box_x, across, C_OUT, CONV_H, CONV_W, PAD_H, PAD_W,
+                IMAGES, BOX_H, BOX_W, ROWS, COLUMNS, BLOCK, TURNED, TAPS,
             )  # fmt: skip
     else:
         total, total1, total2 = _add_boxes(
             total, total1, total2, begin, end, first, x, dz, by_branch, some,
-            parents, rows, samples, tap // KW, tap % KW, channel, tile, C_OUT,
-            CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W,
+            parents, rows, samples, kh, kw, channel, tile, box_y, down, box_x, across,
+            C_OUT, CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W,
             ROWS, COLUMNS, BLOCK, TURNED, TAPS,
         )  # fmt: skip
     row = channel + tl.arange(0, ROWS)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    tap = kh * KW + kw
     filters = (split.to(index) * BRANCHES + branch) * C_OUT + column
     filter_at = filters * (KH * KW * C_IN)
     _store(parts, total, filter_at, tap, row, column, C_IN, C_OUT, TURNED)
@@ -163,18 +197,37 @@ def box_wgrad_kernel(
         _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
 
 
-def chosen(weights: list[Tensor], rows: Tables, samples: int, geometry: Geometry) -> Tile:
+def chosen(filters: Filters, rows: Tables, x_shape: Sequence[int], geometry: Geometry) -> Tile:
     """The tile whose programs read the least; the parts of the sum fill the GPU."""
-    size = samples, geometry.conv_h, geometry.conv_w
-    channels_out, channels, _, kw = weights[0].shape
+    size = x_shape[1], geometry.conv_h, geometry.conv_w
+    channels_out, channels = filters.channels_out, filters.channels
 
     def read(tile: Tile) -> float:
-        boxes = prod(box_for(tile.depth, *size).counts(*size))
-        taps = _taps(tile, kw)
+        box = box_of(tile, x_shape, geometry, filters.kernel)
+        boxes = reads(box, *size, convolution=_convolution(x_shape, geometry, filters.kernel))
+        taps = _taps(tile, filters.kernel[1])
         tiles = cdiv(channels, tile.rows) * cdiv(channels_out, tile.columns)
         return boxes * tile.depth * tiles * (tile.rows + tile.columns / taps)
 
     return min(fitting(TILES, channels, channels_out, max(rows.counts) * prod(size)), key=read)
+
+
+def box_of(tile: Tile, x_shape: Sequence[int], geometry: Geometry, kernel: tuple[int, int]) -> Box:
+    """The box of pixels that is a tile's depth."""
+    return box_for(
+        tile.depth, x_shape[1], geometry.conv_h, geometry.conv_w,
+        convolution=_convolution(x_shape, geometry, kernel),
+    )  # fmt: skip
+
+
+def _convolution(
+    x_shape: Sequence[int], geometry: Geometry, kernel: tuple[int, int]
+) -> Convolution:
+    down, across = (
+        Taps(taps, -pad, side)
+        for taps, pad, side in zip(kernel, geometry[2:4], x_shape[2:4], strict=True)
+    )
+    return Convolution(down, across)
 
 
 def _taps(tile: Tile, kw: int) -> int:
@@ -185,6 +238,7 @@ def _taps(tile: Tile, kw: int) -> int:
 def box_wgrad(
     gradient: Gradient,
     x: Tensor,
+    filters: Filters,
     weights: list[Tensor],
     biases: list[Tensor],
     rows: Tables,
@@ -198,7 +252,8 @@ def box_wgrad(
     Args:
         gradient: of the convolution, in boxes of ``tile.depth`` pixels and blocks of
             ``tile.columns`` or half as many.
-        x, weights, biases, rows, geometry: as in the forward.
+        x, filters, biases, rows, geometry: as in the forward.
+        weights: of the level itself, one ``[Co, C, KH, KW]`` per branch.
         tile: block sizes.
         live: bool ``[R]``: other rows are passed over; None: none is.
 
@@ -208,22 +263,23 @@ def box_wgrad(
     """
     dweights = gradient_buffers(weights)
     dbiases = [torch.empty_like(bias) for bias in biases]
-    channels_out, channels, kh, kw = weights[0].shape
+    channels_out, channels, (kh, kw) = filters.channels_out, filters.channels, filters.kernel
     dz, box, samples = gradient.dz, gradient.box, x.shape[1]
-    images, down, across = box.counts(samples, geometry.conv_h, geometry.conv_w)
+    boxes = prod(box.counts(samples, geometry.conv_h, geometry.conv_w))
     taps = _taps(tile, kw)
-    lines = kh * kw // taps * cdiv(channels, tile.rows)
-    grid = lines, len(weights) * cdiv(channels_out, tile.columns)
-    splits = splits_of(grid[0] * grid[1], max(rows.counts) * images * down * across)
-    size = (splits, len(weights), channels_out, kh, kw, channels)
+    groups = kh * kw // taps
+    grid = cdiv(channels, tile.rows), filters.branches * cdiv(channels_out, tile.columns)
+    splits = splits_of(grid[0] * grid[1] * groups, max(rows.counts) * boxes)
+    size = (splits, filters.branches, channels_out, kh * kw * channels)
     parts = x.new_empty(size, dtype=torch.float32)
     has_live = live is not None
     with device_of(x):
-        box_wgrad_kernel[(*grid, splits)](
+        box_wgrad_kernel[(*grid, splits * groups)](
             described(x, (1, *box, tile.rows)), described(dz, (1, *box, tile.columns)),
             rows.by_branch, live.view(torch.uint8) if has_live else gradient.some, gradient.some,
             parts, rows.counts[0], rows.counts[-1], len(x), len(dz), samples,
-            BRANCHES=len(weights), C_IN=channels, C_OUT=channels_out,
+            BRANCHES=filters.branches, C_IN=channels, C_OUT=channels_out,
+            HEIGHT=x.shape[2], WIDTH=x.shape[3],
             CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, HAS_LIVE=has_live,
             WIDE=parts.numel() >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,

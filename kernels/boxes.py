@@ -11,16 +11,20 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lasem_fast.kernels.box_form import RUN
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv
 
 DTYPES = (torch.float16, torch.bfloat16)
 # What a copy may start at, in bytes; also where every image, row and column begins.
 _ALIGNMENT = 16
-_RUN = _ALIGNMENT // 2  # channels
+# How many times fewer reads make up for pixels that do not lie side by side.
+_WORTH_NARROW_BOXES = 8 / 7
 # Of the forward and of the gradient of the input: rows are a box's pixels.
 TILES = (
     Tile(128, 128, 64, 8, 3),
@@ -53,14 +57,55 @@ class Box(NamedTuple):
         return images, rows, columns
 
 
+class Taps(NamedTuple):
+    """Along one side of an image: which taps of a convolution meet it at all.
+
+    Attributes:
+        kernel: how many taps there are.
+        shift: what tap 0 reads beside pixel 0: a box from pixel i on reads through tap t from
+            i + shift + t on.
+        size: of what is read.
+    """
+
+    kernel: int = 1
+    shift: int = 0
+    size: int = 1
+
+    def met(self, begin: int, side: int) -> int:
+        """How many taps of a box of ``side`` pixels from ``begin`` on read anything but zeros."""
+        first = max(0, 1 - side - begin - self.shift)
+        return max(0, min(self.kernel, self.size - begin - self.shift) - first)
+
+    def of_boxes(self, begin: int, side: int, count: int) -> int:
+        """The same for ``count`` boxes side by side, added up."""
+        return sum(self.met(begin + i * side, side) for i in range(count))
+
+
+class Convolution(NamedTuple):
+    """The taps that boxes of a convolution's pixels read through.
+
+    Attributes:
+        down, across: along both sides.
+        begin: of the first box, in both directions.
+    """
+
+    down: Taps
+    across: Taps
+    begin: int = 0
+
+
 @cache
-def box_for(pixels: int, samples: int, height: int, width: int, least: int = 1) -> Box:
-    """The box of so many pixels that covers the images with the fewest boxes; wide ones first.
+def box_for(
+    pixels: int, samples: int, height: int, width: int, least: int = 1,
+    convolution: Convolution | None = None,
+) -> Box:  # fmt: skip
+    """The box of so many pixels that reads the least; wide ones first.
 
     Args:
         pixels: a power of two.
         samples, height, width: what is to be covered.
         least: height and width are at least that, a power of two.
+        convolution: how boxes are read: through taps that meet only zeros they are not. None: once.
     """
     sides = [2**i for i in range(pixels.bit_length())]
     boxes = [
@@ -70,17 +115,44 @@ def box_for(pixels: int, samples: int, height: int, width: int, least: int = 1) 
         if h * w <= pixels and min(h, w) >= least
     ]
 
-    def boxes_needed(box: Box) -> int:
-        images, rows, columns = box.counts(samples, height, width)
+
+    def fewest(convolution: Convolution | None) -> Box:
+        return min(boxes, key=lambda box: reads(box, samples, height, width, convolution))
+
+    plain, best = fewest(None), fewest(convolution)
+    before, after = (reads(box, samples, height, width, convolution) for box in (plain, best))
+    return best if after * _WORTH_NARROW_BOXES <= before else plain
+
+
+def reads(
+    box: Box, samples: int, height: int, width: int, convolution: Convolution | None = None
+) -> int:
+    """How many boxes are read in all, see :func:`box_for`."""
+    images, rows, columns = box.counts(samples, height, width)
+    if convolution is None:
         return images * rows * columns
+    down, across, begin = convolution
+    return (
+        images * down.of_boxes(begin, box.height, rows) * across.of_boxes(begin, box.width, columns)
+    )
 
-    return min(boxes, key=boxes_needed)
+
+@triton.jit
+def met_taps(begin, SIDE: tl.constexpr, KERNEL: tl.constexpr, SHIFT: tl.constexpr,
+             SIZE: tl.constexpr):  # fmt: skip
+    """The first and the number of the taps that :class:`Taps` says a box meets."""
+    first = tl.maximum(0, 1 - SIDE - begin - SHIFT)
+    return first, tl.maximum(0, tl.minimum(KERNEL, SIZE - begin - SHIFT) - first)
 
 
-def cheapest(tiles: Sequence[Tile], programs: Callable[[Tile], int]) -> Tile:
+def cheapest(tiles: Sequence[Tile], programs: Callable[[Tile], float]) -> Tile:
     """The tile whose programs read the least, small images' padding included; the first of equals.
 
     Fewer programs than there are multiprocessors take as long as one on each of them.
+
+    Args:
+        tiles: to choose from.
+        programs: how many there are with a tile, one that meets some taps only a part.
     """
     return min(tiles, key=lambda t: max(programs(t), MULTIPROCESSORS) * (t.rows + t.columns))
 
@@ -93,13 +165,18 @@ def described(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
 def why_not(
     geometry: Geometry, channels: int, channels_out: int, dtype: torch.dtype, has_skip: bool
 ) -> str:
-    """Why a level's products cannot be read in boxes whatever its input's memory, or ""."""
+    """Why a level's products cannot be read in boxes whatever its input's memory, or "".
+
+    Args:
+        geometry, channels: of what is read, see :class:`~lasem_fast.kernels.box_form.BoxForm`.
+        channels_out: of the level.
+        dtype: of the products.
+        has_skip: whether a skip is added.
+    """
     if dtype not in DTYPES:
         return f"products in {dtype}: boxes are for 16 bits"
-    if (geometry.stride_h, geometry.stride_w) != (1, 1):
-        return f"stride {(geometry.stride_h, geometry.stride_w)}: boxes are for stride 1"
-    if channels % _RUN or channels_out % _RUN:
-        return f"{channels} to {channels_out} channels: boxes need multiples of {_RUN}"
+    if channels % RUN or channels_out % RUN:
+        return f"{channels} to {channels_out} channels: boxes need multiples of {RUN}"
     if geometry.pool > 2 and has_skip:
         return f"a skip before a pool of {geometry.pool}"
     return ""
@@ -107,5 +184,5 @@ def why_not(
 
 def can_read(x: Tensor) -> bool:
     """Whether a tensor ``[P, N, H, W, C]`` of 16 bits lies so that boxes of it can be copied."""
-    runs = all(stride > 0 and stride % _RUN == 0 for stride in x.stride()[:-1])
+    runs = all(stride > 0 and stride % RUN == 0 for stride in x.stride()[:-1])
     return x.stride(-1) == 1 and runs and 0 not in x.shape and x.data_ptr() % _ALIGNMENT == 0

@@ -6,6 +6,7 @@ and device, and stay there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -42,6 +43,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.parents)
 
+    def joined(self) -> Rows:
+        """The list with runs of neighbours taken for one row each, as long as all of them can be.
+
+        A run's rows go through one branch, and their parents are neighbours too, and their skip
+        rows: samples of all of them, one after another, are a row of more samples.
+        """
+        return _joined(self)
+
     @property
     def skips_in_order(self) -> bool:
         """Whether every row has a skip row of its own, and that is its own number."""
@@ -77,6 +86,35 @@ def tables_of(rows: Rows, branches: int, device: torch.device) -> Tables:
     if torch.compiler.is_compiling():
         return _tables(rows, branches, device)
     return _kept_tables(rows, branches, device)
+
+
+@cache
+def _joined(rows: Rows) -> Rows:
+    count = len(rows)
+    for run in range(count, 1, -1):
+        if count % run or rows.width % run or rows.skip_width % run:
+            continue
+        starts = range(0, count, run)
+        if (
+            all(len({*rows.branches[i : i + run]}) == 1 for i in starts)
+            and _in_runs(rows.parents, run)
+            and _in_runs(rows.skips, run)
+        ):
+            return Rows(
+                tuple(rows.parents[i] // run for i in starts),
+                tuple(rows.branches[i] for i in starts),
+                rows.width // run,
+                tuple(rows.skips[i] // run for i in starts if rows.skips),
+                rows.skip_width // run,
+            )
+    return rows
+
+
+def _in_runs(numbers: Sequence[int], run: int) -> bool:
+    return all(
+        numbers[i] % run == 0 and numbers[i : i + run] == tuple(range(numbers[i], numbers[i] + run))
+        for i in range(0, len(numbers), run)
+    )
 
 
 @cache

@@ -44,8 +44,10 @@ FMA_TILES = (Tile(32, 32, 16, 4, 3), Tile(16, 16, 16, 2, 3))
 # Where channels are read one by one, addresses take so many registers that others spill.
 RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
 RAGGED_TF32_TILES = (Tile(64, 32, 32, 4, 5),)
-# Elements that one program of the second launch adds up.
-SUM_BLOCK = 256
+# Sums of the second launch's programs, and parts that are read together: biases have the more
+# parts, and fewer sums.
+SUM_BLOCK, _SUM_PARTS = 256, 8
+_BIAS_BLOCK, _BIAS_PARTS = 16, 128
 # A part of the sum that is worth a program of its own, in steps of a tile's depth.
 _STEPS = 4
 # Rows that are passed over together where they are not live.
@@ -167,41 +169,48 @@ def level_wgrad_kernel(
 
 
 @triton.jit
+def _summed(parts, at, inside, splits, size, PARTS: tl.constexpr):
+    """The sum over parts [S, size] at some places, always in the same order."""
+    part = tl.arange(0, PARTS)
+    total = tl.zeros((PARTS, at.shape[0]), tl.float32)
+    for start in range(0, splits, PARTS):
+        # many loads in flight: one after another each would wait for memory
+        read = (start + part < splits)[:, None] & inside[None, :]
+        from_part = parts + (start + part).to(tl.int64)[:, None] * size
+        total += tl.load(from_part + at[None, :], mask=read, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
 def level_wgrad_sum_kernel(
     parts, bias_parts, dweight0, dweight1, dbias0, dbias1, splits, bias_splits, d_o, d_c, d_h, d_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, LINE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS_BLOCK: tl.constexpr, BIAS_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dweight and dbias from parts [S, B, Co, KH, KW, C] and bias_parts [S', B, Co]."""
-    SIZE: tl.constexpr = BRANCHES * C_OUT * KH * KW * C_IN
+    """dweight and dbias from parts [S, B, Co, LINE] and bias_parts [S', B, Co]."""
+    FILTER: tl.constexpr = KH * KW * C_IN
+    SIZE: tl.constexpr = BRANCHES * C_OUT * FILTER
     WEIGHT_BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     block = tl.program_id(0)
     if block < WEIGHT_BLOCKS:
         at = block * BLOCK + tl.arange(0, BLOCK)
         inside = at < SIZE
-        part_at = parts + at
-        total = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(splits):
-            total += tl.load(part_at, mask=inside, other=0.0)
-            part_at += SIZE
         channel = at % C_IN
         kw = at // C_IN % KW
         kh = at // C_IN // KW % KH
-        channel_out = at // (KH * KW * C_IN) % C_OUT
-        branch = at // (C_OUT * KH * KW * C_IN)
-        dweight = tl.where(branch == 1, dweight1, dweight0)
+        channel_out = at // FILTER % C_OUT
+        in_part = at // FILTER * LINE + at % FILTER
+        total = _summed(parts, in_part, inside, splits, BRANCHES * C_OUT * LINE, PARTS)
+        dweight = tl.where(at // (C_OUT * FILTER) == 1, dweight1, dweight0)
         dweight += channel_out * d_o + channel * d_c + kh * d_h + kw * d_w
         tl.store(dweight, total.to(dweight0.dtype.element_ty), mask=inside)
     elif HAS_BIAS:
-        at = (block - WEIGHT_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < BRANCHES * C_OUT
-        part_at = bias_parts + at
-        total = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(bias_splits):
-            total += tl.load(part_at, mask=inside, other=0.0)
-            part_at += BRANCHES * C_OUT
-        dbias = tl.where(at // C_OUT == 1, dbias1, dbias0) + at % C_OUT
-        tl.store(dbias, total.to(dbias0.dtype.element_ty), mask=inside)
+        bias_at = (block - WEIGHT_BLOCKS) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
+        used = bias_at < BRANCHES * C_OUT
+        bias = _summed(bias_parts, bias_at, used, bias_splits, BRANCHES * C_OUT, BIAS_PARTS)
+        dbias = tl.where(bias_at // C_OUT == 1, dbias1, dbias0) + bias_at % C_OUT
+        tl.store(dbias, bias.to(dbias0.dtype.element_ty), mask=used)
 
 
 def candidates(
@@ -294,7 +303,7 @@ def level_wgrad(
             num_warps=tile.warps, num_stages=tile.stages, **shape,
         )  # fmt: skip
         if splits > 1:
-            sum_parts(parts, bias_parts, dweights, dbiases)
+            sum_parts(parts.flatten(3), bias_parts, dweights, dbiases)
     return dweights, dbiases
 
 
@@ -304,20 +313,23 @@ def sum_parts(
     """Adds up parts into gradients, in their order: one launch.
 
     Args:
-        parts: ``[S, B, Co, KH, KW, C]``, float32, contiguous.
+        parts: ``[S, B, Co, line]``, float32, contiguous; the first ``KH * KW * C`` of a line are a
+            filter, channels innermost.
         bias_parts: ``[S', B, Co]``, float32, contiguous; not read without biases.
         dweights: one ``[Co, C, KH, KW]`` per branch, of one layout; written.
         dbiases: one contiguous ``[Co]`` per branch, or none; written.
     """
-    splits, branches, channels_out, kh, kw, channels = parts.shape
-    blocks = cdiv(parts[0].numel(), SUM_BLOCK)
-    blocks += cdiv(branches * channels_out, SUM_BLOCK) if dbiases else 0
+    channels_out, channels, kh, kw = dweights[0].shape
+    branches = len(dweights)
+    blocks = cdiv(branches * dweights[0].numel(), SUM_BLOCK)
+    blocks += cdiv(branches * channels_out, _BIAS_BLOCK) if dbiases else 0
     dbias = dbiases or dweights  # the latter is never written
     level_wgrad_sum_kernel[blocks,](
         parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
-        splits, bias_parts.shape[0], *dweights[0].stride(),
-        BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw,
-        HAS_BIAS=bool(dbiases), BLOCK=SUM_BLOCK, num_warps=4,
+        len(parts), len(bias_parts), *dweights[0].stride(),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw, LINE=parts.shape[-1],
+        HAS_BIAS=bool(dbiases), BLOCK=SUM_BLOCK, PARTS=_SUM_PARTS, BIAS_BLOCK=_BIAS_BLOCK,
+        BIAS_PARTS=_BIAS_PARTS, num_warps=4,
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_boxes_on_the_gpu(net, dtype, monkeypatch):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("boxes need a device of compute capability 9.0")
     # what it does not take is left to PyTorch
-    monkeypatch.setattr(dispatch, "_ON_GPU", triton_level.BoxLevel())
+    monkeypatch.setattr(dispatch, "_ON_GPU", (triton_level.BoxLevel(),))
     parity.check("triton", parity.problem(net, dtype, "cuda"))
 
 

@@ -77,7 +77,7 @@ def _assert_same_training(captured, em, optimizer, drawn, turns=6, change=lambda
 def test_replay_in_boxes_is_the_plain_loop(monkeypatch):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("boxes need a device of compute capability 9.0")
-    monkeypatch.setattr(dispatch, "_ON_GPU", triton_level.BoxLevel())
+    monkeypatch.setattr(dispatch, "_ON_GPU", (triton_level.BoxLevel(),))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         em, opt, drawn = _made("triton", net="runs of 8 channels")
         captured = lf.capture(em, opt, drawn.x, drawn.y, TASK, strict=True)
@@ -242,7 +242,7 @@ def test_an_ended_task_and_a_new_one():
     captured = lf.capture(em, opt, drawn.x, drawn.y, TASK, strict=True)
     for x, y in _batches(drawn, 4):
         captured(x, y)
-    before = [p.clone() for p in em.net.shared.parameters()]
+    before = [p.detach().clone() for p in em.net.shared.parameters()]
     other = OPTIMIZERS["sgd"](drawn.net.task_parameters("next"))
     second = lf.capture(em, other, drawn.x, drawn.y, "next", strict=True)
     assert isinstance(second, CapturedStep)

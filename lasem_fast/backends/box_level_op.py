@@ -1,15 +1,21 @@
 """Contracts of the level kernels that read boxes (TMA): schemas and fakes.
 
 As :mod:`lasem_fast.backends.triton_level_op`, whose checks and autograd they share. One operator
-for each direction, because all products of the backward read what its first launch makes.
+for each direction, because all products of the backward read what its first launch makes. Where
+neighbouring rows can be taken for one (see :meth:`~lasem_fast.kernels.level_rows.Rows.joined`)
+boxes reach over them, but not in the sum over samples: there a configuration that overflows has to
+stay alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
+from torch import Tensor
 
+from lasem_fast.kernels.box_form import BoxForm, box_form
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,
@@ -22,33 +28,38 @@ from lasem_fast.kernels.level_tiles import Tile
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
     "level_boxes(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? skip, Tensor[] tables, "
-    "int[] counts, int[] geometry, int[] tile) -> (Tensor, Tensor, Tensor)"
+    "int[] counts, int[] geometry, ScalarType dtype, int[] tile) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "level_boxes_backward(Tensor dy, Tensor code, Tensor copies, Tensor x, Tensor[] weights, "
-    "Tensor[] biases, Tensor[] tables, int[] counts, Tensor? live, Tensor? carried, "
-    "int[] geometry, bool to_input, ScalarType? skip_dtype, bool to_parameters, int[] dgrad, "
-    "int[] wgrad) -> (Tensor, Tensor, Tensor[], Tensor[])"
+    "level_boxes_backward(Tensor dy, Tensor code, Tensor filters, Tensor columns, Tensor x, "
+    "Tensor[] weights, Tensor[] biases, Tensor[] tables, int[] counts, Tensor[] joined, "
+    "int[] joined_counts, Tensor? live, Tensor? carried, int[] geometry, bool to_input, "
+    "ScalarType? skip_dtype, bool to_parameters, int[] dgrad, int[] wgrad) -> "
+    "(Tensor, Tensor, Tensor[], Tensor[])"
 )
 
+# y, code, the filters as they were read, and the input where it had to be unfolded
 forward = torch.ops.lasem_fast.level_boxes.default
 backward = torch.ops.lasem_fast.level_boxes_backward.default
 
 
 @torch.library.register_fake("lasem_fast::level_boxes", lib=_library)
-def _(x, weights, biases, skip, tables, counts, geometry, tile):
+def _(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
     geometry = Geometry(*geometry)
+    form = _form(x, weights, geometry)
     shape = output_shape(tables[0].shape[0], x, weights, geometry)
     code = shape if geometry.has_code else (0,)
-    channels_out, channels, kh, kw = weights[0].shape
-    copies = (len(weights) * channels_out, kh * kw, channels)
-    return x.new_empty(shape), x.new_empty(code, dtype=torch.uint8), x.new_empty(copies)
+    filters = (len(weights) * weights[0].shape[0], prod(form.kernel), form.channels)
+    columns = form.x_shape if form.unfolds else (0,)
+    y, filters, columns = (x.new_empty(size, dtype=dtype) for size in (shape, filters, columns))
+    return y, x.new_empty(code, dtype=torch.uint8), filters, columns
 
 
 @torch.library.register_fake("lasem_fast::level_boxes_backward", lib=_library)
 def _(
-    dy, code, copies, x, weights, biases, tables, counts, live, carried, geometry, to_input,
-    skip_dtype, to_parameters, dgrad, wgrad,
+    dy, code, filters, columns, x, weights, biases, tables, counts, joined, joined_counts, live,
+    carried, geometry, to_input, skip_dtype, to_parameters, dgrad, wgrad,
 ):  # fmt: skip
     rows, geometry = Tables(*tables, tuple(counts)), Geometry(*geometry)
     reaches = to_input or skip_dtype is not None
@@ -61,46 +72,73 @@ def _(
 
 @torch.library.impl(_library, "level_boxes", "CUDA")
 @torch.library.impl(_library, "level_boxes", "CPU")  # for Triton's interpreter
-def _(x, weights, biases, skip, tables, counts, geometry, tile):
+def _(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
     from lasem_fast.kernels.box_forward import box_forward
+    from lasem_fast.kernels.unfolded import unfolded
     from lasem_fast.kernels.weight_copies import weight_copies
 
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
-    copies = weight_copies(weights, x.dtype)
-    y, code = box_forward(x, weights, copies, biases, skip, rows, geometry, _tile(tile))
-    return y, code, copies
+    form = _form(x, weights, geometry)
+    filters = weight_copies(weights, dtype, form)
+    columns = x.new_empty(0, dtype=dtype)
+    if form.unfolds:
+        columns = unfolded(x, weights[0].shape[2:], geometry, form, dtype)
+    read = columns if form.unfolds else x.view(form.x_shape)
+    y, code = box_forward(read, filters, biases, skip, rows, form.geometry, _tile(tile))
+    return y, code, filters.data, columns
 
 
 @torch.library.impl(_library, "level_boxes_backward", "CUDA")
 @torch.library.impl(_library, "level_boxes_backward", "CPU")
 def _(
-    dy, code, copies, x, weights, biases, tables, counts, live, carried, geometry, to_input,
-    skip_dtype, to_parameters, dgrad, wgrad,
+    dy, code, filters, columns, x, weights, biases, tables, counts, joined, joined_counts, live,
+    carried, geometry, to_input, skip_dtype, to_parameters, dgrad, wgrad,
 ):  # fmt: skip
     from lasem_fast.kernels import box_wgrad
     from lasem_fast.kernels.box_dgrad import box_dgrad
+    from lasem_fast.kernels.box_form import Filters
     from lasem_fast.kernels.box_gradient import MOST_COLUMNS, box_gradient
-    from lasem_fast.kernels.boxes import box_for
 
-    geometry, rows, dy = Geometry(*geometry), Tables(*tables, tuple(counts)), dy.contiguous()
-    samples = x.shape[1]
-    tile = _tile(wgrad) or box_wgrad.chosen(weights, rows, samples, geometry)
-    box = box_for(tile.depth, samples, geometry.conv_h, geometry.conv_w)
-    columns = min(tile.columns, MOST_COLUMNS)
-    gradient = box_gradient(dy, code, len(weights), rows, geometry, box, columns, live=live)
+    rows, dy = Tables(*tables, tuple(counts)), dy.contiguous()
+    form = _form(x, weights, Geometry(*geometry))
+    geometry, shape = form.geometry, form.x_shape
+    read = columns if form.unfolds else x.view(shape)
+    filters = Filters(filters, len(weights), form.kernel)
+    tile = _tile(wgrad) or box_wgrad.chosen(filters, rows, shape, geometry)
+    box = box_wgrad.box_of(tile, shape, geometry, form.kernel)
+    block = min(tile.columns, MOST_COLUMNS)
+    gradient = box_gradient(dy, code, len(weights), rows, geometry, box, block, live=live)
     dx, dskip = x.new_empty(0), skip_buffer(dy, rows, geometry, None)
     if to_input or skip_dtype is not None:
+        few = Tables(*joined, tuple(joined_counts))
+        dz, dy, code = (
+            in_rows(t, len(few.by_branch)) if t.dim() > 1 else t for t in (gradient.dz, dy, code)
+        )
+        run = len(x) // len(few.by_parent)
         dx, dskip = box_dgrad(
-            gradient.dz, copies, weights, rows, tuple(x.shape), geometry, x.dtype, dy, code,
-            live=live, carried=None if carried is None else carried.contiguous(),
+            dz, filters, few, (shape[0] // run, run * shape[1], *shape[2:]), geometry, x.dtype,
+            dy, code, live=live, carried=None if carried is None else carried.contiguous(),
             skip_dtype=skip_dtype, tile=_tile(dgrad),
         )  # fmt: skip
+        dx = dx.view(x.shape)
+        if skip_dtype is not None:
+            dskip = in_rows(dskip, len(rows.by_skip))
     if not to_parameters:
         return dx, dskip, [], []
     dweights, dbiases = box_wgrad.box_wgrad(
-        gradient, x, weights, biases, rows, geometry, tile, live=live
+        gradient, read, filters, weights, biases, rows, geometry, tile, live=live
     )
     return dx, dskip, dweights, dbiases
+
+
+def in_rows(tensor: Tensor, rows: int) -> Tensor:
+    """``[R, N, ...]`` with rows put together to fewer of more samples, or taken apart again."""
+    samples = tensor.shape[0] * tensor.shape[1] // rows
+    return tensor.view(rows, samples, *tensor.shape[2:])
+
+
+def _form(x: Tensor, weights: Sequence[Tensor], geometry: Geometry) -> BoxForm:
+    return box_form(x.shape, weights[0].shape, geometry)
 
 
 def _tile(tile: Sequence[int]) -> Tile | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lasem_fast.backends.operations import Layer, Skip
 from lasem_fast.backends.triton_level_op import DTYPES
 from lasem_fast.backends.triton_level_op import level as run_level
+from lasem_fast.kernels.box_form import box_form
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.levels.plan import Level
@@ -23,17 +25,19 @@ _LARGEST_KERNEL = 11
 # A larger weight that is not channels last is put into that order first: a copy costs less than
 # reading it with gaps in every program.
 _LARGEST_GAPPED_WEIGHT = 2**16
+# Bytes of an unfolded input.
+_MOST_UNFOLDED = 2**30
 
 
-class TritonLevel:
+class GatherLevel:
     """A convolution or linear layer with its epilogue; a launch forward, at most three backward.
 
-    A convolution's weights are best in ``torch.channels_last``: then nothing is copied. See
+    Its kernels read their operands element by element, whatever they are. A convolution's weights
+    are best in ``torch.channels_last``: then nothing is copied. See
     :class:`~lasem_fast.backends.operations.LevelOperation`.
     """
 
     carries = True
-    _boxes = False
 
     def why_not(self, layer: Layer, x: Tensor) -> str:
         if len(layer.weights) > _MOST_BRANCHES:
@@ -74,24 +78,38 @@ class TritonLevel:
         rows = Rows(level.parents, level.positions, level.width, skips, width)
         carry = carry and images is x
         dtype = _dtype(x, [*layer.weights, *layer.biases])
-        if self._boxes and not _in_boxes(images, weights, geometry, dtype, skip):
+        boxes = self._in_boxes(images, weights, geometry, dtype, skip)
+        if boxes is None:
             return None
+        if not boxes:
+            weights = [_readable(weight) for weight in weights]
+        biases = [bias.contiguous() for bias in layer.biases]
         out = run_level(
-            images, weights, [bias.contiguous() for bias in layer.biases], geometry, rows,
-            dtype=dtype, skip=data, liveness=liveness, carry=carry, boxes=self._boxes,
+            images, _of_one_dtype(weights, dtype), _of_one_dtype(biases, dtype), geometry, rows,
+            dtype=dtype, skip=data, liveness=liveness, carry=carry, boxes=boxes,
         )  # fmt: skip
         y, carried = out if carry else (out, x)
         y = y.flatten(2) if type(layer.core) is nn.Linear else y
         return (y, carried) if carry else y
 
+    def _in_boxes(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        geometry: Geometry,
+        dtype: torch.dtype | None,
+        skip: Skip | None,
+    ) -> bool | None:
+        """Whether operands are read in boxes; None: the level is not for these kernels."""
+        return False
 
-class BoxLevel(TritonLevel):
+
+class BoxLevel(GatherLevel):
     """The same with operands that are read in boxes (TMA): on sm_90, for products of 16 bits.
 
-    Two launches forward, three with a pool of 3, and at most four backward.
+    Two launches forward, three with a pool of 3 or a stride, and at most four backward. It does not
+    take what cannot be read so.
     """
-
-    _boxes = True
 
     def why_not(self, layer: Layer, x: Tensor) -> str:
         if why := super().why_not(layer, x):
@@ -100,8 +118,21 @@ class BoxLevel(TritonLevel):
             return f"on {x.device}: boxes need a device of compute capability 9.0"
         return ""
 
+    def _in_boxes(self, x, weights, geometry, dtype, skip):
+        return _can_be_boxes(x, weights, geometry, dtype, skip) or None
 
-def _in_boxes(
+
+class TritonLevel(GatherLevel):
+    """In boxes where device and level allow it, else gathering."""
+
+    def _in_boxes(self, x, weights, geometry, dtype, skip):
+        # later devices have other matrix units, with which boxes were never run
+        if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+            return False
+        return _can_be_boxes(x, weights, geometry, dtype, skip)
+
+
+def _can_be_boxes(
     x: Tensor,
     weights: Sequence[Tensor],
     geometry: Geometry,
@@ -111,11 +142,19 @@ def _in_boxes(
     """Whether a level's operands can be read in boxes."""
     from lasem_fast.kernels import boxes  # and triton with it
 
-    if x.dtype != dtype or (geometry.covers(x.shape, weights[0].shape) and x.shape[2:4] != (1, 1)):
+    if 0 in x.shape:
         return False
-    channels_out, channels = weights[0].shape[:2]
-    why_not = boxes.why_not(geometry, channels, channels_out, dtype, skip is not None)
-    return not why_not and boxes.can_read(x)
+    form = box_form(x.shape, weights[0].shape, geometry)
+    if boxes.why_not(form.geometry, form.channels, weights[0].shape[0], dtype, skip is not None):
+        return False
+    if form.unfolds:
+        # its gradient would have to be folded again; columns are many times as large as the input
+        small = prod(form.x_shape) * dtype.itemsize <= _MOST_UNFOLDED
+        return small and skip is None and not x.requires_grad
+    if x.dtype != dtype:
+        return False
+    whole = form.x_shape[2:4] == tuple(x.shape[2:4]) or x[0, 0].is_contiguous()
+    return whole and boxes.can_read(x.view(form.x_shape))
 
 
 def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:
@@ -160,7 +199,7 @@ def _linear_form(
 def _convolution_form(
     conv: nn.Conv2d, x: Tensor, weights: Sequence[Tensor], layer: Layer
 ) -> tuple[Tensor, list[Tensor], Geometry] | None:
-    """A convolution's sizes, and its weights in a layout that can be read quickly."""
+    """A convolution's sizes."""
     kernel, pool = conv.kernel_size, layer.pool
     if x.dim() != 5 or x.shape[-1] != weights[0].shape[1] or 0 in x.shape:
         return None
@@ -176,7 +215,7 @@ def _convolution_form(
         *conv.stride, *before, *sizes, pool.size, pool.padding, *pooled,
         int(layer.relu), int(layer.relu_after),
     )  # fmt: skip
-    return x, [_readable(weight) for weight in weights], geometry
+    return x, weights, geometry
 
 
 def _padding(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -187,6 +226,13 @@ def _padding(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
         before = tuple((k - 1) // 2 for k in conv.kernel_size)
         return before, tuple(k - 1 - b for k, b in zip(conv.kernel_size, before, strict=True))
     return conv.padding, conv.padding
+
+
+def _of_one_dtype(parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """As they are, or in the product's dtype where they differ: a branch may be computed."""
+    if len({parameter.dtype for parameter in parameters}) < 2:
+        return parameters
+    return [parameter.to(dtype) for parameter in parameters]
 
 
 def _readable(weight: Tensor) -> Tensor:

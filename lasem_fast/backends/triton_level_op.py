@@ -203,19 +203,17 @@ class _Level(torch.autograd.Function):
     def forward(ctx, call, x, skip, *parameters):
         weights, biases = list(parameters[: call.branches]), list(parameters[call.branches :])
         *tables, counts = tables_of(call.rows, call.branches, x.device)
-        copies = None
+        filters = columns = None
         if call.boxes:
             _check(x, weights, biases, skip, Tables(*tables, counts), call.geometry, call.dtype)
-            y, code, copies = box_level_op.forward(
-                x, weights, biases, skip, tables, counts, call.geometry, call.tiles.forward
-            )
+            y, code, filters, columns = _forward_in_boxes(call, x, weights, biases, skip)
         else:
             y, code = _forward(
                 x, weights, biases, skip, tables, counts, call.geometry, call.dtype,
                 call.tiles.forward,
             )  # fmt: skip
         # the skip itself is not read again, but gradients of gradients lead to it
-        ctx.save_for_backward(x, skip, code, copies, *parameters)
+        ctx.save_for_backward(x, skip, code, filters, columns, *parameters)
         ctx.call, ctx.tables, ctx.counts = call, tables, counts
         ctx.skip_dtype = None if skip is None else skip.dtype
         ctx.set_materialize_grads(False)
@@ -224,7 +222,7 @@ class _Level(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, carried=None):
         call = ctx.call
-        x, skip, code, copies, *parameters = ctx.saved_tensors
+        x, skip, code, filters, columns, *parameters = ctx.saved_tensors
         grads = [None] * len(parameters)
         if dy is None:
             return None, carried, None, *grads
@@ -239,13 +237,43 @@ class _Level(torch.autograd.Function):
                 dskip = dy
             else:
                 skip_dtype = ctx.skip_dtype
-        run = _box_backward if call.boxes else _gather_backward
-        dx, summed, gradients = run(ctx, dy, code, copies, x, parameters, live, carried, skip_dtype)
+        if call.boxes:
+            dx, summed, gradients = _box_backward(
+                ctx, dy, code, filters, columns, x, parameters, live, carried, skip_dtype
+            )
+        else:
+            dx, summed, gradients = _gather_backward(
+                ctx, dy, code, x, parameters, live, carried, skip_dtype
+            )
         dskip = dskip if skip_dtype is None else summed
         return None, dx, dskip, *(gradients or grads)
 
 
-def _gather_backward(ctx, dy, code, copies, x, parameters, live, carried, skip_dtype):
+def _forward_in_boxes(call, x, weights, biases, skip):
+    skips = [] if skip is None else [skip]
+    joined, rows = _joined(call, x, skips), len(call.rows)
+    *tables, counts = tables_of(joined, call.branches, x.device)
+    together = box_level_op.in_rows(x, joined.width)
+    skips = [box_level_op.in_rows(skip, joined.skip_width) for skip in skips]
+    y, code, filters, columns = box_level_op.forward(
+        together, weights, biases, *(skips or [None]), tables, counts, call.geometry, call.dtype,
+        call.tiles.forward,
+    )  # fmt: skip
+    y = box_level_op.in_rows(y, rows)
+    code = box_level_op.in_rows(code, rows) if code.dim() > 1 else code
+    columns = box_level_op.in_rows(columns, len(x)) if columns.dim() > 1 else columns
+    return y, code, filters, columns
+
+
+def _joined(call: _Call, x: Tensor, others: Sequence[Tensor]) -> Rows:
+    """The rows put together, if the tensors' samples lie one behind the other."""
+    for tensor in (x, *others):
+        if tensor.stride(0) != tensor.shape[1] * tensor.stride(1) and len(tensor) > 1:
+            return call.rows
+    return call.rows.joined()
+
+
+def _gather_backward(ctx, dy, code, x, parameters, live, carried, skip_dtype):
     call, tables, counts = ctx.call, ctx.tables, ctx.counts
     weights, biases = parameters[: call.branches], parameters[call.branches :]
     dx, dskip, gradients = None, None, []
@@ -262,14 +290,17 @@ def _gather_backward(ctx, dy, code, copies, x, parameters, live, carried, skip_d
     return dx, dskip, gradients
 
 
-def _box_backward(ctx, dy, code, copies, x, parameters, live, carried, skip_dtype):
+def _box_backward(ctx, dy, code, filters, columns, x, parameters, live, carried, skip_dtype):
     call = ctx.call
     weights, biases = parameters[: call.branches], parameters[call.branches :]
     _check_live(live, dy)
     needs_dx, needs_dweights = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:])
+    joined = call.rows if live is not None else _joined(call, x, [])
+    *few, few_counts = tables_of(joined, call.branches, x.device)
     dx, dskip, dweights, dbiases = box_level_op.backward(
-        dy, code, copies, x, weights, biases, ctx.tables, ctx.counts, live, carried, call.geometry,
-        needs_dx, skip_dtype, needs_dweights, call.tiles.dgrad, call.tiles.wgrad,
+        dy, code, filters, columns, x, weights, biases, ctx.tables, ctx.counts, few, few_counts,
+        live, carried, call.geometry, needs_dx, skip_dtype, needs_dweights, call.tiles.dgrad,
+        call.tiles.wgrad,
     )  # fmt: skip
     reached = needs_dx or skip_dtype is not None
     return dx if reached else None, dskip, [*dweights, *dbiases]
@@ -333,8 +364,8 @@ def level(
         carry: return ``x`` as well, to be used as a skip further on: its gradient is then added in
             the launch that makes the gradient of ``x``.
         tiles: block sizes, of which every one gives the same sums in another order.
-        boxes: read the operands in boxes: for levels, and an ``x`` of ``dtype``, that
-            :mod:`lasem_fast.kernels.boxes` can read.
+        boxes: read the operands in boxes: for levels, and an ``x``, that
+            :class:`~lasem_fast.backends.triton_level.BoxLevel` takes.
 
     Returns:
         ``[R, N, out_h, out_w, Co]``, which is a next level's ``x``; with ``carry`` and ``x``.

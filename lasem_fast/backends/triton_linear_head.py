@@ -17,6 +17,8 @@ from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
 from lasem_fast.levels.row_liveness import Liveness
 from lasem_fast.networks.layers import does_nothing, flattens_samples, has_hooks
 
+_OPERATION = TritonLevel()
+
 
 class _Step(NamedTuple):
     """A linear layer of a head: dropout before it with probability ``drop``, ReLU behind it."""
@@ -62,11 +64,10 @@ def _run(head: nn.Module, h: Fold, rows: int, *, pair: bool) -> Tensor | None:
     x = _rows_first(h, rows)
     if x is None:
         return None
-    operation = TritonLevel()
     for drop, linear, behind in steps:
         layer = Layer(linear, [linear.weight], _biases(linear), flat, behind.relu, False,
                       behind.pool)  # fmt: skip
-        if operation.why_not(layer, x) or (x.dim() == 5 and not flat):
+        if _OPERATION.why_not(layer, x) or (x.dim() == 5 and not flat):
             return None
         if drop:
             images = x if x.dim() == 5 else x[:, :, None, None]
@@ -76,7 +77,7 @@ def _run(head: nn.Module, h: Fold, rows: int, *, pair: bool) -> Tensor | None:
         every = Level(tuple(range(count)), (0,) * count, count)
         # rows without dropout send no gradient back
         liveness = Liveness(_second_half(rows, x.device)) if count > rows else None
-        x = operation(layer, x, every, None, liveness)
+        x = _OPERATION(layer, x, every, None, liveness)
         if x is None:
             return None
     return x.flatten(0, 1)

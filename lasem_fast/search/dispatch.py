@@ -34,18 +34,19 @@ from lasem_fast.tree.tree import Tree
 _AVAILABLE = "available"
 
 # One for all LASEMs of a process, so that each shape is looked up once.
-_TRITON = triton_level.TritonLevel()
 # Where there is no CUDA device: in Triton's interpreter, or for a recording of the launches.
-_WITHOUT_DEVICE: tuple[LevelOperation, ...] = (_TRITON,)
+_WITHOUT_DEVICE: tuple[LevelOperation, ...] = (triton_level.GatherLevel(),)
 # Compilers of kernels have bugs: before it is timed, Triton has to agree with PyTorch in float64.
-_ON_GPU = OneOf(
-    {
-        "Triton": _TRITON,
-        "Triton, boxes": triton_level.BoxLevel(),
-        "PyTorch": plain_torch.TorchLevel(),
-    },
-    "cuda",
-    trusted="PyTorch",
+_ON_GPU: tuple[LevelOperation, ...] = (
+    OneOf(
+        {
+            "Triton": triton_level.TritonLevel(),
+            "Triton, gathering": triton_level.GatherLevel(),
+            "PyTorch": plain_torch.TorchLevel(),
+        },
+        "cuda",
+        trusted="PyTorch",
+    ),
 )
 _ON_CPU = OneOf({"C++": cpu_level.CpuLevel(), "PyTorch": plain_torch.TorchLevel()}, "cpu")
 
@@ -126,7 +127,7 @@ def operations(backend: str) -> Operations:
         # a net may stay on the CPU or move later, so the CPU's operations stand behind
         return operations("cpp" if cpu_ops.supported() else "torch").after(
             Operations(
-                levels=(_ON_GPU,) if torch.cuda.is_available() else _WITHOUT_DEVICE,
+                levels=_ON_GPU if torch.cuda.is_available() else _WITHOUT_DEVICE,
                 heads=(triton_linear_head.triton_head,),
                 heads_twice=(triton_linear_head.triton_head_twice,),
                 scores=(triton_scores.scores,),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.compiling import Launch, recorded
 from lasem_fast.kernels import box_dgrad, box_forward, box_gradient, box_wgrad, weight_copies
-from lasem_fast.kernels.boxes import box_for
+from lasem_fast.kernels.box_form import Filters, box_form
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows, tables_of
 from lasem_fast.kernels.level_tiles import Tile
@@ -80,8 +80,9 @@ def _forward(
     added = _meta(_PARENTS, _SAMPLES, _SIZE, _SIZE, 64, dtype=dtype) if skip else None
     tables = tables_of(rows, branches, x.device)
     with recorded() as started:
-        copies = weight_copies.weight_copies(weights, dtype)
-        box_forward.box_forward(x, weights, copies, biases, added, tables, geometry, tile)
+        form = box_form(x.shape, weights[0].shape, geometry)
+        filters = weight_copies.weight_copies(weights, dtype, form)
+        box_forward.box_forward(x, filters, biases, added, tables, geometry, tile)
     return _named(started, form)
 
 
@@ -94,16 +95,18 @@ def _backward(
     dy = _meta(len(rows), _SAMPLES, geometry.out_h, geometry.out_w, 64, dtype=dtype)
     code = torch.empty_like(dy, dtype=torch.uint8) if geometry.has_code else _meta(0).byte()
     lives = _meta(len(rows), dtype=torch.bool) if live else None
-    copies = _meta(branches * 64, 9, 64, dtype=dtype)
+    filters = Filters(_meta(branches * 64, 9, 64, dtype=dtype), branches, (3, 3))
     columns = min(wgrad.columns, box_gradient.MOST_COLUMNS)
     with recorded() as started:
-        box = box_for(wgrad.depth, _SAMPLES, _SIZE, _SIZE)
+        box = box_wgrad.box_of(wgrad, x.shape, geometry, (3, 3))
         gradient = box_gradient.box_gradient(
             dy, code, branches, tables, geometry, box, columns, live=lives
         )
         box_dgrad.box_dgrad(
-            gradient.dz, copies, weights, tables, x.shape, geometry, dtype, dy, code, live=lives,
+            gradient.dz, filters, tables, x.shape, geometry, dtype, dy, code, live=lives,
             carried=x if skip else None, skip_dtype=dtype if skip else None, tile=dgrad,
         )  # fmt: skip
-        box_wgrad.box_wgrad(gradient, x, weights, biases, tables, geometry, wgrad, live=lives)
+        box_wgrad.box_wgrad(
+            gradient, x, filters, weights, biases, tables, geometry, wgrad, live=lives
+        )
     return _named(started, form)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from launches import launches
-from levels import Case, draw_boxes, integers, truth
+from levels import Case, draw_boxes, draw_rows, integers, permuted, truth
 from oracle import brute_force
 from test_level_kernels import assert_exact
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.backends import triton_linear_head
 from lasem_fast.backends.operations import Layer, Skip
-from lasem_fast.backends.triton_level import BoxLevel, TritonLevel
+from lasem_fast.backends.triton_level import BoxLevel, GatherLevel
 from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels import (
     box_dgrad,
@@ -27,7 +29,7 @@ from lasem_fast.kernels import (
     level_wgrad,
     weight_copies,
 )
-from lasem_fast.kernels.boxes import Box, box_for
+from lasem_fast.kernels.boxes import Box, Convolution, Taps, box_for
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.levels.plan import Level
@@ -41,10 +43,10 @@ GATHERING = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgra
 TILES = [(name, tile) for name, module in MODULES.items() for tile in module.TILES]
 
 
-def run(case: Case, dy, boxes=True, **tiles):
+def run(case: Case, dy, boxes=True, to_input=True, **tiles):
     """Output and gradients through autograd, with the largest tiles unless others are given.
 
-    What must not be read is NaN.
+    What must not be read is NaN. Without a gradient of the input the true one is in its place.
     """
     if boxes:
         tiles = {name: module.TILES[0] for name, module in MODULES.items()} | tiles
@@ -55,6 +57,7 @@ def run(case: Case, dy, boxes=True, **tiles):
         leaves[i] = leaves[i].float()
     leaves[0][[p for p in range(case.rows.width) if p not in case.rows.parents]] = torch.nan
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    leaves[0].requires_grad_(to_input)
     case, liveness = case.with_leaves(leaves), None
     dy = dy.to(case.dtype, copy=True)
     if case.live is not None:
@@ -64,9 +67,11 @@ def run(case: Case, dy, boxes=True, **tiles):
         case.x, case.weights, case.biases, case.geometry, case.rows, dtype=case.dtype,
         skip=case.skip, liveness=liveness, tiles=Tiles(**tiles), boxes=boxes,
     )  # fmt: skip
-    dx, *rest = torch.autograd.grad(y, leaves, dy)
-    ends = len(case.weights), len(case.weights) + len(case.biases)
     want = truth(case, dy)
+    dx, *rest = torch.autograd.grad(y, leaves, dy) if to_input else (
+        want.dx, *torch.autograd.grad(y, leaves[1:], dy)
+    )  # fmt: skip
+    ends = len(case.weights), len(case.weights) + len(case.biases)
     return want._replace(
         y=y.detach(), dx=dx, dweights=tuple(rest[: ends[0]]),
         dbiases=tuple(rest[ends[0] : ends[1]]), dskip=tuple(rest[ends[1] :]),
@@ -99,6 +104,110 @@ def test_every_tile_is_exact(name, tile):
     case = listed(out=72 if tile.columns > 64 else 24)
     dy = case.gradient()
     assert_exact(run(case, dy, **{name: tile}), truth(case, dy))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_linear_layer_on_images_is_one_on_pixels(seed):
+    """Its filters lie channels first, and images need not lie one behind the other."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, out = draw_rows(pick, 1 + seed % 2), pick.choice([8, 24])
+    x = integers(rows.width, 3, 2, 3, 8)
+    geometry = Geometry(1, 1, 0, 0, 1, 1, 1, 0, 1, 1, pick.randint(0, 1))
+    weights = [integers(out, 8, 2, 3) for _ in range(1 + seed % 2)]
+    biases = [integers(out) for _ in weights]
+    case = Case(x, weights, biases, geometry, False, torch.float16, rows)
+    dy = case.gradient()
+    assert_exact(run(case, dy), truth(case, dy))
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    with launches() as counted:
+        assert_exact(run(case._replace(x=turned), dy), truth(case, dy))
+    assert counted.kernels["box_forward_kernel"] == 1
+
+
+@pytest.mark.parametrize(("skip", "pool"), [(False, 1), (True, 1), (True, 2)])
+def test_neighbouring_rows_are_taken_for_one(skip, pool):
+    """Forward and to the input; with images that lie elsewhere they are not."""
+    torch.manual_seed(0)
+    rows = Rows((2, 3, 0, 1), (0, 0, 1, 1), 4, (0, 1, 4, 5) if skip else (), 6 if skip else 0)
+    geometry = Geometry(1, 1, 1, 1, 2, 2, pool, 0, 2 // pool, 2 // pool, 1, int(skip))
+    case = Case(
+        integers(4, 3, 2, 2, 8), [integers(8, 8, 3, 3) for _ in "ab"], [integers(8) for _ in "ab"],
+        geometry, False, torch.float16, rows, integers(6, 3, 2, 2, 8) if skip else None,
+    )  # fmt: skip
+    dy = case.gradient()
+    assert_exact(run(case, dy), truth(case, dy))
+    turned = case.x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_exact(run(case._replace(x=turned), dy), truth(case, dy))
+
+
+def test_joined_rows():
+    six = (0, 1, 2, 3, 4, 5)
+    assert Rows(six, (0,) * 6, 6).joined() == Rows((0,), (0,), 1)
+    assert Rows(six * 2, (0,) * 6 + (1,) * 6, 6).joined() == Rows((0, 0), (0, 1), 1)
+    assert Rows(six, (0, 0, 0, 1, 1, 1), 6).joined() == Rows((0, 1), (0, 1), 2)
+    assert Rows(six, (0,) * 6, 6, (2, 3, 4, 5, 0, 1), 6).joined() == Rows(
+        (0, 1, 2), (0,) * 3, 3, (1, 2, 0), 3
+    )
+    for alone in (
+        Rows.full(4, 2), Rows((0, 1, 3, 2), (0,) * 4, 4), Rows((1, 2), (0, 0), 3), Rows((), (), 2),
+        Rows((0, 1), (0, 0), 2, (0, 0), 1), Rows((0, 1), (0, 0), 2, (1, 2), 4),
+    ):  # fmt: skip
+        assert alone.joined() == alone
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_other_convolutions_are_unfolded(seed):
+    """Strides, and channels that no copy could start at; the input needs no gradient."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    kernel, stride = pick.choice([(3, 3), (5, 2), (1, 1)]), pick.choice([(1, 1), (2, 1), (3, 2)])
+    channels, pad = pick.choice([1, 3, 8, 13]), tuple(pick.randint(0, k - 1) for k in kernel)
+    size = [k + pick.randint(3, 6) for k in kernel]
+    conv = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, pad, kernel, stride, strict=True)]
+    pool = pick.choice([1, 2, 3])
+    pooled = [n // pool for n in conv]
+    geometry = Geometry(*stride, *pad, *conv, pool, 0, *pooled, 1)
+    rows = Rows.full(pick.randint(1, 2), 2)
+    case = Case(
+        permuted(integers(rows.width, 2, *size, channels), pick),
+        [permuted(integers(16, channels, *kernel), pick) for _ in "ab"],
+        [integers(16) for _ in "ab"], geometry, False, torch.float16, rows,
+    )  # fmt: skip
+    if 0 in pooled:
+        pytest.skip("nothing is left behind the pool")
+    dy = case.gradient()
+    with launches() as counted:
+        assert_exact(run(case, dy, to_input=False), truth(case, dy))
+    unfolds = stride != (1, 1) or channels % 8 > 0
+    assert counted.kernels["unfolded_kernel"] == unfolds
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 1)])
+def test_taps_that_meet_only_padding_are_left_out(size):
+    """With a pixel of many images in a box."""
+    torch.manual_seed(0)
+    rows = Rows((0, 1), (1, 0), 2)
+    geometry = Geometry(1, 1, 1, 1, *size, 1, 0, *size, 1)
+    weights, biases = [integers(16, 8, 3, 3) for _ in "ab"], [integers(16) for _ in "ab"]
+    case = Case(
+        integers(2, 126, *size, 8), weights, biases, geometry, False, torch.float16, rows,
+        live=torch.tensor([True, True]),
+    )  # fmt: skip
+    taps = Convolution(Taps(3, -1, size[0]), Taps(3, -1, size[1]))
+    assert box_for(128, 126, *size, convolution=taps) == Box(128, 1, 1)
+    dy = case.gradient()
+    assert_exact(run(case, dy), truth(case, dy))
+    assert_exact(run(case._replace(live=None), dy), truth(case._replace(live=None), dy))
+
+
+def test_which_taps_meet_an_image():
+    for kernel, shift, size, side in product((1, 2, 3, 5), (-3, -1, 0, 1), (1, 2, 5), (1, 2, 4)):
+        taps = Taps(kernel, shift, size)
+        for begin in range(-2, 6):
+            pixels = range(begin, begin + side)
+            met = [t for t in range(kernel) if any(0 <= i + shift + t < size for i in pixels)]
+            assert taps.met(begin, side) == len(met)
 
 
 @pytest.mark.parametrize("pool", [1, 2, 3])
@@ -195,6 +304,19 @@ def test_launches():
     }  # fmt: skip
 
 
+def test_branches_of_two_dtypes():
+    """As under autocast, where one of them was computed."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    layer = Layer(conv, [conv.weight, conv.weight.bfloat16()], [conv.bias] * 2, False, True,
+                  False, Pool(1))  # fmt: skip
+    x = torch.randn(1, 1, 4, 4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for operation in (BoxLevel(), GatherLevel()):
+            y = operation(layer, x, Level((0, 0), (0, 1), 1), None, None)
+            assert torch.equal(*y)
+
+
 def test_boxes_cover_the_images_with_the_fewest():
     assert box_for(128, 10, 32, 32) == Box(1, 4, 32)
     assert box_for(128, 10, 4, 4) == Box(8, 4, 4)
@@ -212,7 +334,9 @@ def test_boxes_cover_the_images_with_the_fewest():
     ("change", "taken"),
     [
         ({}, True), ({"pool": 3}, True), ({"pool": 3, "skip": True}, False), ({"skip": True}, True),
-        ({"stride": 2}, False), ({"channels": 12}, False), ({"dtype": torch.float32}, False),
+        ({"stride": 2}, True), ({"channels": 12}, True), ({"dtype": torch.float32}, False),
+        ({"stride": 2, "gradient": True}, False), ({"channels": 12, "gradient": True}, False),
+        ({"gradient": True}, True), ({"stride": 2, "skip": True}, False),
     ],
 )  # fmt: skip
 def test_what_it_takes_and_what_is_left_to_the_other_kernels(change, taken):
@@ -222,16 +346,19 @@ def test_what_it_takes_and_what_is_left_to_the_other_kernels(change, taken):
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, 8, 3, stride, padding=1, dtype=dtype)
     layer = Layer(conv, [conv.weight] * 2, [conv.bias] * 2, False, True, False, Pool(pool))
-    x = torch.randn(2, 1, 6, 6, channels).to(dtype)
-    skip = Skip(torch.randn(4, 1, 6, 6, 8).to(dtype), None) if change.get("skip") else None
+    x = torch.randn(2, 1, 6, 6, channels).to(dtype).requires_grad_("gradient" in change)
+    out = 6 // stride
+    skip = Skip(torch.randn(4, 1, out, out, 8).to(dtype), None) if change.get("skip") else None
     rows = Level((0, 0, 1, 1), (0, 1, 0, 1), 2)
     assert BoxLevel().why_not(layer, x) == ""
     got = BoxLevel()(layer, x, rows, skip, None)
     assert (got is not None) == taken
     if taken:
-        other = TritonLevel()(layer, x, rows, skip, None)
+        other = GatherLevel()(layer, x, rows, skip, None)
         torch.testing.assert_close(got, other)
     # memory that no copy could be made of
+    if stride > 1 or channels % 8:
+        return
     assert BoxLevel()(layer, x[:1].expand(2, -1, -1, -1, -1), rows, skip, None) is None
 
 
@@ -244,26 +371,39 @@ def test_opcheck():
     geometry = list(case.geometry._replace(relu_after=0))
     *tables, counts = case.tables
     lists, ops = (tables, list(counts)), torch.ops.lasem_fast
-    forward = (x, weights, biases, skip, *lists, geometry, [])
+    forward = (x, weights, biases, skip, *lists, geometry, x.dtype, [])
     torch.library.opcheck(ops.level_boxes.default, forward)
-    y, code, copies = ops.level_boxes(*forward)
-    backward = (y, code, copies, x, weights, biases, *lists, None, None, geometry, True, None,
-                True, [], [])  # fmt: skip
+    y, code, *read = ops.level_boxes(*forward)
+    backward = (y, code, *read, x, weights, biases, *lists, *lists, None, None, geometry, True,
+                None, True, [], [])  # fmt: skip
     torch.library.opcheck(ops.level_boxes_backward.default, backward)
+
+
+class Either:
+    """The first of some operations that takes a level."""
+
+    def __init__(self, operations):
+        self.why_not, self.operations = operations[-1].why_not, operations
+
+    def __call__(self, *call):
+        results = (operation(*call) for operation in self.operations)
+        return next(result for result in results if result is not None)
 
 
 @pytest.fixture
 def in_boxes(monkeypatch):
     """The `triton` backend reads boxes wherever it can."""
-    monkeypatch.setattr(dispatch, "_WITHOUT_DEVICE", (BoxLevel(), TritonLevel()))
+    levels = (BoxLevel(), GatherLevel())
+    monkeypatch.setattr(dispatch, "_WITHOUT_DEVICE", levels)
+    monkeypatch.setattr(triton_linear_head, "_OPERATION", Either(levels))
     for module in (box_forward, box_dgrad):  # few programs, which take long here
         monkeypatch.setattr(module, "cheapest", lambda tiles, _: tiles[0])
 
 
 NETS = {
-    "cifar-4": (lambda: lf.nets.cifar100(layers=4, width=1 / 4), 8, 3),
-    "stl-9": (lambda: lf.nets.stl10(layers=9, width=1 / 4), 9, 8),
-    "residual-17": (lambda: lf.nets.residual17(4, width=1 / 8), 16, 10),
+    "cifar-4": (lambda: lf.nets.cifar100(layers=4, width=1 / 4), 8, 4),
+    "stl-9": (lambda: lf.nets.stl10(layers=9, width=1 / 4), 9, 9),
+    "residual-17": (lambda: lf.nets.residual17(4, width=1 / 8), 16, 11),
 }
 
 
@@ -281,7 +421,8 @@ def test_a_whole_step_against_brute_force(name, in_boxes):
         h = images
         for stage in net.shared:
             h = stage(h)
-    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(h.flatten(1).shape[1], 3)))
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(h.flatten(1).shape[1], 8),
+                      nn.ReLU(), nn.Linear(8, 3)))  # fmt: skip
     net.to(memory_format=torch.channels_last)
     x, y = images, torch.tensor([2])
     exact = copy.deepcopy(net).double()

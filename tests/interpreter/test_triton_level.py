@@ -17,7 +17,7 @@ from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.backends import triton_scores
-from lasem_fast.backends.triton_level import TritonLevel
+from lasem_fast.backends.triton_level import GatherLevel
 from lasem_fast.backends.triton_level_op import Liveness, Tiles, level
 from lasem_fast.backends.triton_linear_head import triton_head
 from lasem_fast.kernels import level_forward
@@ -204,7 +204,7 @@ def triton_level(branches, h, rows):
     """Every one of the rows in ``h`` through every branch."""
     pairs = [(p, b) for p in range(rows) for b in range(len(branches))]
     every = Level(tuple(p for p, _ in pairs), tuple(b for _, b in pairs), rows)
-    lowered = fused_stage.lowered([TritonLevel()], branches, h)
+    lowered = fused_stage.lowered([GatherLevel()], branches, h)
     return None if lowered is None else fused_stage.run(lowered, h, every)
 
 
