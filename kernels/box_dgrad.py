@@ -188,7 +188,8 @@ def box_dgrad(
         return parents * share / (kh * kw) * cdiv(channels, tile.columns)
 
     lines = parents * prod(size)
-    tile = tile or cheapest(fitting(TILES, lines, channels, channels_out), programs)
+    tiles, every_tap = fitting(TILES, lines, channels, channels_out), kh * kw * filters.branches
+    tile = tile or cheapest(tiles, programs, channels_out, every_tap)
     box = box_for(tile.rows, *size, convolution=taps)
     of_parent = prod(box.counts(*size))
     boxes, column_tiles = parents * of_parent, cdiv(channels, tile.columns)

@@ -234,7 +234,8 @@ def box_forward(
         return shape[0] * share * cdiv(columns, tile.columns)
 
     lines = shape[0] * prod(size)
-    tile = tile or cheapest(fitting(TILES, lines, columns, channels), programs)
+    tiles = fitting(TILES, lines, columns, channels)
+    tile = tile or cheapest(tiles, programs, channels, kh * kw)
     box = box_of(tile)
     boxes = prod(box.counts(*size))
     added = x if skip is None else skip  # never read where there is none

@@ -1,7 +1,8 @@
 """The gradient of a level's convolution at full size, for products that read it in boxes.
 
-One launch undoes pool and ReLU, adds up the biases' gradients and notes in which boxes there is any
-gradient at all. Where a level has neither, its output's gradient is read as it is.
+One launch undoes pool and ReLU, adds up the biases' gradients and notes what is read for a box,
+which is nothing where there is no gradient at all. Where a level has neither, its output's gradient
+is read as it is.
 """
 
 from __future__ import annotations
@@ -30,28 +31,30 @@ class Gradient(NamedTuple):
     Attributes:
         dz: ``[R, N, conv_h, conv_w, Co]``; what belongs to rows that are not live is undefined.
         bias_parts: ``[S, B, Co]``, float32.
-        some: ``[boxes, column blocks]``, int32: whether dz has anything but zeros there; boxes of
-            the rows in the order of ``by_branch``.
+        sources: ``[boxes, column blocks, 2]``, int32: the row of dz and the parent that a box is
+            read of, or where dz is all zeros what lies behind the last ones and reads as zeros;
+            boxes of the rows in the order of ``by_branch``.
         box: of the boxes.
         columns: of the column blocks.
     """
 
     dz: Tensor
     bias_parts: Tensor
-    some: Tensor
+    sources: Tensor
     box: Box
     columns: int
 
 
-@triton.jit(do_not_specialize=["count0", "count1", "each"])
+@triton.jit(do_not_specialize=["count0", "count1", "rows", "parents", "each"])
 def box_gradient_kernel(
-    dy, code, by_branch, live, dz, bias_parts, some, count0, count1, each, samples,
+    dy, code, by_branch, live, dz, bias_parts, sources, count0, count1, rows, parents, each,
+    samples,
     BRANCHES: tl.constexpr, C_OUT: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
     HAS_CODE: tl.constexpr, HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dz [R, N, conv_h, conv_w, Co], some and a part of the biases' gradients; see box_gradient."""
+    """dz [R, N, conv_h, conv_w, Co], sources and a part of dbias; see box_gradient."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
     BOXES_X: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W
@@ -71,7 +74,8 @@ def box_gradient_kernel(
     pw = pixel % BOX_W
     bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for number in range(part * each, tl.minimum((part + 1) * each, count * per_row)):
-        row = tl.load(by_branch + (first + number // per_row) * 3)
+        entry = by_branch + (first + number // per_row) * 3
+        row = tl.load(entry)
         n = number % per_row // per_image * IMAGES + pixel // (BOX_H * BOX_W)
         oh = number // BOXES_X % BOXES_Y * BOX_H + ph
         ow = number % BOXES_X * BOX_W + pw
@@ -94,7 +98,11 @@ def box_gradient_kernel(
         bias += gradient
         any_here = tl.max(tl.max((gradient != 0).to(tl.int32), axis=1), axis=0)
         box = first * per_row + number
-        tl.store(some + box * tl.num_programs(1) + tl.program_id(1), any_here)
+        # without any gradient a box is not multiplied: a configuration that overflowed sends none,
+        # and 0 * inf must not make it NaN
+        source = sources + (box * tl.num_programs(1) + tl.program_id(1)) * 2
+        tl.store(source, tl.where(any_here > 0, row, rows))
+        tl.store(source + 1, tl.where(any_here > 0, tl.load(entry + 1), parents))
     at = tl.program_id(0) * C_OUT + column
     tl.store(bias_parts + at, tl.sum(bias, axis=0), mask=used)
 
@@ -131,16 +139,17 @@ def box_gradient(
     each = max(1, most * branches * blocks // _PROGRAMS)
     parts = cdiv(most, each)
     bias_parts = dy.new_empty((parts, branches, channels), dtype=torch.float32)
-    some = dy.new_empty((len(dy) * per_row, blocks), dtype=torch.int32)
+    sources = dy.new_empty((len(dy) * per_row, blocks, 2), dtype=torch.int32)
     has_live = live is not None
     with device_of(dy):
         box_gradient_kernel[parts * branches, blocks](
             dy, code, rows.by_branch, live.view(torch.uint8) if has_live else code,
-            dz, bias_parts, some, rows.counts[0], rows.counts[-1], each, samples,
+            dz, bias_parts, sources, rows.counts[0], rows.counts[-1], len(dy),
+            len(rows.by_parent), each, samples,
             BRANCHES=branches, C_OUT=channels, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
             OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
             POOL_PAD=geometry.pool_pad, HAS_CODE=geometry.has_code, HAS_LIVE=has_live,
-            WIDE=needs_int64((dz, dy), some.numel() + parts), IMAGES=box.images,
+            WIDE=needs_int64((dz, dy), sources.numel() + parts), IMAGES=box.images,
             BOX_H=box.height, BOX_W=box.width, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
-    return Gradient(dz, bias_parts, some, box, columns)
+    return Gradient(dz, bias_parts, sources, box, columns)

@@ -23,8 +23,8 @@ from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
 from lasem_fast.kernels.level_wgrad import splits_of, sum_parts
 
-# Rows are input channels, the depth is a box's pixels. A row is looked up before its box is read,
-# so that a pipeline of 5 stages is 2 steps ahead.
+# Rows are input channels, the depth is a box's pixels. What to read is looked up before it is read,
+# so that a pipeline of 5 stages is 3 steps ahead.
 TILES = (
     Tile(128, 128, 64, 8, 5),
     Tile(64, 128, 128, 4, 5),
@@ -66,7 +66,7 @@ def _middle_first(i, KERNEL: tl.constexpr):
 
 @triton.jit
 def _add_boxes(
-    total, total1, total2, begin, end, first, x, dz, by_branch, some, parents, rows, samples,
+    total, total1, total2, begin, end, first, x, dz, sources, samples,
     kh, kw, channel, tile, box_y, down, box_x, across,
     C_OUT: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -83,22 +83,19 @@ def _add_boxes(
     BOXES_Y: tl.constexpr = (CONV_H + BOX_H - 1) // BOX_H
     BLOCKS: tl.constexpr = (C_OUT + BLOCK - 1) // BLOCK
     image_blocks = tl.cdiv(samples, IMAGES)
-    per_row = image_blocks * down * across
     for number in range(begin, end):
-        of_branch = number // per_row
-        entry = by_branch + (first + of_branch) * 3
-        block = number % per_row // (down * across)
+        block = number // (down * across) % image_blocks
         y = box_y + number // across % down
         w = box_x + number % across
-        # Without any gradient a box is not multiplied: a configuration that overflowed sends none,
-        # and 0 * inf must not make it NaN. What lies beyond the last row is 0.
-        box = ((first + of_branch) * image_blocks + block) * (BOXES_X * BOXES_Y) + y * BOXES_X + w
-        blocks = some + box * BLOCKS
-        there = tl.load(blocks + tile * (COLUMNS // BLOCK))
+        box = first * image_blocks + number // (down * across)
+        box = box * (BOXES_X * BOXES_Y) + y * BOXES_X + w
+        source = sources + (box * BLOCKS + tile * (COLUMNS // BLOCK)) * 2
+        row = tl.load(source)
+        parent = tl.load(source + 1)
         if COLUMNS > BLOCK:
-            there += tl.load(blocks + tl.minimum(tile * 2 + 1, BLOCKS - 1))
-        row = tl.where(there > 0, tl.load(entry), rows)
-        parent = tl.where(there > 0, tl.load(entry + 1), parents)
+            source = sources + (box * BLOCKS + tl.minimum(tile * 2 + 1, BLOCKS - 1)) * 2
+            row = tl.minimum(row, tl.load(source))
+            parent = tl.minimum(parent, tl.load(source + 1))
         n = block * IMAGES
         oh = y * BOX_H
         ow = w * BOX_W
@@ -129,13 +126,13 @@ def _store(
     tl.store(parts + at, total, mask=keep)
 
 
-@triton.jit(do_not_specialize=["count0", "count1", "parents", "rows"])
+@triton.jit(do_not_specialize=["count0", "count1"])
 def box_wgrad_kernel(
-    x, dz, by_branch, live, some, parts, count0, count1, parents, rows, samples,
+    x, dz, by_branch, live, sources, parts, count0, count1, samples,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
+    HAS_LIVE: tl.constexpr, ALL_BOXES: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
     TAPS: tl.constexpr,
@@ -153,8 +150,11 @@ def box_wgrad_kernel(
     splits = tl.num_programs(2) // (KH * GROUPS)
     kh = _middle_first(group // GROUPS, KH)
     kw = _middle_first(group % GROUPS, GROUPS) * TAPS
-    box_y, down = _meeting(kh, 1, BOX_H, PAD_H, HEIGHT, CONV_H)
-    box_x, across = _meeting(kw, TAPS, BOX_W, PAD_W, WIDTH, CONV_W)
+    box_y, down = 0, (CONV_H + BOX_H - 1) // BOX_H
+    box_x, across = 0, (CONV_W + BOX_W - 1) // BOX_W
+    if not ALL_BOXES:
+        box_y, down = _meeting(kh, 1, BOX_H, PAD_H, HEIGHT, CONV_H)
+        box_x, across = _meeting(kw, TAPS, BOX_W, PAD_W, WIDTH, CONV_W)
     first, count = 0, count0
     if BRANCHES == 2:
         first = tl.where(branch == 1, count0, 0)
@@ -174,15 +174,15 @@ def box_wgrad_kernel(
             low = tl.maximum(begin, of_branch * per_row)
             high = tl.minimum(end, (of_branch + 1) * per_row)
             total, total1, total2 = _add_boxes(
-                total, total1, total2, low, tl.where(alive, high, low), first, x, dz, by_branch,
-                some, parents, rows, samples, kh, kw, channel, tile,
-                box_y, down, box_x, across, C_OUT, CONV_H, CONV_W, PAD_H, PAD_W,
+                total, total1, total2, low, tl.where(alive, high, low), first, x, dz, sources,
+                samples, kh, kw, channel, tile, box_y, down, box_x, across,
+                C_OUT, CONV_H, CONV_W, PAD_H, PAD_W,
                 IMAGES, BOX_H, BOX_W, ROWS, COLUMNS, BLOCK, TURNED, TAPS,
             )  # fmt: skip
     else:
         total, total1, total2 = _add_boxes(
-            total, total1, total2, begin, end, first, x, dz, by_branch, some,
-            parents, rows, samples, kh, kw, channel, tile, box_y, down, box_x, across,
+            total, total1, total2, begin, end, first, x, dz, sources, samples,
+            kh, kw, channel, tile, box_y, down, box_x, across,
             C_OUT, CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W,
             ROWS, COLUMNS, BLOCK, TURNED, TAPS,
         )  # fmt: skip
@@ -265,7 +265,8 @@ def box_wgrad(
     dbiases = [torch.empty_like(bias) for bias in biases]
     channels_out, channels, (kh, kw) = filters.channels_out, filters.channels, filters.kernel
     dz, box, samples = gradient.dz, gradient.box, x.shape[1]
-    boxes = prod(box.counts(samples, geometry.conv_h, geometry.conv_w))
+    sides = samples, geometry.conv_h, geometry.conv_w
+    boxes, convolution = prod(box.counts(*sides)), _convolution(x.shape, geometry, (kh, kw))
     taps = _taps(tile, kw)
     groups = kh * kw // taps
     grid = cdiv(channels, tile.rows), filters.branches * cdiv(channels_out, tile.columns)
@@ -276,12 +277,13 @@ def box_wgrad(
     with device_of(x):
         box_wgrad_kernel[(*grid, splits * groups)](
             described(x, (1, *box, tile.rows)), described(dz, (1, *box, tile.columns)),
-            rows.by_branch, live.view(torch.uint8) if has_live else gradient.some, gradient.some,
-            parts, rows.counts[0], rows.counts[-1], len(x), len(dz), samples,
+            rows.by_branch, live.view(torch.uint8) if has_live else parts, gradient.sources,
+            parts, rows.counts[0], rows.counts[-1], samples,
             BRANCHES=filters.branches, C_IN=channels, C_OUT=channels_out,
             HEIGHT=x.shape[2], WIDTH=x.shape[3],
             CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, HAS_LIVE=has_live,
+            ALL_BOXES=reads(box, *sides, convolution=convolution) == boxes * kh * kw,
             WIDE=parts.numel() >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
             TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv
 DTYPES = (torch.float16, torch.bfloat16)
 # What a copy may start at, in bytes; also where every image, row and column begins.
 _ALIGNMENT = 16
+# Read on an H100: nanoseconds until a box is there, bytes a nanosecond that a multiprocessor reads,
+# and programs that it runs at a time.
+_LATENCY, _READ, _RESIDENT = 1000.0, 57.0, 2
 # How many times fewer reads make up for pixels that do not lie side by side.
 _WORTH_NARROW_BOXES = 8 / 7
 # Of the forward and of the gradient of the input: rows are a box's pixels.
@@ -145,16 +149,27 @@ def met_taps(begin, SIDE: tl.constexpr, KERNEL: tl.constexpr, SHIFT: tl.constexp
     return first, tl.maximum(0, tl.minimum(KERNEL, SIZE - begin - SHIFT) - first)
 
 
-def cheapest(tiles: Sequence[Tile], programs: Callable[[Tile], float]) -> Tile:
-    """The tile whose programs read the least, small images' padding included; the first of equals.
+def cheapest(
+    tiles: Sequence[Tile], programs: Callable[[Tile], float], channels: int, taps: int
+) -> Tile:
+    """The tile that should take the least time, padding included; the first of equals.
 
-    Fewer programs than there are multiprocessors take as long as one on each of them.
+    A step waits for its boxes, as many of which are on their way as the pipeline has stages, or
+    for all that its multiprocessor reads.
 
     Args:
         tiles: to choose from.
         programs: how many there are with a tile, one that meets some taps only a part.
+        channels, taps: of a sum.
     """
-    return min(tiles, key=lambda t: max(programs(t), MULTIPROCESSORS) * (t.rows + t.columns))
+
+    def time(tile: Tile) -> float:
+        together = max(1.0, programs(tile) / MULTIPROCESSORS)
+        bytes_read = 2 * (tile.rows + tile.columns) * tile.depth
+        waits = _LATENCY / (tile.stages - 1) * cdiv(ceil(together), _RESIDENT)
+        return cdiv(channels, tile.depth) * taps * max(waits, together * bytes_read / _READ)
+
+    return min(tiles, key=time)
 
 
 def described(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:

@@ -44,9 +44,9 @@ FMA_TILES = (Tile(32, 32, 16, 4, 3), Tile(16, 16, 16, 2, 3))
 # Where channels are read one by one, addresses take so many registers that others spill.
 RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
 RAGGED_TF32_TILES = (Tile(64, 32, 32, 4, 5),)
-# Sums of the second launch's programs, and parts that are read together: biases have the more
+# What a program of the second launch reads at once, of at most so many parts. Biases have the more
 # parts, and fewer sums.
-SUM_BLOCK, _SUM_PARTS = 256, 8
+_SUMMED, _MOST_PARTS = 2048, 8
 _BIAS_BLOCK, _BIAS_PARTS = 16, 128
 # A part of the sum that is worth a program of its own, in steps of a tile's depth.
 _STEPS = 4
@@ -321,14 +321,16 @@ def sum_parts(
     """
     channels_out, channels, kh, kw = dweights[0].shape
     branches = len(dweights)
-    blocks = cdiv(branches * dweights[0].numel(), SUM_BLOCK)
+    together = min(_MOST_PARTS, triton.next_power_of_2(len(parts)))
+    block = _SUMMED // together
+    blocks = cdiv(branches * dweights[0].numel(), block)
     blocks += cdiv(branches * channels_out, _BIAS_BLOCK) if dbiases else 0
     dbias = dbiases or dweights  # the latter is never written
     level_wgrad_sum_kernel[blocks,](
         parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
         len(parts), len(bias_parts), *dweights[0].stride(),
         BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw, LINE=parts.shape[-1],
-        HAS_BIAS=bool(dbiases), BLOCK=SUM_BLOCK, PARTS=_SUM_PARTS, BIAS_BLOCK=_BIAS_BLOCK,
+        HAS_BIAS=bool(dbiases), BLOCK=block, PARTS=together, BIAS_BLOCK=_BIAS_BLOCK,
         BIAS_PARTS=_BIAS_PARTS, num_warps=4,
     )  # fmt: skip
 

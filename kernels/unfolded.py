@@ -13,32 +13,37 @@ from lasem_fast.kernels.box_form import BoxForm
 from lasem_fast.kernels.level_geometry import Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_tiles import cdiv
 
-_BLOCK = 2048
+# Elements of a program.
+_BLOCK, _MOST_COLUMNS = 4096, 128
 
 
 @triton.jit
 def unfolded_kernel(
-    x, columns, size, samples, x_p, x_n, x_h, x_w, x_c,
+    x, columns, pixels, samples, x_p, x_n, x_h, x_w, x_c,
     C_IN: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     CONV_H: tl.constexpr, CONV_W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    LINE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    LINE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """columns [P, N, conv_h, conv_w, LINE] of x [P, N, H, W, C]."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
-    at = tl.program_id(0).to(index) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    place = at % LINE
-    pixel = at // LINE
-    channel = place % C_IN
-    ih = pixel // CONV_W % CONV_H * STRIDE_H - PAD_H + place // (C_IN * KW)
-    iw = pixel % CONV_W * STRIDE_W - PAD_W + place // C_IN % KW
+    pixel = tl.program_id(0).to(index) * ROWS + tl.arange(0, ROWS)
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    kh = place // (C_IN * KW)
+    kw = place // C_IN % KW
     image = pixel // (CONV_H * CONV_W)
-    from_image = x + image // samples * x_p + image % samples * x_n
-    read = inside & (place < KH * KW * C_IN)
-    read = read & (ih >= 0) & (ih < HEIGHT) & (iw >= 0) & (iw < WIDTH)
-    value = tl.load(from_image + ih * x_h + iw * x_w + channel * x_c, mask=read, other=0.0)
-    tl.store(columns + at, value.to(columns.dtype.element_ty), mask=inside)
+    top = pixel // CONV_W % CONV_H * STRIDE_H - PAD_H
+    left = pixel % CONV_W * STRIDE_W - PAD_W
+    corner = image // samples * x_p + image % samples * x_n + top * x_h + left * x_w
+    tap = kh.to(index) * x_h + kw * x_w + place % C_IN * x_c
+    ih = top[:, None] + kh[None, :]
+    iw = left[:, None] + kw[None, :]
+    read = (ih >= 0) & (ih < HEIGHT) & (iw >= 0) & (iw < WIDTH)
+    read = read & (pixel < pixels)[:, None] & (place < KH * KW * C_IN)[None, :]
+    value = tl.load(x + (corner[:, None] + tap[None, :]), mask=read, other=0.0)
+    keep = (pixel < pixels)[:, None] & (place < LINE)[None, :]
+    at = (pixel * LINE)[:, None] + place[None, :]
+    tl.store(columns + at, value.to(columns.dtype.element_ty), mask=keep)
 
 
 def unfolded(
@@ -54,14 +59,17 @@ def unfolded(
         dtype: of the result.
     """
     columns = x.new_empty(form.x_shape, dtype=dtype)
-    size, kh, kw = prod(form.x_shape), *kernel
+    line, kh, kw = form.channels, *kernel
+    pixels = prod(form.x_shape[:-1])
+    block = min(_MOST_COLUMNS, triton.next_power_of_2(line))
     with device_of(x):
-        unfolded_kernel[cdiv(size, _BLOCK),](
-            x, columns, size, x.shape[1], *x.stride(),
+        unfolded_kernel[cdiv(pixels, _BLOCK // block), cdiv(line, block)](
+            x, columns, pixels, x.shape[1], *x.stride(),
             C_IN=x.shape[4], HEIGHT=x.shape[2], WIDTH=x.shape[3],
             CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
             STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, LINE=form.channels,
-            WIDE=needs_int64((x, columns), size), BLOCK=_BLOCK, num_warps=8,
+            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, LINE=line,
+            WIDE=needs_int64((x, columns), pixels), ROWS=_BLOCK // block, COLUMNS=block,
+            num_warps=8,
         )  # fmt: skip
     return columns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -110,8 +110,9 @@ class LevelOperation(Protocol):
         """
 
 
-HeadOperation = Callable[[nn.Module, Fold, int], "Tensor | None"]
-"""``(head, h, rows) -> logits [rows * N, K]``, rows outermost."""
+HeadOperation = Callable[[nn.Module, Fold, int, "Sequence[int] | None"], "Tensor | None"]
+"""``(head, h, rows, order) -> logits [rows * N, K]``, rows outermost, row ``order[i]`` at place i
+(None: as they are)."""
 
 ScoreOperation = Callable[[Tensor, Tensor, "Likelihood", "Prior", str, bool, bool], "Scores | None"]
 """``(logits [C, N, K], y, likelihood, prior, task, count, paired) -> scores``: the posterior head

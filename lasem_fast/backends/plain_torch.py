@@ -12,7 +12,7 @@ from torch.func import functional_call
 from lasem_fast.backends.followed_core import Places, followed, follows
 from lasem_fast.backends.head_front import head_front
 from lasem_fast.backends.operations import Layer, Skip
-from lasem_fast.levels.fold import Fold, folded, index_tensor
+from lasem_fast.levels.fold import Fold, folded, in_order, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness, passed_over
 from lasem_fast.networks.layers import PlainStage, plain_stage, same_form
@@ -103,10 +103,11 @@ def run_level(
             own = {"weight": layer.weights[b]}
             if layer.biases:
                 own["bias"] = layer.biases[b]
-            parents = x.index_select(0, index_tensor(level.parents_of(branch), x.device))
+            numbers, parents = level.parents_of(branch), x
+            if numbers != tuple(range(level.width)):
+                parents = x.index_select(0, index_tensor(numbers, x.device))
             parts.append(_core(layer, parents, own, liveness, level.rows_of(branch)))
-        y = torch.cat(parts).unflatten(0, (len(level), samples))
-        y = y.index_select(0, index_tensor(level.merge_order(), x.device)).flatten(0, 1)
+        y = in_order(torch.cat(parts), len(level), level.merge_order())
     if layer.relu:
         y = y.relu()
     if skip is not None:
@@ -191,7 +192,9 @@ def _branches_into_batch(h: Tensor, branches: int) -> Tensor:
     return h.unflatten(1, (branches, -1)).flatten(0, 1)
 
 
-def channels_last_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
+def channels_last_head(
+    head: nn.Module, h: Fold, rows: int, order: Sequence[int] | None = None
+) -> Tensor | None:
     """A head that flattens images and goes on with a linear layer, on channels-last images.
 
     The linear layer's weight is put into the images' order instead of the images into its own,
@@ -201,6 +204,7 @@ def channels_last_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
         head: a task's head.
         h: the leaves, images with rows outermost and channels last.
         rows: number of leaves P.
+        order: for each row of the result, its leaf; None: as they are.
 
     Returns:
         The logits ``[P * N, K]``, rows outermost; None for any other head or form, and where the
@@ -212,4 +216,5 @@ def channels_last_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
     images = front.images()
     pixels, channels = images.shape[1:]
     weight = front.weight().unflatten(1, (channels, pixels)).transpose(1, 2).flatten(1)
-    return front.go_on(F.linear(images.flatten(1), weight, front.linear.bias))
+    out = front.go_on(F.linear(images.flatten(1), weight, front.linear.bias))
+    return in_order(out, rows, order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -28,31 +29,38 @@ class _Step(NamedTuple):
     behind: ReluAndPool
 
 
-def triton_head(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
+def triton_head(
+    head: nn.Module, h: Fold, rows: int, order: Sequence[int] | None = None
+) -> Tensor | None:
     """A head of linear layers with ReLU and dropout between them, behind a flatten or not.
 
     Args:
         head: a task's head.
         h: the leaves, P ``rows`` of images or vectors.
         rows: number of leaves P.
+        order: for each row of the result, its leaf; None: as they are.
 
     Returns:
         The logits ``[P * N, K]``, rows outermost; None for any other head or input.
     """
-    return _run(head, h, rows, pair=False)
+    return _run(head, h, rows, order, pair=False)
 
 
-def triton_head_twice(head: nn.Module, h: Fold, rows: int) -> Tensor | None:
+def triton_head_twice(
+    head: nn.Module, h: Fold, rows: int, order: Sequence[int] | None = None
+) -> Tensor | None:
     """The same without its dropout and with it, in the launches of one of them.
 
     Returns:
         The logits ``[2 * P * N, K]``, first those without dropout, which have no gradient; None
         for any other head or input, or one without active dropout.
     """
-    return _run(head, h, rows, pair=True)
+    return _run(head, h, rows, order, pair=True)
 
 
-def _run(head: nn.Module, h: Fold, rows: int, *, pair: bool) -> Tensor | None:
+def _run(
+    head: nn.Module, h: Fold, rows: int, order: Sequence[int] | None, *, pair: bool
+) -> Tensor | None:
     layers = list(head) if type(head) is nn.Sequential else [head]
     if any(has_hooks(layer) for layer in (head, *layers)):
         return None
@@ -74,13 +82,22 @@ def _run(head: nn.Module, h: Fold, rows: int, *, pair: bool) -> Tensor | None:
             images = dropped(images, drop, rows, pair=pair)
             x = images if x.dim() == 5 else images.flatten(2)
         count = x.shape[0]
-        every = Level(tuple(range(count)), (0,) * count, count)
+        last = linear is steps[-1].linear
+        level = _one_branch(count, rows, tuple(order) if last and order is not None else None)
         # rows without dropout send no gradient back
         liveness = Liveness(_second_half(rows, x.device)) if count > rows else None
-        x = _OPERATION(layer, x, every, None, liveness)
+        x = _OPERATION(layer, x, level, None, liveness)
         if x is None:
             return None
     return x.flatten(0, 1)
+
+
+@cache
+def _one_branch(count: int, rows: int, order: tuple[int, ...] | None) -> Level:
+    """Every leaf, in an order: once, or first without and then with dropout."""
+    every = tuple(range(rows)) if order is None else order
+    parents = tuple(row + half for half in range(0, count, rows) for row in every)
+    return Level(parents, (0,) * count, count)
 
 
 def _linear_steps(layers: list[nn.Module]) -> list[_Step]:

@@ -33,8 +33,10 @@ class Stacks(NamedTuple):
             split = [part.unflatten(0, (samples, level.width)) for part in parts]
             return torch.stack(split, dim=2).flatten(0, 2)
         rows = torch.cat([part.unflatten(0, (samples, -1)) for part in parts], dim=1)
-        order = index_tensor(level.merge_order(), rows.device)
-        return rows.index_select(1, order).flatten(0, 1)
+        order = level.merge_order()
+        if order != tuple(range(len(level))):
+            rows = rows.index_select(1, index_tensor(order, rows.device))
+        return rows.flatten(0, 1)
 
 
 class RowsFirst(NamedTuple):
@@ -135,3 +137,11 @@ def _recent_index(rows: tuple[int, ...]) -> Tensor:
 def _kept_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
+
+
+def in_order(y: Tensor, rows: int, order: Sequence[int] | None) -> Tensor:
+    """``[rows * N, ...]``, rows outermost, with row ``order[i]`` at place i; None: as they are."""
+    if order is None or tuple(order) == tuple(range(rows)):
+        return y
+    y = y.unflatten(0, (rows, y.shape[0] // rows))
+    return y.index_select(0, index_tensor(tuple(order), y.device)).flatten(0, 1)

@@ -20,7 +20,7 @@ SHARED, SPECIFIC = 0, 1
 
 @dataclass(frozen=True)
 class Level:
-    """The rows of one level, in nested-loop order.
+    """The rows of one level, in nested-loop order if nothing else is said.
 
     Attributes:
         parents: for each row, its row on the level before (row 0 of the input for level 0).
@@ -44,7 +44,9 @@ class Level:
         place = {branch: i for i, branch in enumerate(used)}
         object.__setattr__(self, "used_branches", used)
         object.__setattr__(self, "positions", tuple(place[branch] for branch in self.branches))
-        object.__setattr__(self, "is_full", len(self) == self.width * len(used))
+        object.__setattr__(self, "is_full", len(self) == self.width * len(used) and (
+            self.parents == tuple(p for p in range(self.width) for _ in used)
+        ))  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -129,6 +131,25 @@ class Plan:
         levels = self.levels[:stage]
         return Plan(levels, tuple(range(len(levels[-1]))))
 
+    def by_branch(self) -> Plan:
+        """The same plan with each level's rows one branch after another, of parents in order.
+
+        Kernels can take the rows of a branch, which are neighbours as their parents are, for one.
+        """
+        levels, place = [], (0,)
+        for level in self.levels:
+            parents = tuple(place[parent] for parent in level.parents)
+            order = sorted(range(len(level)), key=lambda row: (level.branches[row], parents[row]))
+            levels.append(
+                Level(
+                    tuple(parents[row] for row in order),
+                    tuple(level.branches[row] for row in order),
+                    level.width,
+                )
+            )
+            place = tuple(sorted(range(len(order)), key=order.__getitem__))
+        return Plan(tuple(levels), tuple(place[leaf] for leaf in self.leaves))
+
     def only(self, configs: Sequence[int]) -> Plan:
         """The plan of some of its configurations, in the order given."""
         needed = {self.leaves[config] for config in configs}
@@ -148,6 +169,8 @@ class Plan:
 
     def below(self, stage: int, first: int, stop: int) -> SubPlan:
         """The sub-trees from stage ``stage`` on that hang on some rows of the level before.
+
+        Of a plan in nested-loop order.
 
         Args:
             stage: at least 1.

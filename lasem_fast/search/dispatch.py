@@ -152,5 +152,6 @@ def evaluator(
         return NaiveLoop(configs)
     plan = Plan.of_configs(configs)
     if max_memory is None:
-        return Tree(plan, operations(backend))
+        # kernels for GPUs take neighbouring rows of a branch for one
+        return Tree(plan.by_branch() if backend == "triton" else plan, operations(backend))
     return BoundedTree(plan, operations(backend), max_memory)

@@ -183,31 +183,35 @@ class Tree:
 
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
-        leaves = len(self.plan.levels[-1])
-        logits = self._rows_first_logits(network, h, leaves, samples)
-        if self.plan.leaves == tuple(range(leaves)):
+        leaves, order = len(self.plan.levels[-1]), self._order()
+        for operation in self.operations.heads:
+            logits = operation(network.head, h, leaves, order)
+            if logits is not None:
+                checks.check_logits(logits, leaves, samples, network.task)
+                return logits.unflatten(0, (leaves, samples))
+        logits = self._samples_first_logits(network, h, leaves, samples)
+        logits = logits.unflatten(0, (samples, leaves)).transpose(0, 1)
+        if order is None:
             return logits
-        return logits[index_tensor(self.plan.leaves, logits.device)]
+        return logits.index_select(0, index_tensor(order, logits.device))
+
+    def _order(self) -> tuple[int, ...] | None:
+        """The leaf of each configuration; None where they are in order."""
+        leaves = self.plan.leaves
+        return None if leaves == tuple(range(len(self.plan.levels[-1]))) else leaves
 
     def _finish_twice(self, network: Network, h: Fold, samples: int) -> Tensor | None:
         """The head with its random layers off and on, ``[2, C, N, K]``; None if it takes two."""
         leaves = len(self.plan.levels[-1])
         for operation in self.operations.heads_twice:
-            logits = operation(network.head, h, leaves)
+            logits = operation(network.head, h, leaves, self._order())
             if logits is not None:
                 checks.check_logits(logits, 2 * leaves, samples, network.task)
-                pair = logits.unflatten(0, (2, leaves, samples))
-                if self.plan.leaves == tuple(range(leaves)):
-                    return pair
-                return pair.index_select(1, index_tensor(self.plan.leaves, pair.device))
+                return logits.unflatten(0, (2, leaves, samples))
         return None
 
-    def _rows_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
-        for operation in self.operations.heads:
-            logits = operation(network.head, h, leaves)
-            if logits is not None:
-                checks.check_logits(logits, leaves, samples, network.task)
-                return logits.unflatten(0, (leaves, samples))
+    def _samples_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
+        """PyTorch's ``[N * P, K]``."""
         h = folded(h)
         if network.head_writes_input or may_write_input(network.head):
             h = h.clone()
@@ -217,7 +221,7 @@ class Tree:
         if not (network.head_writes_input or may_write_input(network.head)):
             where = f"the head of task {network.task!r}"
             checks.check_input_as_it_was(version, h, network.head, where)
-        return logits.unflatten(0, (samples, leaves)).transpose(0, 1)
+        return logits
 
 
 class _TwoForwards:

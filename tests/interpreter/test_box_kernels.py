@@ -29,6 +29,7 @@ from lasem_fast.kernels import (
     level_wgrad,
     weight_copies,
 )
+from lasem_fast.kernels.box_form import box_form
 from lasem_fast.kernels.boxes import Box, Convolution, Taps, box_for
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
@@ -218,8 +219,9 @@ def test_codes_are_those_of_the_other_kernels(pool):
     case = Case(integers(2, 2, 6, 6, 8), [integers(16, 8, 3, 3) for _ in "ab"], [], geometry, False,
                 torch.float16, Rows.full(2, 2))  # fmt: skip
     x, weights = case.x.half(), [w.float() for w in case.weights]
-    copies = weight_copies.weight_copies(weights, x.dtype)
-    got = box_forward.box_forward(x, weights, copies, [], None, case.tables, geometry)
+    form = box_form(x.shape, weights[0].shape, geometry)
+    filters = weight_copies.weight_copies(weights, x.dtype, form)
+    got = box_forward.box_forward(x, filters, [], None, case.tables, geometry)
     want = level_forward.level_forward(x, weights, [], None, case.tables, geometry, x.dtype)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -397,7 +399,7 @@ def in_boxes(monkeypatch):
     monkeypatch.setattr(dispatch, "_WITHOUT_DEVICE", levels)
     monkeypatch.setattr(triton_linear_head, "_OPERATION", Either(levels))
     for module in (box_forward, box_dgrad):  # few programs, which take long here
-        monkeypatch.setattr(module, "cheapest", lambda tiles, _: tiles[0])
+        monkeypatch.setattr(module, "cheapest", lambda tiles, *_: tiles[0])
 
 
 NETS = {
