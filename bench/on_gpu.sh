@@ -172,8 +172,9 @@ kernels_stage() {
   export -f tiles
   export python device workers
   # small images of many samples too: boxes of one pixel leave out taps that meet only padding
-  local all="tiles --out '$out/tiles.jsonl' &&
-    tiles --size 2 --samples 130 --pools 1 --channels 64 --out '$out/tiles.jsonl'"
+  local all="tiles --out '$out/tiles.jsonl'"
+  [ "$device" = cuda ] &&
+    all+=" && tiles --size 2 --samples 130 --pools 1 --channels 64 --out '$out/tiles.jsonl'"
   if ! run_stage tiles $((limit * 6 / 10)) bash -c "$all"; then
     # the compiler that comes with Triton has been at fault elsewhere
     if [ "$device" = cuda ] && command -v ptxas >/dev/null; then

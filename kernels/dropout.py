@@ -21,9 +21,9 @@ _BLOCK = 512
 
 @triton.jit(do_not_specialize=["rows", "first", "samples"])
 def dropout_kernel(
-    x, mask, y, rows, first, samples, x_p, x_n, x_h, x_w, x_c, scale,
+    x, mask, places, y, rows, first, samples, x_p, x_n, x_h, x_w, x_c, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    IN_PLACES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y [rows or 2 rows, N, H, W, C] from x [P, N, H, W, C]; see dropout."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -39,7 +39,10 @@ def dropout_kernel(
     n = image - row * samples
     pixel = n * x_n + h * x_h + w * x_w + channel * x_c
     of_sample = (channel * HEIGHT + h) * WIDTH + w
-    kept = tl.load(mask + (n * rows + row) * FEATURES + of_sample, mask=inside, other=0)
+    place = row
+    if IN_PLACES:
+        place = tl.load(places + row, mask=inside, other=0).to(index)
+    kept = tl.load(mask + (n * rows + place) * FEATURES + of_sample, mask=inside, other=0)
     value = tl.load(x + (row + first) * x_p + pixel, mask=inside, other=0.0)
     # chosen, not multiplied: what overflowed and is dropped is 0
     dropped = tl.where(kept != 0, value.to(tl.float32) * scale, 0.0).to(y.dtype.element_ty)
@@ -53,12 +56,15 @@ def dropout_kernel(
         tl.store(y + total + at, dropped, mask=inside)
 
 
-def dropout(x: Tensor, mask: Tensor, rows: int, first: int, scale: float, half: int) -> Tensor:
+def dropout(
+    x: Tensor, mask: Tensor, places: Tensor | None, rows: int, first: int, scale: float, half: int
+) -> Tensor:
     """Drops values of ``rows`` rows of ``x``.
 
     Args:
         x: ``[P, N, H, W, C]``, any strides; float32, float16 or bfloat16.
         mask: bool, contiguous, ``N * rows * C * H * W`` values in this order; False: dropped.
+        places: int64 ``[rows]``, which row of the mask each of them has; None: its own.
         rows: how many are dropped from.
         first: the first of them.
         scale: of what is kept.
@@ -75,8 +81,9 @@ def dropout(x: Tensor, mask: Tensor, rows: int, first: int, scale: float, half: 
         return y
     with device_of(x):
         dropout_kernel[cdiv(values, _BLOCK),](
-            x, mask.view(torch.uint8), y, rows, first, samples, *x.stride(), scale,
-            HEIGHT=height, WIDTH=width, CHANNELS=channels, HALF=half,
+            x, mask.view(torch.uint8), mask if places is None else places, y, rows, first, samples,
+            *x.stride(), scale,
+            HEIGHT=height, WIDTH=width, CHANNELS=channels, HALF=half, IN_PLACES=places is not None,
             WIDE=needs_int64((x, y), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
     return y

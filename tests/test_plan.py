@@ -142,3 +142,41 @@ def test_branches_are_numbered_among_the_used_ones():
     level = Level((0, 0, 1), (0, 2, 2), 2)
     assert level.used_branches == (0, 2) and level.positions == (0, 1, 1)
     assert not level.is_full
+
+
+@given(configurations(), st.data())
+def test_rows_by_branch(configs, data):
+    """The same paths and leaves in another order; what is left of them stays in that order."""
+    plan = Plan.of([list(config) for config in configs])
+    ordered = plan.by_branch()
+
+    def paths(plan, stage):
+        rows = [()]
+        for level in plan.levels[: stage + 1]:
+            pairs = zip(level.parents, level.branches, strict=True)
+            rows = [(*rows[parent], branch) for parent, branch in pairs]
+        return rows
+
+    for stage, level in enumerate(ordered.levels):
+        assert sorted(paths(ordered, stage)) == paths(plan, stage)
+        rows = list(zip(level.branches, level.parents, strict=True))
+        assert rows == sorted(rows)
+    last = paths(ordered, len(plan.levels) - 1)
+    assert [last[leaf] for leaf in ordered.leaves] == configs
+    assert ordered.places == plan.leaves
+    if ordered.order is not None:
+        assert [last[row] for row in ordered.order] == sorted(configs)
+    count = len(configs)
+    kept = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=count, unique=True))
+    assert ordered.only(kept).places == plan.only(kept).places
+
+
+def test_rows_by_branch_of_a_grouped_tree():
+    """Those of a branch are neighbours, as their parents are, in a group and between groups."""
+    plan = Plan.of_configs(lf.ConfigSpace(4, groups=[2, 2]).configs).by_branch()
+    parents = [(0, 0), (0, 1), (0, 1, 0, 1), (0, 1, 2, 3)]
+    branches = [(0, 1), (0, 1), (0, 0, 1, 1), (0, 0, 1, 1)]
+    assert [level.parents for level in plan.levels] == parents
+    assert [level.branches for level in plan.levels] == branches
+    assert [plan.continues(stage) for stage in range(4)] == [False, True, False, True]
+    assert plan.order == (0, 2, 1, 3) and plan.places == (0, 1, 2, 3)

@@ -21,7 +21,8 @@ def linear_head(
         head: a task's head.
         h: the leaves, images with rows outermost and channels last.
         rows: number of leaves P.
-        order: for each row of the result, its leaf; None: as they are.
+        order: for each row of the result, its leaf, in the order that masks are drawn in; None: as
+            they are.
 
     Returns:
         The logits ``[P * N, K]``, rows outermost; None for any other head, form, device or dtype,

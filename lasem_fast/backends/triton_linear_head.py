@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lasem_fast.backends.operations import Layer
 from lasem_fast.backends.triton_dropout_op import dropped
 from lasem_fast.backends.triton_level import TritonLevel
-from lasem_fast.levels.fold import Fold, RowsFirst, folded
+from lasem_fast.levels.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
 from lasem_fast.levels.row_liveness import Liveness
@@ -38,7 +38,8 @@ def triton_head(
         head: a task's head.
         h: the leaves, P ``rows`` of images or vectors.
         rows: number of leaves P.
-        order: for each row of the result, its leaf; None: as they are.
+        order: for each row of the result, its leaf, in the order that masks are drawn in; None: as
+            they are.
 
     Returns:
         The logits ``[P * N, K]``, rows outermost; None for any other head or input.
@@ -79,7 +80,7 @@ def _run(
             return None
         if drop:
             images = x if x.dim() == 5 else x[:, :, None, None]
-            images = dropped(images, drop, rows, pair=pair)
+            images = dropped(images, drop, rows, pair=pair, places=_places(order, x.device))
             x = images if x.dim() == 5 else images.flatten(2)
         count = x.shape[0]
         last = linear is steps[-1].linear
@@ -90,6 +91,13 @@ def _run(
         if x is None:
             return None
     return x.flatten(0, 1)
+
+
+def _places(order: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """Where each leaf stands in ``order``, which masks are drawn in."""
+    if order is None:
+        return None
+    return index_tensor(tuple(sorted(range(len(order)), key=order.__getitem__)), device)
 
 
 @cache

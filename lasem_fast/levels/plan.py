@@ -79,10 +79,12 @@ class Plan:
     Attributes:
         levels: one per stage.
         leaves: for each configuration, its row on the last level.
+        order: the last level's rows in nested-loop order; None: that is how they are.
     """
 
     levels: tuple[Level, ...]
     leaves: tuple[int, ...]
+    order: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, branches: list[list[int]]) -> Plan:
@@ -148,7 +150,16 @@ class Plan:
                 )
             )
             place = tuple(sorted(range(len(order)), key=order.__getitem__))
-        return Plan(tuple(levels), tuple(place[leaf] for leaf in self.leaves))
+        leaves = tuple(place[leaf] for leaf in self.leaves)
+        return Plan(tuple(levels), leaves, None if place == tuple(range(len(place))) else place)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each configuration, the place of its leaf in nested-loop order."""
+        if self.order is None:
+            return self.leaves
+        place = {leaf: i for i, leaf in enumerate(self.order)}
+        return tuple(place[leaf] for leaf in self.leaves)
 
     def only(self, configs: Sequence[int]) -> Plan:
         """The plan of some of its configurations, in the order given."""
@@ -156,6 +167,9 @@ class Plan:
         levels = []
         place = {row: i for i, row in enumerate(sorted(needed))}
         leaves = tuple(place[self.leaves[config]] for config in configs)
+        order = None
+        if self.order is not None:
+            order = tuple(place[row] for row in self.order if row in needed)
         for level, before in zip(
             reversed(self.levels), [*reversed(self.levels[:-1]), None], strict=True
         ):
@@ -165,7 +179,7 @@ class Plan:
             place = {row: i for i, row in enumerate(sorted(needed))}
             parents = tuple(place[level.parents[row]] for row in rows)
             levels.append(Level(parents, tuple(level.branches[row] for row in rows), width))
-        return Plan(tuple(reversed(levels)), leaves)
+        return Plan(tuple(reversed(levels)), leaves, order)
 
     def below(self, stage: int, first: int, stop: int) -> SubPlan:
         """The sub-trees from stage ``stage`` on that hang on some rows of the level before.
@@ -191,7 +205,8 @@ class Plan:
     def split(self, stage: int) -> Plan:
         """The same plan for a net whose stage ``stage`` has been cut into two stages."""
         second = self.levels[stage].going_on()
-        return Plan((*self.levels[: stage + 1], second, *self.levels[stage + 1 :]), self.leaves)
+        levels = *self.levels[: stage + 1], second, *self.levels[stage + 1 :]
+        return Plan(levels, self.leaves, self.order)
 
 
 @dataclass(frozen=True)

@@ -183,31 +183,33 @@ class Tree:
 
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
-        leaves, order = len(self.plan.levels[-1]), self._order()
+        leaves, order = len(self.plan.levels[-1]), self.plan.order
         for operation in self.operations.heads:
             logits = operation(network.head, h, leaves, order)
             if logits is not None:
                 checks.check_logits(logits, leaves, samples, network.task)
-                return logits.unflatten(0, (leaves, samples))
+                return self._by_configuration(logits.unflatten(0, (leaves, samples)), 0)
         logits = self._samples_first_logits(network, h, leaves, samples)
         logits = logits.unflatten(0, (samples, leaves)).transpose(0, 1)
-        if order is None:
-            return logits
-        return logits.index_select(0, index_tensor(order, logits.device))
+        if order is not None:
+            logits = logits.index_select(0, index_tensor(order, logits.device))
+        return self._by_configuration(logits, 0)
 
-    def _order(self) -> tuple[int, ...] | None:
-        """The leaf of each configuration; None where they are in order."""
-        leaves = self.plan.leaves
-        return None if leaves == tuple(range(len(self.plan.levels[-1]))) else leaves
+    def _by_configuration(self, logits: Tensor, dim: int) -> Tensor:
+        """What is in nested-loop order, one configuration after another."""
+        places = self.plan.places
+        if places == tuple(range(logits.shape[dim])):
+            return logits
+        return logits.index_select(dim, index_tensor(places, logits.device))
 
     def _finish_twice(self, network: Network, h: Fold, samples: int) -> Tensor | None:
         """The head with its random layers off and on, ``[2, C, N, K]``; None if it takes two."""
         leaves = len(self.plan.levels[-1])
         for operation in self.operations.heads_twice:
-            logits = operation(network.head, h, leaves, self._order())
+            logits = operation(network.head, h, leaves, self.plan.order)
             if logits is not None:
                 checks.check_logits(logits, 2 * leaves, samples, network.task)
-                return logits.unflatten(0, (2, leaves, samples))
+                return self._by_configuration(logits.unflatten(0, (2, leaves, samples)), 1)
         return None
 
     def _samples_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -72,15 +73,15 @@ def test_a_pair_keeps_the_rows_without_dropout():
 
 def test_what_overflows_and_is_dropped_is_zero():
     x = torch.full((1, 1, 1, 1, 2), torch.inf)
-    y = kernels.dropout(x, torch.tensor([True, False]), 1, 0, 2.0, kernels.ALONE.value)
+    y = kernels.dropout(x, torch.tensor([True, False]), None, 1, 0, 2.0, kernels.ALONE.value)
     assert y.flatten().tolist() == [torch.inf, 0]
 
 
 def test_64_bit_offsets_give_the_same_bits(monkeypatch):
     x, mask = _images(), torch.rand(3 * 60) < 0.5
-    narrow = kernels.dropout(x, mask, 3, 0, 2.0, kernels.CALM.value)
+    narrow = kernels.dropout(x, mask, None, 3, 0, 2.0, kernels.CALM.value)
     monkeypatch.setattr(kernels, "needs_int64", lambda *_: True)
-    assert torch.equal(kernels.dropout(x, mask, 3, 0, 2.0, kernels.CALM.value), narrow)
+    assert torch.equal(kernels.dropout(x, mask, None, 3, 0, 2.0, kernels.CALM.value), narrow)
 
 
 @pytest.mark.parametrize(
@@ -89,21 +90,30 @@ def test_64_bit_offsets_give_the_same_bits(monkeypatch):
         ({"rows": 4}, "x: expected"),
         ({"mask": torch.ones(7, dtype=torch.bool)}, "mask: expected 180 bool on cpu, got 7"),
         ({"mask": torch.ones(180)}, "mask: expected 180 bool on cpu, got 180 of torch.float32"),
+        ({"places": torch.arange(2)}, r"places: expected 3 of int64, got \[2\] of torch.int64"),
     ],
 )
 def test_errors(changed, message):
-    good = {"x": _images(), "mask": torch.ones(180, dtype=torch.bool), "rows": 3, "first": 0,
-            "scale": 2.0, "half": 0}  # fmt: skip
+    good = {"x": _images(), "mask": torch.ones(180, dtype=torch.bool), "places": None, "rows": 3,
+            "first": 0, "scale": 2.0, "half": 0}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         torch.ops.lasem_fast.dropout_triton(**{**good, **changed})
 
 
 def test_opcheck():
     x, mask = _images(), torch.rand(3 * 60) < 0.5
-    for half in range(3):
+    for half, places in product(range(3), (None, torch.tensor([2, 0, 1]))):
         torch.library.opcheck(
-            torch.ops.lasem_fast.dropout_triton.default, (x, mask, 3, 0, 2.0, half)
+            torch.ops.lasem_fast.dropout_triton.default, (x, mask, places, 3, 0, 2.0, half)
         )
+
+
+def test_rows_in_another_order_have_the_masks_of_their_places():
+    x, order = _images(), torch.tensor([2, 0, 1])
+    torch.manual_seed(1)
+    want = dropped(x, 0.5, 3, pair=False)
+    torch.manual_seed(1)
+    assert torch.equal(dropped(x[order], 0.5, 3, pair=False, places=order), want[order])
 
 
 @pytest.mark.parametrize("name", HEADS)
