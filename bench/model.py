@@ -1,11 +1,11 @@
 """What every kernel of a training step should take on a GPU, beside what it took.
 
-    python -m bench.model [--row TEXT ...] [--results FILE] [--kernels] [--boxes] [ceilings]
+    python -m bench.model [--row TEXT ...] [--kernels] [--boxes] [--results FILE]
+        [--kernel-times FILE] [ceilings]
 
 Needs no GPU: launches are recorded on the CPU, compiled for sm_90 (minutes the first time) and
 timed by the formulas of :mod:`bench.time_model`. ``FILE`` is ``bench.json`` of ``bench/on_gpu.sh``:
-the captured step of each row, and where it has ``"kernels": {row: [microseconds, ...]}``, in the
-order of the launches, each kernel's own time.
+the captured step of each row; the kernels' own times are from ``bench.kernel_times``.
 """
 
 from __future__ import annotations
@@ -36,19 +36,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--row", action="append", help="only rows whose name contains this")
     parser.add_argument("--results", type=Path, help="bench.json of bench/on_gpu.sh")
     parser.add_argument("--kernels", action="store_true", help="a line for every kernel")
+    parser.add_argument("--kernel-times", type=Path, help="what bench.kernel_times wrote")
     parser.add_argument("--boxes", action="store_true", help="levels that read boxes (TMA)")
     for name, default in Ceilings()._asdict().items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"({default})")
     options = parser.parse_args(arguments)
     ceilings = Ceilings(*(getattr(options, name) for name in Ceilings._fields))
-    results = json.loads(options.results.read_text()) if options.results else {}
+    results, times = (
+        json.loads(file.read_text()) if file else {}
+        for file in (options.results, options.kernel_times)
+    )
     cases = [c for c in gpu("cuda") if not options.row or any(part in c.id for part in options.row)]
     for case in cases:
-        report(case, ceilings, results, options.kernels, options.boxes)
+        report(case, ceilings, results, times, options.kernels, options.boxes)
 
 
 def report(
-    case: Case, ceilings: Ceilings, results: dict[str, Any], kernels: bool, boxes: bool
+    case: Case, ceilings: Ceilings, results: dict[str, Any], times: dict[str, Any], kernels: bool,
+    boxes: bool,
 ) -> None:
     """Prints what a row should take and, where that is known, what it took."""
     launches, others = step_launches(case, boxes)
@@ -57,7 +62,9 @@ def report(
         predict(launch, machine_code(form, _CAPABILITY), ceilings)
         for launch, form in zip(launches, forms, strict=True)
     ]
-    measured = results.get("kernels", {}).get(case.id, [])
+    names = {launch.kernel.__name__ for launch in launches}
+    found_times = times.get(case.id, {}).get("boxes" if boxes else "gathering", [])
+    measured = [time for name, time in found_times if name in names]
     if len(measured) != len(launches):
         measured = [None] * len(launches)
     if kernels:

@@ -5,6 +5,7 @@ As :mod:`lasem_fast.kernels.level_dgrad`, from the gradient of the convolution a
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.boxes import (
     TILES,
+    Box,
     Convolution,
     Taps,
     box_for,
@@ -143,6 +145,24 @@ def box_dgrad_kernel(
         )  # fmt: skip
 
 
+@cache
+def _tiled(
+    parents: int, size: tuple[int, int, int], channels: int, channels_out: int, taps: Convolution,
+    branches: int, tile: Tile | None,
+) -> tuple[Tile, Box, bool]:  # fmt: skip
+    """The tile, its box, and whether all boxes are read through all taps."""
+    every = taps.down.kernel * taps.across.kernel
+
+    def programs(tile: Tile) -> float:
+        share = reads(box_for(tile.rows, *size, convolution=taps), *size, convolution=taps)
+        return parents * share / every * cdiv(channels, tile.columns)
+
+    tiles = fitting(TILES, parents * prod(size), channels, channels_out)
+    tile = tile or cheapest(tiles, programs, channels_out, every * branches)
+    box = box_for(tile.rows, *size, convolution=taps)
+    return tile, box, reads(box, *size, convolution=taps) == prod(box.counts(*size)) * every
+
+
 def box_dgrad(
     dz: Tensor,
     filters: Filters,
@@ -183,16 +203,11 @@ def box_dgrad(
         Taps(kw, geometry.pad_w - kw + 1, geometry.conv_w),
     )
 
-    def programs(tile: Tile) -> float:
-        share = reads(box_for(tile.rows, *size, convolution=taps), *size, convolution=taps)
-        return parents * share / (kh * kw) * cdiv(channels, tile.columns)
-
+    tile, box, all_taps = _tiled(
+        parents, size, channels, channels_out, taps, filters.branches, tile
+    )
     lines = parents * prod(size)
-    tiles, every_tap = fitting(TILES, lines, channels, channels_out), kh * kw * filters.branches
-    tile = tile or cheapest(tiles, programs, channels_out, every_tap)
-    box = box_for(tile.rows, *size, convolution=taps)
-    of_parent = prod(box.counts(*size))
-    boxes, column_tiles = parents * of_parent, cdiv(channels, tile.columns)
+    boxes, column_tiles = parents * prod(box.counts(*size)), cdiv(channels, tile.columns)
     has_skip = skip_dtype is not None
     skip_pixels = dskip.numel() // channels_out if has_skip else 0
     if has_skip:
@@ -212,7 +227,7 @@ def box_dgrad(
             POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
             HAS_LIVE=has_live, HAS_CARRIED=carried is not None, HAS_SKIP=has_skip,
             SKIP_HAS_CODE=geometry.skip_has_code, SHUT=SHUT,
-            ALL_TAPS=reads(box, *size, convolution=taps) == of_parent * kh * kw,
+            ALL_TAPS=all_taps,
             WIDE=needs_int64((dx, dy, dskip), lines, skip_pixels), IMAGES=box.images,
             BOX_H=box.height, BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,

@@ -7,6 +7,7 @@ fill boxes: their pool is a launch of its own.
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 
 import torch
@@ -186,6 +187,27 @@ def box_forward_kernel(
         tl.store(code + at, winner, mask=keep)
 
 
+@cache
+def _tiled(
+    rows: int, size: tuple[int, int, int], columns: int, channels: int, taps: Convolution,
+    pool: int, tile: Tile | None,
+) -> tuple[Tile, Box, bool]:  # fmt: skip
+    """The tile, its box, and whether all boxes are read through all taps."""
+    every = taps.down.kernel * taps.across.kernel
+
+    def box_of(tile: Tile) -> Box:
+        return box_for(tile.rows, *size, least=pool, convolution=taps)
+
+    def programs(tile: Tile) -> float:
+        share = reads(box_of(tile), *size, convolution=taps) / every
+        return rows * share * cdiv(columns, tile.columns)
+
+    tiles = fitting(TILES, rows * prod(size), columns, channels)
+    tile = tile or cheapest(tiles, programs, channels, every)
+    box = box_of(tile)
+    return tile, box, reads(box, *size, convolution=taps) == prod(box.counts(*size)) * every
+
+
 def box_forward(
     x: Tensor,
     filters: Filters,
@@ -226,18 +248,8 @@ def box_forward(
         Taps(kh, -geometry.pad_h, height), Taps(kw, -geometry.pad_w, width), -geometry.pool_pad
     )
 
-    def box_of(tile: Tile) -> Box:
-        return box_for(tile.rows, *size, least=pool, convolution=taps)
-
-    def programs(tile: Tile) -> float:
-        share = reads(box_of(tile), *size, convolution=taps) / (kh * kw)
-        return shape[0] * share * cdiv(columns, tile.columns)
-
-    lines = shape[0] * prod(size)
-    tiles = fitting(TILES, lines, columns, channels)
-    tile = tile or cheapest(tiles, programs, channels, kh * kw)
-    box = box_of(tile)
-    boxes = prod(box.counts(*size))
+    tile, box, all_taps = _tiled(shape[0], size, columns, channels, taps, pool, tile)
+    boxes, lines = prod(box.counts(*size)), shape[0] * prod(size)
     added = x if skip is None else skip  # never read where there is none
     biased = biases or [x]  # likewise
     with device_of(x):
@@ -252,7 +264,7 @@ def box_forward(
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, POOL=pool, POOL_PAD=geometry.pool_pad,
             RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
             HAS_BIAS=bool(biases), HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
-            ALL_TAPS=reads(box, *size, convolution=taps) == boxes * kh * kw,
+            ALL_TAPS=all_taps,
             WIDE=needs_int64((y, added), lines), IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages,

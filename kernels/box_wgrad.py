@@ -8,6 +8,7 @@ a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 
 import torch
@@ -197,19 +198,27 @@ def box_wgrad_kernel(
         _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
 
 
-def chosen(filters: Filters, rows: Tables, x_shape: Sequence[int], geometry: Geometry) -> Tile:
-    """The tile whose programs read the least; the parts of the sum fill the GPU."""
+@cache
+def chosen(
+    channels_out: int, channels: int, kernel: tuple[int, int], rows: int,
+    x_shape: tuple[int, ...], geometry: Geometry,
+) -> Tile:  # fmt: skip
+    """The tile whose programs read the least; the parts of the sum fill the GPU.
+
+    Args:
+        channels_out, channels, kernel: of the filters.
+        rows: of the branch with the most.
+        x_shape, geometry: as in the forward.
+    """
     size = x_shape[1], geometry.conv_h, geometry.conv_w
-    channels_out, channels = filters.channels_out, filters.channels
 
     def read(tile: Tile) -> float:
-        box = box_of(tile, x_shape, geometry, filters.kernel)
-        boxes = reads(box, *size, convolution=_convolution(x_shape, geometry, filters.kernel))
-        taps = _taps(tile, filters.kernel[1])
+        box = box_of(tile, x_shape, geometry, kernel)
+        boxes = reads(box, *size, convolution=_convolution(x_shape, geometry, kernel))
         tiles = cdiv(channels, tile.rows) * cdiv(channels_out, tile.columns)
-        return boxes * tile.depth * tiles * (tile.rows + tile.columns / taps)
+        return boxes * tile.depth * tiles * (tile.rows + tile.columns / _taps(tile, kernel[1]))
 
-    return min(fitting(TILES, channels, channels_out, max(rows.counts) * prod(size)), key=read)
+    return min(fitting(TILES, channels, channels_out, rows * prod(size)), key=read)
 
 
 def box_of(tile: Tile, x_shape: Sequence[int], geometry: Geometry, kernel: tuple[int, int]) -> Box:

@@ -605,6 +605,16 @@ def test_posterior_head_masks_bad_configurations(bad):
     assert loss.isnan() and want[3].isfinite()
 
 
+def test_gradients_that_fall_below_the_smallest_normal_number_are_zero():
+    """They would take many CPUs a hundred cycles each; PyTorch's own operators still have them."""
+    logits = torch.zeros(2, 3, 4, requires_grad=True)
+    labels, small = torch.zeros(3, dtype=torch.int64), torch.tensor(1e-39)
+    _, posterior, _, loss = ops.posterior_head(logits, labels, torch.tensor([0.0, -89.0]))
+    loss.backward()
+    assert 0 < posterior[1] < torch.finfo(torch.float32).tiny and not logits.grad[1].any()
+    assert logits.grad[0].any() and float(small * 1) > 0
+
+
 def test_posterior_head_nothing_left():
     logits = torch.full((2, 3, 4), torch.nan, requires_grad=True)
     loss = ops.posterior_head(logits, torch.zeros(3, dtype=torch.int64), torch.zeros(2))[3]

@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "ops.h"
 #include "stable_torch.h"
+#include "subnormals.h"
 
 namespace lasem_fast {
 namespace {
@@ -104,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(const Tensor& logits, con
 
   const T* posterior = posterior_out.const_data_ptr<T>();
   torch::stable::parallel_for(0, configs, grain, [&](int64_t begin, int64_t end) {
+    const SubnormalsAreZero scope;
     for (int64_t c = begin; c < end; ++c) {
       const double scale = static_cast<double>(posterior[c]) / samples;
       T* row = dlogits + c * samples * classes;

@@ -4,13 +4,15 @@
 #include <cstdint>
 
 #include "stable_torch.h"
+#include "subnormals.h"
 
 namespace lasem_fast {
 
-// Calls f(task) for tasks 0 .. n-1, one per thread of PyTorch's pool.
+// Calls f(task) for tasks 0 .. n-1, one per thread of PyTorch's pool, subnormal numbers being zero.
 template <class F>
 void for_tasks(int64_t n, const F& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    const SubnormalsAreZero scope;
     for (int64_t task = begin; task < end; ++task) f(task);
   });
 }

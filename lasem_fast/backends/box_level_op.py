@@ -104,7 +104,9 @@ def _(
     geometry, shape = form.geometry, form.x_shape
     read = columns if form.unfolds else x.view(shape)
     filters = Filters(filters, len(weights), form.kernel)
-    tile = _tile(wgrad) or box_wgrad.chosen(filters, rows, shape, geometry)
+    tile = _tile(wgrad) or box_wgrad.chosen(
+        filters.channels_out, filters.channels, form.kernel, max(rows.counts), shape, geometry
+    )
     box = box_wgrad.box_of(tile, shape, geometry, form.kernel)
     block = min(tile.columns, MOST_COLUMNS)
     gradient = box_gradient(dy, code, len(weights), rows, geometry, box, block, live=live)

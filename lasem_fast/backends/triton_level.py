@@ -25,6 +25,8 @@ _LARGEST_KERNEL = 11
 # A larger weight that is not channels last is put into that order first: a copy costs less than
 # reading it with gaps in every program.
 _LARGEST_GAPPED_WEIGHT = 2**16
+# Floating-point operations of a branch with all parents, and pixels.
+_MOST_TF32, _MOST_FP32, _SMALL_IMAGE = 2e9, 1e8, 64
 # Bytes of an unfolded input.
 _MOST_UNFOLDED = 2**30
 
@@ -123,13 +125,32 @@ class BoxLevel(GatherLevel):
 
 
 class TritonLevel(GatherLevel):
-    """In boxes where device and level allow it, else gathering."""
+    """In boxes where device and level allow it, else gathering.
+
+    Of levels whose operands have 32 bits some are left to PyTorch, see :func:`is_for_pytorch`.
+    """
 
     def _in_boxes(self, x, weights, geometry, dtype, skip):
+        if x.is_cuda and dtype == torch.float32:
+            return None if is_for_pytorch(x.shape, weights[0].shape, geometry) else False
         # later devices have other matrix units, with which boxes were never run
         if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
             return False
         return _can_be_boxes(x, weights, geometry, dtype, skip)
+
+
+def is_for_pytorch(
+    x_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry
+) -> bool:
+    """Whether cuDNN should be faster at a product of 32 bits than the gathering kernels.
+
+    In TF32 at all that is not small, in float32 where images are large too: whole steps on an H100
+    (bench/results).
+    """
+    operations = 2 * prod((*x_shape[:2], geometry.conv_h, geometry.conv_w, *weight_shape))
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return operations > _MOST_TF32
+    return operations > _MOST_FP32 and geometry.conv_h * geometry.conv_w > _SMALL_IMAGE
 
 
 def _can_be_boxes(

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from bench.compiling import Launch, recorded
-from lasem_fast.kernels import box_dgrad, box_forward, box_gradient, box_wgrad, weight_copies
+from lasem_fast.kernels import (
+    box_dgrad,
+    box_forward,
+    box_gradient,
+    box_wgrad,
+    unfolded,
+    weight_copies,
+)
 from lasem_fast.kernels.box_form import Filters, box_form
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows, tables_of
@@ -40,20 +47,34 @@ def launches() -> dict[str, Launch]:
     found |= _backward(*tiles, "pool2_skip_live", skip=True, live=True)
     found |= _backward(*tiles, "pool3", pool=3)
     found |= _backward(*tiles, "one_branch_no_bias_no_relu", pool=1, branches=1, plain=True)
-    return found
+    # a pixel of many images in a box, which leaves taps out
+    found |= _forward(box_forward.TILES[0], "small", pool=1, samples=128, size=2)
+    found |= _backward(*tiles, "small", pool=1, samples=128, size=2)
+    found |= _backward(*tiles, "small_live", pool=1, live=True, samples=128, size=2)
+    return found | _unfolded()
+
+
+def _unfolded() -> dict[str, Launch]:
+    geometry = Geometry(2, 2, 3, 3, 16, 16, 1, 0, 16, 16, 1)
+    x = _meta(1, _SAMPLES, _SIZE, _SIZE, 3)
+    form = box_form(x.shape, (64, 3, 7, 7), geometry)
+    with recorded() as started:
+        unfolded.unfolded(x, (7, 7), geometry, form, torch.bfloat16)
+        weight_copies.weight_copies([_meta(64, 3, 7, 7)] * 2, torch.bfloat16, form)
+    return _named(started, "unfolded")
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
-def _problem(dtype, pool, branches, plain, skip):
-    x = _meta(_PARENTS, _SAMPLES, _SIZE, _SIZE, 64, dtype=dtype)
+def _problem(dtype, pool, branches, plain, skip, samples=_SAMPLES, size=_SIZE):
+    x = _meta(_PARENTS, samples, size, size, 64, dtype=dtype)
     weights = [_meta(64, 64, 3, 3)] * branches
     biases = [] if plain else [_meta(64)] * branches
-    out = _SIZE // pool
+    out = size // pool
     geometry = Geometry(
-        1, 1, 1, 1, _SIZE, _SIZE, pool, 0, out, out, int(not plain), int(skip and pool > 1)
+        1, 1, 1, 1, size, size, pool, 0, out, out, int(not plain), int(skip and pool > 1)
     )
     rows = Rows.full(_PARENTS, branches)
     if skip:
@@ -74,25 +95,26 @@ def _named(started: list[Launch], form: str) -> dict[str, Launch]:
 
 
 def _forward(
-    tile: Tile, form: str, *, pool: int, dtype=torch.bfloat16, branches=2, plain=False, skip=False
-) -> dict[str, Launch]:
-    x, weights, biases, geometry, rows = _problem(dtype, pool, branches, plain, skip)
+    tile: Tile, form: str, *, pool: int, dtype=torch.bfloat16, branches=2, plain=False, skip=False,
+    **sizes: int,
+) -> dict[str, Launch]:  # fmt: skip
+    x, weights, biases, geometry, rows = _problem(dtype, pool, branches, plain, skip, **sizes)
     added = _meta(_PARENTS, _SAMPLES, _SIZE, _SIZE, 64, dtype=dtype) if skip else None
     tables = tables_of(rows, branches, x.device)
     with recorded() as started:
-        form = box_form(x.shape, weights[0].shape, geometry)
-        filters = weight_copies.weight_copies(weights, dtype, form)
+        read = box_form(x.shape, weights[0].shape, geometry)
+        filters = weight_copies.weight_copies(weights, dtype, read)
         box_forward.box_forward(x, filters, biases, added, tables, geometry, tile)
     return _named(started, form)
 
 
 def _backward(
     dgrad: Tile, wgrad: Tile, form: str, *, pool=2, dtype=torch.bfloat16, branches=2, plain=False,
-    skip=False, live=False,
+    skip=False, live=False, **sizes: int,
 ) -> dict[str, Launch]:  # fmt: skip
-    x, weights, biases, geometry, rows = _problem(dtype, pool, branches, plain, skip)
+    x, weights, biases, geometry, rows = _problem(dtype, pool, branches, plain, skip, **sizes)
     tables = tables_of(rows, branches, x.device)
-    dy = _meta(len(rows), _SAMPLES, geometry.out_h, geometry.out_w, 64, dtype=dtype)
+    dy = _meta(len(rows), x.shape[1], geometry.out_h, geometry.out_w, 64, dtype=dtype)
     code = torch.empty_like(dy, dtype=torch.uint8) if geometry.has_code else _meta(0).byte()
     lives = _meta(len(rows), dtype=torch.bool) if live else None
     filters = Filters(_meta(branches * 64, 9, 64, dtype=dtype), branches, (3, 3))

@@ -19,7 +19,7 @@ def launches() -> dict[str, Launch]:
                 x = torch.empty(16, 10, size, size, channels, device="meta", dtype=dtype)
                 mask = torch.empty(x.numel(), device="meta", dtype=torch.bool)
                 with recorded() as started:
-                    kernels.dropout(x, mask, 16, 0, 2.0, half.value)
+                    kernels.dropout(x, mask, None, 16, 0, 2.0, half.value)
                 kind = str(dtype).removeprefix("torch.")
                 found[f"dropout/{kind}/{size}x{size}x{channels}/{name}"] = started[0]
     return found

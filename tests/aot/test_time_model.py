@@ -77,11 +77,16 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert sum(line.startswith("level_dgrad ") for line in lines) == 5
     assert "took" not in last
     entry = {"row": case.id, "column": "lasem_fast triton, captured", "seconds": [3e-4, 2e-4]}
-    took = [1.25] * (len(lines) - 1)
-    results = {"benchmarks": [{"extra_info": entry}], "kernels": {case.id: took}}
-    file = tmp_path / "bench.json"
-    file.write_text(json.dumps(results))
-    model.main(["--kernels", "--results", str(file), "--row", "cifar"])
+    names = [line.split()[0] + "_kernel" for line in lines[1:]]
+    kernels = [["Memcpy", 9.0], *([name.replace("configurations_kernel", "configurations"), 1.25]
+               for name in names)]  # fmt: skip
+    files = {"bench.json": {"benchmarks": [{"extra_info": entry}]},
+             "kernels.json": {case.id: {"gathering": kernels}}}  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    paths = ["--results", str(tmp_path / "bench.json"),
+             "--kernel-times", str(tmp_path / "kernels.json")]  # fmt: skip
+    model.main(["--kernels", *paths, "--row", "cifar"])
     *lines, last = capsys.readouterr().out.splitlines()
     assert all(line.endswith(" 1.25") for line in lines[1:])
     assert "took 200 us" in last
