@@ -3,14 +3,15 @@
 #
 #   bench/on_gpu.sh [kernels|tests|peers|all] [--rehearse] [DIR]
 #
-# kernels  every tile of every kernel against float64, then the benchmark's rows, our columns
+# kernels  every tile of every kernel against float64, then every kernel's time inside a captured
+#          step, then the benchmark's rows, our columns
 # tests    the tests marked gpu, and kernels under compute-sanitizer where there is one
 # peers    the benchmark's rows, all other columns
 # all      the three of them in the time of one (default)
 #
 # Each call is of use alone; a second one with the same folder goes on where the first one ended.
-# Leaves environment.txt, doctor.txt, tiles.jsonl, tests.txt, bench.json, bench.md, the choices that
-# were measured and Triton's cache in DIR, bench/results/<device> by default. PYTHON names the
+# Leaves environment.txt, doctor.txt, tiles.jsonl, kernels.json, tests.txt, bench.json, bench.md, the
+# choices that were measured and Triton's cache in DIR, bench/results/<device> by default. PYTHON names the
 # interpreter (python3); MINUTES the time there is (9). --rehearse does the same on a CPU with a few
 # tests, some kernels in Triton's interpreter and one small row. What fails does not stop what comes
 # next; the exit status is 0 only if all passed and no row was refused or left out.
@@ -183,7 +184,11 @@ kernels_stage() {
     fi
   fi
   [ "$device" = cuda ] && export LASEM_FAST_CHOICES=measure
-  [ "$device" = cuda ] && compile_rows $(((limit - SECONDS + begin) / 3))
+  if [ "$device" = cuda ]; then
+    compile_rows $(((limit - SECONDS + begin) / 3))
+    run_stage "kernel times" $(((limit - SECONDS + begin) / 3)) "$python" -m bench.kernel_times \
+      --family boxes gathering --out "$out/kernels.json"
+  fi
   limit=$((limit - SECONDS + begin))
   bench $((limit > 1 ? limit : 1)) ours
   "$python" -m lasem_fast choices show >"$out/choices.txt" 2>&1

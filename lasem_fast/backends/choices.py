@@ -4,7 +4,7 @@ Every way computes the same level and rounds differently, so equal runs need equ
 being asked nothing is timed, and a level takes the way that a rule of its shape names:
 
 - on the CPU (``"cpp"``) the C++ kernel, by the Winograd tile that takes the fewest products;
-- on a CUDA device (``"triton"``) the Triton kernel;
+- on a CUDA device (``"triton"``) the Triton kernel, but PyTorch for large products of 32 bits;
 - PyTorch for every stage that these do not take, on other devices and inside ``torch.compile``.
 
 As with cuDNN's benchmark switch, timing has to be asked for: by :func:`measure`, or by the

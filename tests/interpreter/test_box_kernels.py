@@ -228,19 +228,23 @@ def test_codes_are_those_of_the_other_kernels(pool):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("pool", [1, 2, 3])
-def test_a_configuration_that_overflows_stays_alone(bad, pool):
+@pytest.mark.parametrize("parents", [(0, 0, 1, 1), (0, 1, 0, 1)])
+def test_a_configuration_that_overflows_stays_alone(bad, pool, parents):
+    """Also in rows that are taken for one."""
     size = 6 // pool
+    rows = Rows(parents, (0, 1, 0, 1) if parents[1] == 0 else (0, 0, 1, 1), 2)
+    assert (rows.joined() == rows) == (parents[1] == 0)
+    good, left_out = ([r for r in range(4) if parents[r] == p] for p in range(2))
     geometry = Geometry(1, 1, 1, 1, 6, 6, pool, 0, size, size, 1)
     case = Case(integers(2, 2, 6, 6, 8), [integers(8, 8, 3, 3) for _ in "ab"],
-                [integers(8) for _ in "ab"], geometry, False, torch.float16,
-                Rows.full(2, 2))  # fmt: skip
+                [integers(8) for _ in "ab"], geometry, False, torch.float16, rows)  # fmt: skip
     dy = integers(4, 2, size, size, 8)
-    dy[2:] = 0  # what a configuration sends that has been left out
+    dy[left_out] = 0  # what a configuration sends that has been left out
     clean = run(case, dy)
     case.x[1, 1, 1:3] = bad
     got = run(case, dy)
-    assert torch.equal(got.y[:2], clean.y[:2])
-    assert not got.y[2:, 1].isfinite().all()
+    assert torch.equal(got.y[good], clean.y[good])
+    assert not got.y[left_out, 1].isfinite().all()
     assert torch.equal(got.dx, clean.dx)
     for ours, theirs in zip(
         got.dweights + got.dbiases, clean.dweights + clean.dbiases, strict=True
