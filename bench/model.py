@@ -52,7 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def report(
-    case: Case, ceilings: Ceilings, results: dict[str, Any], times: dict[str, Any], kernels: bool,
+    case: Case,
+    ceilings: Ceilings,
+    results: dict[str, Any],
+    times: dict[str, Any],
+    kernels: bool,
     boxes: bool,
 ) -> None:
     """Prints what a row should take and, where that is known, what it took."""

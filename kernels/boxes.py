@@ -119,7 +119,6 @@ def box_for(
         if h * w <= pixels and min(h, w) >= least
     ]
 
-
     def fewest(convolution: Convolution | None) -> Box:
         return min(boxes, key=lambda box: reads(box, samples, height, width, convolution))
 

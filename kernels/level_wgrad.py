@@ -8,6 +8,7 @@ launch adds up the parts in a fixed order.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
 
 import torch
 import triton
@@ -343,6 +344,7 @@ def _product(
     return weights[0][0].numel(), weights[0].shape[0], pixels
 
 
+@cache
 def splits_of(programs: int, steps: int) -> int:
     """In how many parts a sum of so many steps is cut, none of them very short.
 

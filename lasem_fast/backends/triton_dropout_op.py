@@ -71,9 +71,7 @@ class _Dropout(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-def dropped(
-    x: Tensor, p: float, rows: int, *, pair: bool, places: Tensor | None = None
-) -> Tensor:
+def dropped(x: Tensor, p: float, rows: int, *, pair: bool, places: Tensor | None = None) -> Tensor:
     """Dropout of a head's input as ``torch.nn.functional.dropout`` would draw it.
 
     The mask is drawn for the folded batch ``[N * rows, C * H * W]``, samples outermost and

@@ -139,9 +139,7 @@ class TritonLevel(GatherLevel):
         return _can_be_boxes(x, weights, geometry, dtype, skip)
 
 
-def is_for_pytorch(
-    x_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry
-) -> bool:
+def is_for_pytorch(x_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry) -> bool:
     """Whether cuDNN should be faster at a product of 32 bits than the gathering kernels.
 
     In TF32 at all that is not small, in float32 where images are large too: whole steps on an H100
