@@ -133,8 +133,11 @@ class TritonLevel(GatherLevel):
     def _in_boxes(self, x, weights, geometry, dtype, skip):
         if x.is_cuda and dtype == torch.float32:
             return None if is_for_pytorch(x.shape, weights[0].shape, geometry) else False
+        # where a tensor lies is not known while it is traced
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return False
         # later devices have other matrix units, with which boxes were never run
-        if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+        if torch.cuda.get_device_capability(x.device)[0] != 9:
             return False
         return _can_be_boxes(x, weights, geometry, dtype, skip)
 
@@ -142,9 +145,11 @@ class TritonLevel(GatherLevel):
 def is_for_pytorch(x_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry) -> bool:
     """Whether cuDNN should be faster at a product of 32 bits than the gathering kernels.
 
-    In TF32 at all that is not small, in float32 where images are large too: whole steps on an H100
-    (bench/results).
+    At convolutions: in TF32 at all that are not small, in float32 where images are large too. From
+    whole steps on an H100 (bench/results).
     """
+    if geometry.covers(x_shape, weight_shape):
+        return False
     operations = 2 * prod((*x_shape[:2], geometry.conv_h, geometry.conv_w, *weight_shape))
     if torch.backends.cudnn.conv.fp32_precision == "tf32":
         return operations > _MOST_TF32
@@ -168,7 +173,7 @@ def _can_be_boxes(
         return False
     if form.unfolds:
         # its gradient would have to be folded again; columns are many times as large as the input
-        small = prod(form.x_shape) * dtype.itemsize <= _MOST_UNFOLDED
+        small = len(x) == 1 and prod(form.x_shape) * dtype.itemsize <= _MOST_UNFOLDED
         return small and skip is None and not x.requires_grad
     if x.dtype != dtype:
         return False

@@ -340,9 +340,10 @@ def test_boxes_cover_the_images_with_the_fewest():
     ("change", "taken"),
     [
         ({}, True), ({"pool": 3}, True), ({"pool": 3, "skip": True}, False), ({"skip": True}, True),
-        ({"stride": 2}, True), ({"channels": 12}, True), ({"dtype": torch.float32}, False),
-        ({"stride": 2, "gradient": True}, False), ({"channels": 12, "gradient": True}, False),
-        ({"gradient": True}, True), ({"stride": 2, "skip": True}, False),
+        ({"stride": 2, "parents": 1}, True), ({"channels": 12, "parents": 1}, True),
+        ({"stride": 2}, False), ({"channels": 12}, False), ({"dtype": torch.float32}, False),
+        ({"stride": 2, "parents": 1, "gradient": True}, False),
+        ({"gradient": True}, True), ({"stride": 2, "parents": 1, "skip": True}, False),
     ],
 )  # fmt: skip
 def test_what_it_takes_and_what_is_left_to_the_other_kernels(change, taken):
@@ -352,10 +353,11 @@ def test_what_it_takes_and_what_is_left_to_the_other_kernels(change, taken):
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, 8, 3, stride, padding=1, dtype=dtype)
     layer = Layer(conv, [conv.weight] * 2, [conv.bias] * 2, False, True, False, Pool(pool))
-    x = torch.randn(2, 1, 6, 6, channels).to(dtype).requires_grad_("gradient" in change)
-    out = 6 // stride
-    skip = Skip(torch.randn(4, 1, out, out, 8).to(dtype), None) if change.get("skip") else None
-    rows = Level((0, 0, 1, 1), (0, 1, 0, 1), 2)
+    parents, out = change.get("parents", 2), 6 // stride
+    x = torch.randn(parents, 1, 6, 6, channels).to(dtype).requires_grad_("gradient" in change)
+    rows = Level((0, 0, 1, 1)[: 2 * parents], (0, 1, 0, 1)[: 2 * parents], parents)
+    skips = torch.randn(len(rows), 1, out, out, 8).to(dtype)
+    skip = Skip(skips, None) if change.get("skip") else None
     assert BoxLevel().why_not(layer, x) == ""
     got = BoxLevel()(layer, x, rows, skip, None)
     assert (got is not None) == taken
