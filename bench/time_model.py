@@ -17,12 +17,14 @@ a node. So a bound is a bound from below, and a launch that takes much longer is
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
 
 from bench.compiling import Launch
 from bench.sass import MachineCode
+from lasem_fast.kernels.boxes import Box, Convolution, Taps, reads
 
 _TILED = ("level_forward_kernel", "level_dgrad_kernel", "level_wgrad_kernel")
 _BOXED = ("box_forward_kernel", "box_dgrad_kernel", "box_wgrad_kernel")
@@ -101,19 +103,37 @@ def _boxed_work(launch: Launch) -> tuple[float, float, float]:
     name, a = launch.kernel.__name__, launch.arguments
     pixels, columns = a["IMAGES"] * a["BOX_H"] * a["BOX_W"], a["COLUMNS"]
     if name == "box_wgrad_kernel":
-        of_row = _cdiv(a["samples"], a["IMAGES"])
+        taps, groups = a["TAPS"], a["KH"] * a["KW"] // a["TAPS"]
+        of_row = _cdiv(a["samples"], a["IMAGES"]) * _met(launch)
         of_row *= _cdiv(a["CONV_H"], a["BOX_H"]) * _cdiv(a["CONV_W"], a["BOX_W"])
-        steps = _cdiv(max(a["count0"], a["count1"]) * of_row, launch.grid[2])
-        taps = a["TAPS"]
+        steps = max(a["count0"], a["count1"]) * of_row / (launch.grid[2] // groups)
         operands = 2 * pixels * (taps * a["ROWS"] + columns)
         return steps, 2 * taps * a["ROWS"] * columns * pixels, operands
     depth = a["DEPTH"]
-    steps = a["KH"] * a["KW"]
+    steps = a["KH"] * a["KW"] * _met(launch)
     if name == "box_forward_kernel":
         steps *= _cdiv(a["C_IN"], depth)
     else:
         steps *= a["BRANCHES"] * _cdiv(a["C_OUT"], depth)
     return steps, 2 * pixels * columns * depth, 2 * depth * (pixels + columns)
+
+
+def _met(launch: Launch) -> float:
+    """The share of the pairs of a box and a tap that meet more than padding."""
+    a = launch.arguments
+    if a.get("ALL_TAPS", a.get("ALL_BOXES")):
+        return 1.0
+    down, across = Taps(a["KH"], -a["PAD_H"], a["HEIGHT"]), Taps(a["KW"], -a["PAD_W"], a["WIDTH"])
+    size, begin = (1, a["CONV_H"], a["CONV_W"]), 0
+    if launch.kernel.__name__ == "box_dgrad_kernel":
+        down = Taps(a["KH"], a["PAD_H"] - a["KH"] + 1, a["CONV_H"])
+        across = Taps(a["KW"], a["PAD_W"] - a["KW"] + 1, a["CONV_W"])
+        size = 1, a["HEIGHT"], a["WIDTH"]
+    elif launch.kernel.__name__ == "box_forward_kernel":
+        size, begin = (1, a["OUT_H"] * a["POOL"], a["OUT_W"] * a["POOL"]), -a["POOL_PAD"]
+    box = Box(a["IMAGES"], a["BOX_H"], a["BOX_W"])
+    met = reads(box, *size, convolution=Convolution(down, across, begin))
+    return met / (prod(box.counts(*size)) * a["KH"] * a["KW"])
 
 
 def _work(launch: Launch) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import box_launches
 import level_launches
 import pytest
 
@@ -63,6 +64,22 @@ def test_precision():
     assert tf32.tensor == pytest.approx(tf32.flops / 0.5e6)
     fp32 = predict(_launch("level_forward/fp32/32x32x16x4x2/pool2"), code, SMALL)
     assert fp32.tensor == pytest.approx(fp32.flops / 0.5e6)
+
+
+@pytest.mark.parametrize("kernel", ["box_forward", "box_dgrad", "box_wgrad"])
+def test_boxes_of_one_pixel_meet_some_taps(kernel):
+    """Of 2 x 2 images 16 of the 36 pairs of a pixel and a tap; 64 channels, 8 parents of 128."""
+    launches = box_launches.launches()
+    launch = next(v for k, v in launches.items() if k.startswith(kernel) and k.endswith("/small"))
+    found = predict(launch, MachineCode(500, None, frozenset()), SMALL)
+    assert found.flops == pytest.approx(2 * 16 * 128 * 16 * 64 * 64 * _filled(launch))
+
+
+def _filled(launch) -> float:
+    """How many times the channels a tile has."""
+    a = launch.arguments
+    sides = (a["COLUMNS"],) if "DEPTH" in a else (a["ROWS"], a["COLUMNS"])
+    return math.prod(side / 64 for side in sides)
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):
