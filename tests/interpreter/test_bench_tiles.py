@@ -49,7 +49,7 @@ def test_wrong_results_fail(change, why, monkeypatch):
         return found
 
     monkeypatch.setattr(tiles, "_ours", wrong)
-    case = tiles.Case("dgrad", (16, 16, 16, 2, 2), "fp32", 1, 3, 2, "cpu")
+    case = tiles.Case("dgrad", (16, 16, 16, 2, 2), "fp32", 1, 3, 2, 3, "cpu")
     errors, failed = tiles.check(case)
     assert why in failed and errors
 
@@ -67,7 +67,9 @@ def test_a_case_that_raises_does_not_end_the_run(monkeypatch, tmp_path, capsys):
 
 def test_every_tile_of_every_dtype_is_a_case():
     arguments = {"dtypes": ["bf16", "tf32", "fp32"], "pools": [1, 2, 3], "channels": [64, 72]}
-    space = type("Arguments", (), {**arguments, "few": False, "size": 20, "device": "cuda"})
+    space = type(
+        "Arguments", (), {**arguments, "few": False, "size": 20, "samples": 3, "device": "cuda"}
+    )
     cases = list(tiles._cases(space))
     assert len({case.id for case in cases}) == len(cases)
     for kernel in ("forward", "dgrad", "wgrad"):
