@@ -11,9 +11,8 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import cases, ceilings
 from bench.peers import ours_captured
-from lasem_fast.backends import plain_torch, triton_level
+from lasem_fast.backends import plain_torch, triton_level, triton_linear_head
 from lasem_fast.search import dispatch
 
 FAMILIES = {
@@ -70,7 +69,10 @@ def profiled(case: cases.Case, family: str) -> tuple[list[tuple[str, float]], fl
     ceilings.set_tf32(case.dtype == "tf32")
     levels = FAMILIES[family]
     forced = mock.patch.object(dispatch, "_ON_GPU", levels) if levels else nullcontext()
-    with forced:
+    head = nullcontext()
+    if family == "gathering":
+        head = mock.patch.object(triton_linear_head, "_OPERATION", *levels)
+    with forced, head:
         step = ours_captured(case.problem(), backend="triton").step
     wall = _microseconds(step)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -87,7 +89,7 @@ def profiled(case: cases.Case, family: str) -> tuple[list[tuple[str, float]], fl
     return [(names[i], statistics.median(times[i::count])) for i in range(count)], wall
 
 
-def _microseconds(step: partial, repeats: int = 30) -> float:
+def _microseconds(step: Callable[[], object], repeats: int = 30) -> float:
     step()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

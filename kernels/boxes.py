@@ -24,8 +24,8 @@ from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv
 DTYPES = (torch.float16, torch.bfloat16)
 # What a copy may start at, in bytes; also where every image, row and column begins.
 _ALIGNMENT = 16
-# Read on an H100: nanoseconds until a box is there, bytes a nanosecond that a multiprocessor reads,
-# and programs that it runs at a time.
+# Estimates from kernels' times on an H100: nanoseconds until a box is there, bytes that a
+# multiprocessor reads in one, and programs that it runs at a time.
 _LATENCY, _READ, _RESIDENT = 1000.0, 57.0, 2
 # How many times fewer reads make up for pixels that do not lie side by side.
 _WORTH_NARROW_BOXES = 8 / 7

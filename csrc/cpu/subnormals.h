@@ -9,7 +9,7 @@
 namespace lasem_fast {
 
 // For the scope of one, on its thread. The gradients of improbable configurations, which their
-// posteriors shrink, fall below 2^-126, and many CPUs take a hundred cycles for each such number.
+// posteriors shrink, fall below 2^-126, and many CPUs are slow at such numbers.
 class SubnormalsAreZero {
  public:
 #ifdef LASEM_FAST_MXCSR

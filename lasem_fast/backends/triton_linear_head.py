@@ -73,7 +73,7 @@ def _run(
     x = _rows_first(h, rows)
     if x is None:
         return None
-    for drop, linear, behind in steps:
+    for number, (drop, linear, behind) in enumerate(steps, 1):
         layer = Layer(linear, [linear.weight], _biases(linear), flat, behind.relu, False,
                       behind.pool)  # fmt: skip
         if _OPERATION.why_not(layer, x) or (x.dim() == 5 and not flat):
@@ -83,7 +83,7 @@ def _run(
             images = dropped(images, drop, rows, pair=pair, places=_places(order, x.device))
             x = images if x.dim() == 5 else images.flatten(2)
         count = x.shape[0]
-        last = linear is steps[-1].linear
+        last = number == len(steps)
         level = _one_branch(count, rows, tuple(order) if last and order is not None else None)
         # rows without dropout send no gradient back
         liveness = Liveness(_second_half(rows, x.device)) if count > rows else None

@@ -132,6 +132,14 @@ def test_a_head_twice_is_the_head_in_both_modes(name):
     assert triton_head_twice(head.eval(), RowsFirst(x), 3) is None
 
 
+def test_a_layer_that_comes_twice_orders_rows_once():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 4), torch.randn(3, 2, 4)
+    head, order = nn.Sequential(layer, nn.ReLU(), layer), (2, 0, 1)
+    got = triton_head(head, RowsFirst(x), 3, order)
+    torch.testing.assert_close(got, head(x)[list(order)].flatten(0, 1))
+
+
 def _net(head: str, dtype=torch.float32, groups=None):
     torch.manual_seed(0)
     stages = [
