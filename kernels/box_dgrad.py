@@ -5,7 +5,6 @@ As :mod:`lasem_fast.kernels.level_dgrad`, from the gradient of the convolution a
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 
 import torch
@@ -14,17 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.box_form import Filters
-from lasem_fast.kernels.boxes import (
-    TILES,
-    Box,
-    Convolution,
-    Taps,
-    box_for,
-    cheapest,
-    described,
-    met_taps,
-    reads,
-)
+from lasem_fast.kernels.boxes import TILES as TILES
+from lasem_fast.kernels.boxes import Convolution, Taps, described, met_taps, tiled
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
 from lasem_fast.kernels.level_geometry import (
     SHUT,
@@ -34,7 +24,7 @@ from lasem_fast.kernels.level_geometry import (
     skip_buffer,
 )
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
+from lasem_fast.kernels.level_tiles import Tile, cdiv
 
 
 @triton.jit
@@ -145,24 +135,6 @@ def box_dgrad_kernel(
         )  # fmt: skip
 
 
-@cache
-def _tiled(
-    parents: int, size: tuple[int, int, int], channels: int, channels_out: int, taps: Convolution,
-    branches: int, tile: Tile | None,
-) -> tuple[Tile, Box, bool]:  # fmt: skip
-    """The tile, its box, and whether all boxes are read through all taps."""
-    every = taps.down.kernel * taps.across.kernel
-
-    def programs(tile: Tile) -> float:
-        share = reads(box_for(tile.rows, *size, convolution=taps), *size, convolution=taps)
-        return parents * share / every * cdiv(channels, tile.columns)
-
-    tiles = fitting(TILES, parents * prod(size), channels, channels_out)
-    tile = tile or cheapest(tiles, programs, channels_out, every * branches)
-    box = box_for(tile.rows, *size, convolution=taps)
-    return tile, box, reads(box, *size, convolution=taps) == prod(box.counts(*size)) * every
-
-
 def box_dgrad(
     dz: Tensor,
     filters: Filters,
@@ -203,8 +175,8 @@ def box_dgrad(
         Taps(kw, geometry.pad_w - kw + 1, geometry.conv_w),
     )
 
-    tile, box, all_taps = _tiled(
-        parents, size, channels, channels_out, taps, filters.branches, tile
+    tile, box, all_taps = tiled(
+        parents, size, channels, channels_out, taps, sums=filters.branches, tile=tile
     )
     lines = parents * prod(size)
     boxes, column_tiles = parents * prod(box.counts(*size)), cdiv(channels, tile.columns)

@@ -7,7 +7,6 @@ fill boxes: their pool is a launch of its own.
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 
 import torch
@@ -17,20 +16,11 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_pool import box_pool
-from lasem_fast.kernels.boxes import (
-    TILES,
-    Box,
-    Convolution,
-    Taps,
-    box_for,
-    cheapest,
-    described,
-    met_taps,
-    reads,
-)
+from lasem_fast.kernels.boxes import TILES as TILES
+from lasem_fast.kernels.boxes import Convolution, Taps, described, met_taps, tiled
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
+from lasem_fast.kernels.level_tiles import Tile, cdiv
 
 
 @triton.jit
@@ -187,27 +177,6 @@ def box_forward_kernel(
         tl.store(code + at, winner, mask=keep)
 
 
-@cache
-def _tiled(
-    rows: int, size: tuple[int, int, int], columns: int, channels: int, taps: Convolution,
-    pool: int, tile: Tile | None,
-) -> tuple[Tile, Box, bool]:  # fmt: skip
-    """The tile, its box, and whether all boxes are read through all taps."""
-    every = taps.down.kernel * taps.across.kernel
-
-    def box_of(tile: Tile) -> Box:
-        return box_for(tile.rows, *size, least=pool, convolution=taps)
-
-    def programs(tile: Tile) -> float:
-        share = reads(box_of(tile), *size, convolution=taps) / every
-        return rows * share * cdiv(columns, tile.columns)
-
-    tiles = fitting(TILES, rows * prod(size), columns, channels)
-    tile = tile or cheapest(tiles, programs, channels, every)
-    box = box_of(tile)
-    return tile, box, reads(box, *size, convolution=taps) == prod(box.counts(*size)) * every
-
-
 def box_forward(
     x: Tensor,
     filters: Filters,
@@ -248,7 +217,7 @@ def box_forward(
         Taps(kh, -geometry.pad_h, height), Taps(kw, -geometry.pad_w, width), -geometry.pool_pad
     )
 
-    tile, box, all_taps = _tiled(shape[0], size, columns, channels, taps, pool, tile)
+    tile, box, all_taps = tiled(shape[0], size, columns, channels, taps, least=pool, tile=tile)
     boxes, lines = prod(box.counts(*size)), shape[0] * prod(size)
     added = x if skip is None else skip  # never read where there is none
     biased = biases or [x]  # likewise

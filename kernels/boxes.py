@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lasem_fast.kernels.box_form import RUN
 from lasem_fast.kernels.level_geometry import Geometry
-from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv
+from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv, fitting
 
 DTYPES = (torch.float16, torch.bfloat16)
 # What a copy may start at, in bytes; also where every image, row and column begins.
@@ -169,6 +169,37 @@ def cheapest(
         return cdiv(channels, tile.depth) * taps * max(waits, together * bytes_read / _READ)
 
     return min(tiles, key=time)
+
+
+@cache
+def tiled(
+    rows: int, size: tuple[int, int, int], columns: int, channels: int, convolution: Convolution,
+    sums: int = 1, least: int = 1, tile: Tile | None = None,
+) -> tuple[Tile, Box, bool]:  # fmt: skip
+    """The tile of a product on boxes, its box, and whether all boxes are read through all taps.
+
+    Args:
+        rows: how many times ``size`` (samples, height, width) there is.
+        columns, channels: of the product, and of one tap's sum.
+        convolution: how boxes are read.
+        sums: how many convolutions are added up.
+        least: of a box's height and width.
+        tile: the one to take; None: the cheapest.
+    """
+    every = convolution.down.kernel * convolution.across.kernel
+
+    def box_of(tile: Tile) -> Box:
+        return box_for(tile.rows, *size, least=least, convolution=convolution)
+
+    def programs(tile: Tile) -> float:
+        share = reads(box_of(tile), *size, convolution=convolution) / every
+        return rows * share * cdiv(columns, tile.columns)
+
+    tiles = fitting(TILES, rows * prod(size), columns, channels)
+    tile = tile or cheapest(tiles, programs, channels, every * sums)
+    box = box_of(tile)
+    met = reads(box, *size, convolution=convolution)
+    return tile, box, met == prod(box.counts(*size)) * every
 
 
 def described(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:

@@ -24,6 +24,7 @@ from lasem_fast.kernels import (
     box_dgrad,
     box_forward,
     box_wgrad,
+    boxes,
     level_dgrad,
     level_forward,
     level_wgrad,
@@ -44,12 +45,12 @@ GATHERING = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgra
 TILES = [(name, tile) for name, module in MODULES.items() for tile in module.TILES]
 
 
-def run(case: Case, dy, boxes=True, to_input=True, **tiles):
+def run(case: Case, dy, in_boxes=True, to_input=True, **tiles):
     """Output and gradients through autograd, with the largest tiles unless others are given.
 
     What must not be read is NaN. Without a gradient of the input the true one is in its place.
     """
-    if boxes:
+    if in_boxes:
         tiles = {name: module.TILES[0] for name, module in MODULES.items()} | tiles
     else:
         tiles = {name: module.TENSOR_CORE_TILES[0] for name, module in GATHERING.items()}
@@ -66,7 +67,7 @@ def run(case: Case, dy, boxes=True, to_input=True, **tiles):
         liveness = Liveness(case.live)
     y = level(
         case.x, case.weights, case.biases, case.geometry, case.rows, dtype=case.dtype,
-        skip=case.skip, liveness=liveness, tiles=Tiles(**tiles), boxes=boxes,
+        skip=case.skip, liveness=liveness, tiles=Tiles(**tiles), boxes=in_boxes,
     )  # fmt: skip
     want = truth(case, dy)
     dx, *rest = torch.autograd.grad(y, leaves, dy) if to_input else (
@@ -291,7 +292,7 @@ def test_rounding(dtype):
     case = case._replace(geometry=geometry, live=None)
     dy = torch.randn(case.gradient().shape).to(dtype)
     want = truth(case, dy)
-    ours, theirs = run(case, dy), run(case, dy, boxes=False)
+    ours, theirs = run(case, dy), run(case, dy, in_boxes=False)
     for name, got, peer, right in zip(want._fields, ours, theirs, want, strict=True):
         got, peer, right = (
             torch.cat([p.double().flatten() for p in t]) if isinstance(t, tuple) else t.double()
@@ -406,8 +407,8 @@ def in_boxes(monkeypatch):
     levels = (BoxLevel(), GatherLevel())
     monkeypatch.setattr(dispatch, "_WITHOUT_DEVICE", levels)
     monkeypatch.setattr(triton_linear_head, "_OPERATION", Either(levels))
-    for module in (box_forward, box_dgrad):  # few programs, which take long here
-        monkeypatch.setattr(module, "cheapest", lambda tiles, *_: tiles[0])
+    # few programs, which take long here
+    monkeypatch.setattr(boxes, "cheapest", lambda tiles, *_: tiles[0])
 
 
 NETS = {
