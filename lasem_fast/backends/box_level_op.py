@@ -15,6 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lasem_fast.backends.side_stream import SideStream
 from lasem_fast.kernels.box_form import BoxForm, box_form
 from lasem_fast.kernels.level_geometry import (
     Geometry,
@@ -110,6 +111,12 @@ def _(
     box = box_wgrad.box_of(tile, shape, geometry, form.kernel)
     block = min(tile.columns, MOST_COLUMNS)
     gradient = box_gradient(dy, code, len(weights), rows, geometry, box, block, live=live)
+    beside, dweights, dbiases = SideStream(x), [], []
+    if to_parameters:
+        with beside.aside():
+            dweights, dbiases = box_wgrad.box_wgrad(
+                gradient, read, filters, weights, biases, rows, geometry, tile, live=live
+            )
     dx, dskip = x.new_empty(0), skip_buffer(dy, rows, geometry, None)
     if to_input or skip_dtype is not None:
         few = Tables(*joined, tuple(joined_counts))
@@ -125,11 +132,7 @@ def _(
         dx = dx.view(x.shape)
         if skip_dtype is not None:
             dskip = in_rows(dskip, len(rows.by_skip))
-    if not to_parameters:
-        return dx, dskip, [], []
-    dweights, dbiases = box_wgrad.box_wgrad(
-        gradient, read, filters, weights, biases, rows, geometry, tile, live=live
-    )
+    beside.join()
     return dx, dskip, dweights, dbiases
 
 
