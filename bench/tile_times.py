@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--row", action="append", help="only rows whose name contains this")
     parser.add_argument("--compile-only", action="store_true", help="run each tile, time none")
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), metavar=("I", "N"),
-        help="only every N-th launch, from the I-th on: processes compile side by side")  # fmt: skip
+        help="every N-th launch from the I-th on: processes compile side by side")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON")
     args = parser.parse_args(argv)
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
