@@ -34,6 +34,7 @@ class Gradient(NamedTuple):
         sources: ``[boxes, column blocks, 2]``, int32: the row of dz and the parent that a box is
             read of, or where dz is all zeros what lies behind the last ones and reads as zeros;
             boxes of the rows in the order of ``by_branch``.
+        spoilt: int32 ``[1]``, 0: for what is found out about the sums over them.
         box: of the boxes.
         columns: of the column blocks.
     """
@@ -41,14 +42,15 @@ class Gradient(NamedTuple):
     dz: Tensor
     bias_parts: Tensor
     sources: Tensor
+    spoilt: Tensor
     box: Box
     columns: int
 
 
 @triton.jit(do_not_specialize=["count0", "count1", "rows", "parents", "each"])
 def box_gradient_kernel(
-    dy, code, by_branch, live, dz, bias_parts, sources, count0, count1, rows, parents, each,
-    samples,
+    dy, code, by_branch, live, dz, bias_parts, sources, spoilt,
+    count0, count1, rows, parents, each, samples,
     BRANCHES: tl.constexpr, C_OUT: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
     HAS_CODE: tl.constexpr, HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
@@ -59,6 +61,8 @@ def box_gradient_kernel(
     ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
     BOXES_X: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W
     BOXES_Y: tl.constexpr = (CONV_H + BOX_H - 1) // BOX_H
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(spoilt, 0)
     first, count = 0, count0
     branch = tl.program_id(0) % BRANCHES
     if BRANCHES == 2:
@@ -140,11 +144,12 @@ def box_gradient(
     parts = cdiv(most, each)
     bias_parts = dy.new_empty((parts, branches, channels), dtype=torch.float32)
     sources = dy.new_empty((len(dy) * per_row, blocks, 2), dtype=torch.int32)
+    spoilt = dy.new_empty(1, dtype=torch.int32)
     has_live = live is not None
     with device_of(dy):
         box_gradient_kernel[parts * branches, blocks](
             dy, code, rows.by_branch, live.view(torch.uint8) if has_live else code,
-            dz, bias_parts, sources, rows.counts[0], rows.counts[-1], len(dy),
+            dz, bias_parts, sources, spoilt, rows.counts[0], rows.counts[-1], len(dy),
             len(rows.by_parent), each, samples,
             BRANCHES=branches, C_OUT=channels, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
             OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
@@ -152,4 +157,4 @@ def box_gradient(
             WIDE=needs_int64((dz, dy), sources.numel() + parts), IMAGES=box.images,
             BOX_H=box.height, BOX_W=box.width, COLUMNS=columns, num_warps=8,
         )  # fmt: skip
-    return Gradient(dz, bias_parts, sources, box, columns)
+    return Gradient(dz, bias_parts, sources, spoilt, box, columns)

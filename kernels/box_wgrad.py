@@ -18,7 +18,16 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_gradient import Gradient
-from lasem_fast.kernels.boxes import Box, Convolution, Taps, box_for, described, reads
+from lasem_fast.kernels.boxes import (
+    Box,
+    Convolution,
+    Taps,
+    Work,
+    box_for,
+    cheapest,
+    described,
+    reads,
+)
 from lasem_fast.kernels.level_geometry import Geometry, device_of, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
@@ -28,7 +37,8 @@ from lasem_fast.kernels.level_wgrad import splits_of, sum_parts
 # so that a pipeline of 5 stages is 3 steps ahead.
 TILES = (
     Tile(128, 128, 64, 8, 5),
-    Tile(64, 128, 128, 4, 5),
+    Tile(64, 128, 64, 4, 5),
+    Tile(128, 64, 64, 4, 5),
     Tile(64, 64, 64, 4, 5),
     Tile(64, 32, 64, 4, 5),
     Tile(32, 64, 64, 4, 5),
@@ -37,6 +47,8 @@ TILES = (
 )
 # Output values of a thread that leave registers for the rest, where there are three sums.
 _MOST_OF_THREE = 32
+# Nanoseconds that adding up takes for each byte of the parts.
+_SUM = 0.0006
 # Rows of a product of a warp group: with fewer, the two sides change places.
 _GROUP = 64
 
@@ -200,25 +212,44 @@ def box_wgrad_kernel(
 
 @cache
 def chosen(
-    channels_out: int, channels: int, kernel: tuple[int, int], rows: int,
-    x_shape: tuple[int, ...], geometry: Geometry,
-) -> Tile:  # fmt: skip
-    """The tile whose programs read the least; the parts of the sum fill the GPU.
+    channels_out: int, channels: int, kernel: tuple[int, int], counts: tuple[int, ...],
+    x_shape: tuple[int, ...], geometry: Geometry, tile: Tile | None = None,
+) -> tuple[Tile, float]:  # fmt: skip
+    """The tile that should take the least time, and how long, in nanoseconds.
 
     Args:
         channels_out, channels, kernel: of the filters.
-        rows: of the branch with the most.
+        counts: rows of each branch.
         x_shape, geometry: as in the forward.
+        tile: the one to take; None: the cheapest.
     """
     size = x_shape[1], geometry.conv_h, geometry.conv_w
+    weights = len(counts) * channels_out * channels * prod(kernel)
 
-    def read(tile: Tile) -> float:
-        box = box_of(tile, x_shape, geometry, kernel)
+    def work(tile: Tile) -> Work:
+        box, taps = box_of(tile, x_shape, geometry, kernel), _taps(tile, kernel[1])
+        programs, splits = _programs(tile, channels_out, channels, kernel, counts, box, size)
         boxes = reads(box, *size, convolution=_convolution(x_shape, geometry, kernel))
-        tiles = cdiv(channels, tile.rows) * cdiv(channels_out, tile.columns)
-        return boxes * tile.depth * tiles * (tile.rows + tile.columns / _taps(tile, kernel[1]))
+        return Work(
+            programs=programs * splits,
+            steps=max(counts) * boxes / prod(kernel) / splits,
+            bytes=2 * tile.depth * (tile.rows * taps + tile.columns),
+            besides=_SUM * 4 * splits * weights,
+        )
 
-    return min(fitting(TILES, channels, channels_out, rows * prod(size)), key=read)
+    tiles = fitting(TILES, channels, channels_out, max(counts) * prod(size))
+    tile = tile or cheapest(tiles, work)
+    return tile, work(tile).time
+
+
+def _programs(
+    tile: Tile, channels_out: int, channels: int, kernel: tuple[int, int], counts: Sequence[int],
+    box: Box, size: tuple[int, int, int],
+) -> tuple[int, int]:  # fmt: skip
+    """Programs for one part of the sum, and how many parts there are: they fill the GPU."""
+    tiles = cdiv(channels, tile.rows) * len(counts) * cdiv(channels_out, tile.columns)
+    programs = tiles * prod(kernel) // _taps(tile, kernel[1])
+    return programs, splits_of(programs, max(counts) * prod(box.counts(*size)))
 
 
 def box_of(tile: Tile, x_shape: Sequence[int], geometry: Geometry, kernel: tuple[int, int]) -> Box:
@@ -255,6 +286,7 @@ def box_wgrad(
     tile: Tile,
     *,
     live: Tensor | None = None,
+    spoilt: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients of a level's weights and biases: two launches.
 
@@ -265,6 +297,7 @@ def box_wgrad(
         weights: of the level itself, one ``[Co, C, KH, KW]`` per branch.
         tile: block sizes.
         live: bool ``[R]``: other rows are passed over; None: none is.
+        spoilt: int32 ``[1]``, 0: becomes 1 where a gradient is NaN; None: nobody asks.
 
     Returns:
         For every branch the gradient of its weight and of its bias (none without biases), in the
@@ -279,7 +312,7 @@ def box_wgrad(
     taps = _taps(tile, kw)
     groups = kh * kw // taps
     grid = cdiv(channels, tile.rows), filters.branches * cdiv(channels_out, tile.columns)
-    splits = splits_of(grid[0] * grid[1] * groups, max(rows.counts) * boxes)
+    _, splits = _programs(tile, channels_out, channels, (kh, kw), rows.counts, box, sides)
     size = (splits, filters.branches, channels_out, kh * kw * channels)
     parts = x.new_empty(size, dtype=torch.float32)
     has_live = live is not None
@@ -298,5 +331,5 @@ def box_wgrad(
             TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        sum_parts(parts, gradient.bias_parts, dweights, dbiases)
+        sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)
     return dweights, dbiases

@@ -24,9 +24,10 @@ from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv, fitting
 DTYPES = (torch.float16, torch.bfloat16)
 # What a copy may start at, in bytes; also where every image, row and column begins.
 _ALIGNMENT = 16
-# Estimates from kernels' times on an H100: nanoseconds until a box is there, bytes that a
-# multiprocessor reads in one, and programs that it runs at a time.
-_LATENCY, _READ, _RESIDENT = 1000.0, 57.0, 2
+# From the times of every tile on the benchmark's levels on an H100 (bench.tile_times): nanoseconds
+# until a step's boxes are there, and more for each of their bytes; bytes that a multiprocessor
+# reads in one; and programs that it runs at a time.
+_LATENCY, _PER_BYTE, _READ, _RESIDENT = 100.0, 0.007, 75.0, 2
 # How many times fewer reads make up for pixels that do not lie side by side.
 _WORTH_NARROW_BOXES = 8 / 7
 # Of the forward and of the gradient of the input: rows are a box's pixels.
@@ -148,27 +149,32 @@ def met_taps(begin, SIDE: tl.constexpr, KERNEL: tl.constexpr, SHIFT: tl.constexp
     return first, tl.maximum(0, tl.minimum(KERNEL, SIZE - begin - SHIFT) - first)
 
 
-def cheapest(
-    tiles: Sequence[Tile], programs: Callable[[Tile], float], channels: int, taps: int
-) -> Tile:
-    """The tile that should take the least time, padding included; the first of equals.
+class Work(NamedTuple):
+    """What a launch has to do with one tile.
 
-    A step waits for its boxes, as many of which are on their way as the pipeline has stages, or
-    for all that its multiprocessor reads.
-
-    Args:
-        tiles: to choose from.
-        programs: how many there are with a tile, one that meets some taps only a part.
-        channels, taps: of a sum.
+    Attributes:
+        programs: how many there are.
+        steps: that one of them takes, on average.
+        bytes: that a step reads.
+        besides: nanoseconds of what follows.
     """
 
-    def time(tile: Tile) -> float:
-        together = max(1.0, programs(tile) / MULTIPROCESSORS)
-        bytes_read = 2 * (tile.rows + tile.columns) * tile.depth
-        waits = _LATENCY / (tile.stages - 1) * cdiv(ceil(together), _RESIDENT)
-        return cdiv(channels, tile.depth) * taps * max(waits, together * bytes_read / _READ)
+    programs: int
+    steps: float
+    bytes: int
+    besides: float = 0.0
 
-    return min(tiles, key=time)
+    @property
+    def time(self) -> float:
+        """Nanoseconds, padding included: of waiting for boxes, or of reading them."""
+        together = self.programs / MULTIPROCESSORS
+        waits = (_LATENCY + _PER_BYTE * self.bytes) * cdiv(ceil(together), _RESIDENT)
+        return self.steps * max(waits, together * self.bytes / _READ) + self.besides
+
+
+def cheapest(tiles: Sequence[Tile], work: Callable[[Tile], Work]) -> Tile:
+    """The tile that should take the least time; the first of equals."""
+    return min(tiles, key=lambda tile: work(tile).time)
 
 
 @cache
@@ -191,12 +197,18 @@ def tiled(
     def box_of(tile: Tile) -> Box:
         return box_for(tile.rows, *size, least=least, convolution=convolution)
 
-    def programs(tile: Tile) -> float:
-        share = reads(box_of(tile), *size, convolution=convolution) / every
-        return rows * share * cdiv(columns, tile.columns)
+    def work(tile: Tile) -> Work:
+        box = box_of(tile)
+        boxes = prod(box.counts(*size))
+        taps = reads(box, *size, convolution=convolution) / boxes
+        return Work(
+            programs=rows * boxes * cdiv(columns, tile.columns),
+            steps=taps * sums * cdiv(channels, tile.depth),
+            bytes=2 * (tile.rows + tile.columns) * tile.depth,
+        )
 
     tiles = fitting(TILES, rows * prod(size), columns, channels)
-    tile = tile or cheapest(tiles, programs, channels, every * sums)
+    tile = tile or cheapest(tiles, work)
     box = box_of(tile)
     met = reads(box, *size, convolution=convolution)
     return tile, box, met == prod(box.counts(*size)) * every

@@ -59,7 +59,7 @@ _MOST_ROWS = 128
     do_not_specialize=["count0", "count1", "rows_at_once", "samples", "by_samples", "shift"]
 )
 def level_wgrad_kernel(
-    x, dy, code, by_branch, live, dweight0, dweight1, dbias0, dbias1,
+    x, dy, code, by_branch, live, spoilt, dweight0, dweight1, dbias0, dbias1,
     count0, count1, rows_at_once, samples, by_samples, shift,
     x_p, x_n, x_h, x_w, x_c, d_part, d_o, d_c, d_h, d_w, d_part_bias,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
@@ -68,10 +68,13 @@ def level_wgrad_kernel(
     KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
     HAS_CODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIVE: tl.constexpr,
-    MOST_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    IF_SPOILT: tl.constexpr, MOST_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One part of dweight [Co, C, KH, KW] and dbias [Co] of one branch; see level_wgrad."""
+    if IF_SPOILT:
+        if tl.load(spoilt) == 0:
+            return
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     operand: tl.constexpr = dy.dtype.element_ty
     TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
@@ -184,9 +187,11 @@ def _summed(parts, at, inside, splits, size, PARTS: tl.constexpr):
 
 @triton.jit
 def level_wgrad_sum_kernel(
-    parts, bias_parts, dweight0, dweight1, dbias0, dbias1, splits, bias_splits, d_o, d_c, d_h, d_w,
+    parts, bias_parts, dweight0, dweight1, dbias0, dbias1, spoilt,
+    splits, bias_splits, d_o, d_c, d_h, d_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, LINE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SAYS_SPOILT: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS_BLOCK: tl.constexpr, BIAS_PARTS: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias from parts [S, B, Co, LINE] and bias_parts [S', B, Co]."""
@@ -206,6 +211,9 @@ def level_wgrad_sum_kernel(
         dweight = tl.where(at // (C_OUT * FILTER) == 1, dweight1, dweight0)
         dweight += channel_out * d_o + channel * d_c + kh * d_h + kw * d_w
         tl.store(dweight, total.to(dweight0.dtype.element_ty), mask=inside)
+        if SAYS_SPOILT:
+            nans = tl.max((total != total).to(tl.int32), axis=0)
+            tl.atomic_max(spoilt, nans, mask=nans > 0)
     elif HAS_BIAS:
         bias_at = (block - WEIGHT_BLOCKS) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
         used = bias_at < BRANCHES * C_OUT
@@ -269,47 +277,92 @@ def level_wgrad(
     column_tiles = len(weights) * cdiv(columns, tile.columns)
     splits = splits_of(cdiv(lines, tile.rows) * column_tiles, pixels // tile.depth)
     channels_out, channels, kh, kw = weights[0].shape
-    shape = {
-        "BRANCHES": len(weights), "C_IN": channels, "C_OUT": channels_out, "KH": kh, "KW": kw,
-        "HAS_BIAS": bool(biases),
-    }  # fmt: skip
+    targets = [dweight.unsqueeze(0) for dweight in dweights]
+    bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
     if splits > 1:
         size = (splits, len(weights), channels_out, kh, kw, channels)
         parts = x.new_empty(size, dtype=torch.float32)
         bias_parts = x.new_empty(size[:3] if biases else (0,), dtype=torch.float32)
         targets = [parts[:, b].permute(0, 1, 4, 2, 3) for b in range(len(weights))]
         bias_targets = [bias_parts[:, b] for b in range(len(biases))]
-    else:
-        targets = [dweight.unsqueeze(0) for dweight in dweights]
-        bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
-    bias_targets = bias_targets or targets  # never written
-    has_live = live is not None
-    live = live.view(torch.uint8) if has_live else code  # never read where there is none
     with device_of(x):
-        level_wgrad_kernel[cdiv(lines, tile.rows), column_tiles, splits](
-            x, dy, code, rows.by_branch, live,
-            targets[0], targets[-1], bias_targets[0], bias_targets[-1],
-            rows.counts[0], rows.counts[-1], _rows_at_once(tile, x, geometry),
-            x.shape[1], *divisor(x.shape[1]),
-            *x.stride(), *targets[0].stride(), bias_targets[0].stride(0),
-            HEIGHT=x.shape[2], WIDTH=x.shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-            OUT_H=geometry.out_h, OUT_W=geometry.out_w,
-            STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
-            POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
-            HAS_CODE=geometry.has_code, HAS_LIVE=has_live, MOST_ROWS=_MOST_ROWS,
-            PRECISION="tf32" if tf32 else "ieee",
-            WIDE=needs_int64((x, dy, *targets), pixels + splits * tile.depth),
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, **shape,
-        )  # fmt: skip
+        _launch(dy, code, x, rows, geometry, targets, bias_targets, tile, tf32, live=live)
         if splits > 1:
             sum_parts(parts.flatten(3), bias_parts, dweights, dbiases)
     return dweights, dbiases
 
 
+def mend_wgrad(
+    spoilt: Tensor,
+    dweights: list[Tensor],
+    dbiases: list[Tensor],
+    dy: Tensor,
+    code: Tensor,
+    x: Tensor,
+    rows: Tables,
+    geometry: Geometry,
+) -> None:
+    """Makes gradients anew, as :func:`level_wgrad`, if the device says so: one launch.
+
+    Args:
+        spoilt: int32 ``[1]``; where it is 0 nothing is read or written.
+        dweights, dbiases: written, one ``[Co, C, KH, KW]`` and one ``[Co]`` (or none) per branch.
+        dy, code, x, rows, geometry: as in :func:`level_wgrad`.
+    """
+    tile = candidates(rows, x, dweights, geometry, dy.dtype, tf32=False)[0]
+    targets = [dweight.unsqueeze(0) for dweight in dweights]
+    bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
+    with device_of(x):
+        _launch(dy, code, x, rows, geometry, targets, bias_targets, tile, tf32=False, spoilt=spoilt)
+
+
+def _launch(
+    dy: Tensor,
+    code: Tensor,
+    x: Tensor,
+    rows: Tables,
+    geometry: Geometry,
+    targets: list[Tensor],
+    bias_targets: list[Tensor],
+    tile: Tile,
+    tf32: bool,
+    *,
+    live: Tensor | None = None,
+    spoilt: Tensor | None = None,
+) -> None:
+    """Fills ``[S, Co, C, KH, KW]`` and ``[S, Co]`` (or none) per branch with S parts of sums."""
+    splits, *shape = targets[0].shape
+    lines, columns, pixels = _product(rows, x, [target[0] for target in targets], geometry)
+    has_bias, has_live, if_spoilt = bool(bias_targets), live is not None, spoilt is not None
+    bias_targets = bias_targets or targets  # never written
+    level_wgrad_kernel[cdiv(lines, tile.rows), len(targets) * cdiv(columns, tile.columns), splits](
+        # the latter are never read
+        x, dy, code, rows.by_branch, live.view(torch.uint8) if has_live else code,
+        spoilt if if_spoilt else code,
+        targets[0], targets[-1], bias_targets[0], bias_targets[-1],
+        rows.counts[0], rows.counts[-1], _rows_at_once(tile, x, geometry),
+        x.shape[1], *divisor(x.shape[1]),
+        *x.stride(), *targets[0].stride(), bias_targets[0].stride(0),
+        BRANCHES=len(targets), C_IN=shape[1], C_OUT=shape[0],
+        HEIGHT=x.shape[2], WIDTH=x.shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=shape[2], KW=shape[3],
+        STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
+        PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
+        POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
+        HAS_CODE=geometry.has_code, HAS_BIAS=has_bias, HAS_LIVE=has_live, IF_SPOILT=if_spoilt,
+        MOST_ROWS=_MOST_ROWS, PRECISION="tf32" if tf32 else "ieee",
+        WIDE=needs_int64((x, dy, *targets), pixels + splits * tile.depth),
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
 def sum_parts(
-    parts: Tensor, bias_parts: Tensor, dweights: list[Tensor], dbiases: list[Tensor]
+    parts: Tensor,
+    bias_parts: Tensor,
+    dweights: list[Tensor],
+    dbiases: list[Tensor],
+    spoilt: Tensor | None = None,
 ) -> None:
     """Adds up parts into gradients, in their order: one launch.
 
@@ -319,6 +372,7 @@ def sum_parts(
         bias_parts: ``[S', B, Co]``, float32, contiguous; not read without biases.
         dweights: one ``[Co, C, KH, KW]`` per branch, of one layout; written.
         dbiases: one contiguous ``[Co]`` per branch, or none; written.
+        spoilt: int32 ``[1]``, 0: becomes 1 where a weight's gradient is NaN; None: nobody asks.
     """
     channels_out, channels, kh, kw = dweights[0].shape
     branches = len(dweights)
@@ -329,10 +383,10 @@ def sum_parts(
     dbias = dbiases or dweights  # the latter is never written
     level_wgrad_sum_kernel[blocks,](
         parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
-        len(parts), len(bias_parts), *dweights[0].stride(),
+        parts if spoilt is None else spoilt, len(parts), len(bias_parts), *dweights[0].stride(),
         BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw, LINE=parts.shape[-1],
-        HAS_BIAS=bool(dbiases), BLOCK=block, PARTS=together, BIAS_BLOCK=_BIAS_BLOCK,
-        BIAS_PARTS=_BIAS_PARTS, num_warps=4,
+        HAS_BIAS=bool(dbiases), SAYS_SPOILT=spoilt is not None, BLOCK=block, PARTS=together,
+        BIAS_BLOCK=_BIAS_BLOCK, BIAS_PARTS=_BIAS_PARTS, num_warps=4,
     )  # fmt: skip
 
 

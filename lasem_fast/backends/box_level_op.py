@@ -3,8 +3,8 @@
 As :mod:`lasem_fast.backends.triton_level_op`, whose checks and autograd they share. One operator
 for each direction, because all products of the backward read what its first launch makes. Where
 neighbouring rows can be taken for one (see :meth:`~lasem_fast.kernels.level_rows.Rows.joined`)
-boxes reach over them, but not in the sum over samples: there a configuration that overflows has to
-stay alone.
+boxes reach over them. In the sum over samples a configuration that overflowed has to stay alone: it
+sends no gradient, and 0 * inf is NaN. A sum in which that happened is made anew, value by value.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ _library.define(
     "ScalarType? skip_dtype, bool to_parameters, int[] dgrad, int[] wgrad) -> "
     "(Tensor, Tensor, Tensor[], Tensor[])"
 )
+
+# What it costs to ask whether a sum has to be made anew, in nanoseconds.
+_MENDING = 2000.0
 
 # y, code, the filters as they were read, and the input where it had to be unfolded
 forward = torch.ops.lasem_fast.level_boxes.default
@@ -99,41 +102,66 @@ def _(
     from lasem_fast.kernels.box_dgrad import box_dgrad
     from lasem_fast.kernels.box_form import Filters
     from lasem_fast.kernels.box_gradient import MOST_COLUMNS, box_gradient
+    from lasem_fast.kernels.level_wgrad import mend_wgrad
 
-    rows, dy = Tables(*tables, tuple(counts)), dy.contiguous()
+    rows, few = Tables(*tables, tuple(counts)), Tables(*joined, tuple(joined_counts))
+    dy = dy.contiguous()
     form = _form(x, weights, Geometry(*geometry))
-    geometry, shape = form.geometry, form.x_shape
-    read = columns if form.unfolds else x.view(shape)
+    level, geometry = Geometry(*geometry), form.geometry
     filters = Filters(filters, len(weights), form.kernel)
-    tile = _tile(wgrad) or box_wgrad.chosen(
-        filters.channels_out, filters.channels, form.kernel, max(rows.counts), shape, geometry
-    )
-    box = box_wgrad.box_of(tile, shape, geometry, form.kernel)
-    block = min(tile.columns, MOST_COLUMNS)
-    gradient = box_gradient(dy, code, len(weights), rows, geometry, box, block, live=live)
+    shape = _in_parents(form.x_shape, len(few.by_parent))
+    tile, together = _weights_tile(filters, rows, few, form.x_shape, shape, geometry, wgrad)
+    summed, read = rows, columns if form.unfolds else x.view(form.x_shape)
+    if together:
+        summed, read = few, read.view(shape)
+    box = box_wgrad.box_of(tile, read.shape, geometry, form.kernel)
+    gradient = box_gradient(
+        in_rows(dy, len(summed.by_branch)), code, len(weights), summed, geometry, box,
+        min(tile.columns, MOST_COLUMNS), live=live,
+    )  # fmt: skip
     beside, dweights, dbiases = SideStream(x), [], []
     if to_parameters:
         with beside.aside():
             dweights, dbiases = box_wgrad.box_wgrad(
-                gradient, read, filters, weights, biases, rows, geometry, tile, live=live
-            )
+                gradient, read, filters, weights, biases, summed, geometry, tile, live=live,
+                spoilt=gradient.spoilt if together else None,
+            )  # fmt: skip
+            if together:
+                mend_wgrad(gradient.spoilt, dweights, dbiases, dy, code, x, rows, level)
     dx, dskip = x.new_empty(0), skip_buffer(dy, rows, geometry, None)
     if to_input or skip_dtype is not None:
-        few = Tables(*joined, tuple(joined_counts))
         dz, dy, code = (
             in_rows(t, len(few.by_branch)) if t.dim() > 1 else t for t in (gradient.dz, dy, code)
         )
-        run = len(x) // len(few.by_parent)
         dx, dskip = box_dgrad(
-            dz, filters, few, (shape[0] // run, run * shape[1], *shape[2:]), geometry, x.dtype,
-            dy, code, live=live, carried=None if carried is None else carried.contiguous(),
-            skip_dtype=skip_dtype, tile=_tile(dgrad),
+            dz, filters, few, shape, geometry, x.dtype, dy, code, live=live,
+            carried=None if carried is None else carried.contiguous(), skip_dtype=skip_dtype,
+            tile=_tile(dgrad),
         )  # fmt: skip
         dx = dx.view(x.shape)
         if skip_dtype is not None:
             dskip = in_rows(dskip, len(rows.by_skip))
     beside.join()
     return dx, dskip, dweights, dbiases
+
+
+def _weights_tile(filters, rows, few, x_shape, few_shape, geometry, tile):
+    """The tile of the sum over samples, and whether boxes reach over rows put together."""
+    from lasem_fast.kernels.box_wgrad import chosen
+
+    sides = filters.channels_out, filters.channels, filters.kernel
+    alone, time = chosen(*sides, rows.counts, tuple(x_shape), geometry, _tile(tile))
+    if len(few.by_branch) == len(rows.by_branch):
+        return alone, False
+    together, few_time = chosen(*sides, few.counts, tuple(few_shape), geometry, _tile(tile))
+    if few_time + _MENDING < time:
+        return together, True
+    return alone, False
+
+
+def _in_parents(shape: Sequence[int], parents: int) -> tuple[int, ...]:
+    """The shape ``[P, N, ...]`` with parents put together to fewer of more samples."""
+    return parents, shape[0] * shape[1] // parents, *shape[2:]
 
 
 def in_rows(tensor: Tensor, rows: int) -> Tensor:

@@ -13,6 +13,7 @@ from lasem_fast.kernels import (
     box_forward,
     box_gradient,
     box_wgrad,
+    level_wgrad,
     unfolded,
     weight_copies,
 )
@@ -51,7 +52,20 @@ def launches() -> dict[str, Launch]:
     found |= _forward(box_forward.TILES[0], "small", pool=1, samples=128, size=2)
     found |= _backward(*tiles, "small", pool=1, samples=128, size=2)
     found |= _backward(*tiles, "small_live", pool=1, live=True, samples=128, size=2)
-    return found | _unfolded()
+    return found | _unfolded() | _mended()
+
+
+def _mended() -> dict[str, Launch]:
+    """A sum that says whether it is NaN, and the one that is made anew then."""
+    x, weights, biases, geometry, rows = _problem(torch.bfloat16, 2, 2, False, False)
+    dy = _meta(len(rows), _SAMPLES, geometry.out_h, geometry.out_w, 64, dtype=torch.bfloat16)
+    code, spoilt = torch.empty_like(dy, dtype=torch.uint8), _meta(1, dtype=torch.int32)
+    with recorded() as started:
+        level_wgrad.sum_parts(_meta(4, 2, 64, 9 * 64), _meta(4, 2, 64), weights, biases, spoilt)
+        level_wgrad.mend_wgrad(
+            spoilt, weights, biases, dy, code, x, tables_of(rows, 2, x.device), geometry
+        )
+    return {f"{launch.kernel.__name__.removesuffix('_kernel')}/mended": launch for launch in started}
 
 
 def _unfolded() -> dict[str, Launch]:

@@ -16,7 +16,7 @@ from test_level_kernels import assert_exact
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast.backends import triton_linear_head
+from lasem_fast.backends import box_level_op, triton_linear_head
 from lasem_fast.backends.operations import Layer, Skip
 from lasem_fast.backends.triton_level import BoxLevel, GatherLevel
 from lasem_fast.backends.triton_level_op import Tiles, level
@@ -127,8 +127,9 @@ def test_a_linear_layer_on_images_is_one_on_pixels(seed):
 
 
 @pytest.mark.parametrize(("skip", "pool"), [(False, 1), (True, 2)])
-def test_neighbouring_rows_are_taken_for_one(skip, pool):
-    """Forward and to the input; with images that lie elsewhere they are not."""
+def test_neighbouring_rows_are_taken_for_one(skip, pool, monkeypatch):
+    """With images that lie elsewhere they are not."""
+    monkeypatch.setattr(box_level_op, "_MENDING", -torch.inf)
     torch.manual_seed(0)
     rows = Rows((2, 3, 0, 1), (0, 0, 1, 1), 4, (0, 1, 4, 5) if skip else (), 6 if skip else 0)
     geometry = Geometry(1, 1, 1, 1, 2, 2, pool, 0, 2 // pool, 2 // pool, 1, int(skip))
@@ -137,10 +138,14 @@ def test_neighbouring_rows_are_taken_for_one(skip, pool):
         geometry, False, torch.float16, rows, integers(6, 3, 2, 2, 8) if skip else None,
     )  # fmt: skip
     dy = case.gradient()
-    assert_exact(run(case, dy), truth(case, dy))
+    with launches() as counted:
+        assert_exact(run(case, dy), truth(case, dy))
+    assert counted.kernels["level_wgrad_kernel"] == 1  # asks whether a sum is NaN
     if not skip:
         turned = case.x.transpose(0, 1).contiguous().transpose(0, 1)
-        assert_exact(run(case._replace(x=turned), dy), truth(case, dy))
+        with launches() as counted:
+            assert_exact(run(case._replace(x=turned), dy), truth(case, dy))
+        assert counted.kernels["level_wgrad_kernel"] == 0
 
 
 def test_joined_rows():
@@ -229,11 +234,12 @@ def test_codes_are_those_of_the_other_kernels(pool):
     ("bad", "pool", "parents"),
     [
         (torch.nan, 1, (0, 0, 1, 1)), (torch.inf, 2, (0, 0, 1, 1)), (torch.nan, 3, (0, 0, 1, 1)),
-        (torch.inf, 1, (0, 1, 0, 1)),
+        (torch.inf, 1, (0, 1, 0, 1)), (torch.nan, 2, (0, 1, 0, 1)),
     ],
 )  # fmt: skip
-def test_a_configuration_that_overflows_stays_alone(bad, pool, parents):
-    """Also in rows that are taken for one."""
+def test_a_configuration_that_overflows_stays_alone(bad, pool, parents, monkeypatch):
+    """Also in rows that are taken for one, where a sum that it spoils is made anew."""
+    monkeypatch.setattr(box_level_op, "_MENDING", -torch.inf)
     size = 6 // pool
     rows = Rows(parents, (0, 1, 0, 1) if parents[1] == 0 else (0, 0, 1, 1), 2)
     assert (rows.joined() == rows) == (parents[1] == 0)
