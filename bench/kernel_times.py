@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import cases, ceilings
 from bench.peers import ours_captured
-from lasem_fast.backends import plain_torch, triton_level, triton_linear_head
-from lasem_fast.backends.side_stream import SideStream
+from lasem_fast.backends import plain_torch, side_stream, triton_level, triton_linear_head
 from lasem_fast.search import dispatch
 
 FAMILIES = {
@@ -74,7 +73,7 @@ def profiled(case: cases.Case, family: str) -> tuple[list[tuple[str, float]], fl
     head = nullcontext()
     if family == "gathering":
         head = mock.patch.object(triton_linear_head, "_OPERATION", *levels)
-    one_by_one = mock.patch.object(SideStream, "aside", return_value=nullcontext())
+    one_by_one = mock.patch.object(side_stream, "_captured_stream", return_value=None)
     with forced, head:
         wall = _microseconds(ours_captured(case.problem(), backend="triton").step)
         with one_by_one:

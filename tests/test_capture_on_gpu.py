@@ -60,9 +60,12 @@ def _plain(em, optimizer, x, y):
     return step
 
 
-def _assert_same_training(captured, em, optimizer, drawn, turns=6, change=lambda t, o: None):
+def _assert_same_training(
+    captured, em, optimizer, drawn, turns=6, change=lambda t, o: None, prepare=lambda em: None
+):  # fmt: skip
     """Every replay gives what the plain loop gives from the same state, bit for bit."""
     plain_em, plain_optimizer = copy.deepcopy((em, optimizer))
+    prepare(plain_em)
     for turn, (x, y) in enumerate(_batches(drawn, turns)):
         change(turn, optimizer)
         change(turn, plain_optimizer)
@@ -74,12 +77,49 @@ def _assert_same_training(captured, em, optimizer, drawn, turns=6, change=lambda
     assert torch.equal(em.prior(TASK), plain_em.prior(TASK))
 
 
-def test_replay_in_boxes_is_the_plain_loop(monkeypatch):
+def _scale_in_place(parameter):
+    parameter.grad.mul_(2)
+
+
+# What looks at a gradient before the backward has ended: its sum must be there by then.
+LOOKS = {
+    "nobody": lambda em: None,
+    "a hook": lambda em: em.net.shared[1][0].weight.register_hook(lambda grad: 2 * grad),
+    "a later hook": lambda em: em.net.shared[1][0].weight.register_post_accumulate_grad_hook(
+        _scale_in_place
+    ),
+    "another layer": lambda em: setattr(em.net.shared[2][0], "bias", em.net.shared[0][0].bias),
+}
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_replay_in_boxes_is_the_plain_loop(looks, monkeypatch):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("boxes need a device of compute capability 9.0")
     monkeypatch.setattr(dispatch, "_ON_GPU", (triton_level.BoxLevel(),))
     with torch.autocast("cuda", dtype=torch.bfloat16):
         em, opt, drawn = _made("triton", net="runs of 8 channels")
+        LOOKS[looks](em)
+        opt = OPTIMIZERS["sgd"](em.net.parameters())
+        captured = lf.capture(em, opt, drawn.x, drawn.y, TASK, strict=True)
+        # copies have no hooks
+        prepare = LOOKS[looks] if "hook" in looks else LOOKS["nobody"]
+        _assert_same_training(captured, em, opt, drawn, prepare=prepare)
+
+
+def test_a_weight_that_is_changed_within_the_step(monkeypatch):
+    """Its copy is not made from the step's beginning on."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("boxes need a device of compute capability 9.0")
+
+    @torch.no_grad()
+    def halve(em, _):
+        em.net.shared[1][0].weight.mul_(0.5)
+
+    monkeypatch.setattr(dispatch, "_ON_GPU", (triton_level.BoxLevel(),))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        em, opt, drawn = _made("triton", net="runs of 8 channels")
+        em.register_forward_pre_hook(halve)
         captured = lf.capture(em, opt, drawn.x, drawn.y, TASK, strict=True)
         _assert_same_training(captured, em, opt, drawn)
 

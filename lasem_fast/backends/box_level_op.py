@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lasem_fast.backends.side_stream import SideStream
+from lasem_fast.backends.side_stream import SideStream, early_copy
 from lasem_fast.kernels.box_form import BoxForm, box_form
 from lasem_fast.kernels.level_geometry import (
     Geometry,
@@ -77,13 +77,15 @@ def _(
 @torch.library.impl(_library, "level_boxes", "CUDA")
 @torch.library.impl(_library, "level_boxes", "CPU")  # for Triton's interpreter
 def _(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
+    from lasem_fast.kernels.box_form import Filters
     from lasem_fast.kernels.box_forward import box_forward
     from lasem_fast.kernels.unfolded import unfolded
     from lasem_fast.kernels.weight_copies import weight_copies
 
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
     form = _form(x, weights, geometry)
-    filters = weight_copies(weights, dtype, form)
+    copy = early_copy(x, weights, lambda: weight_copies(weights, dtype, form).data)
+    filters = Filters(copy, len(weights), form.kernel)
     columns = x.new_empty(0, dtype=dtype)
     if form.unfolds:
         columns = unfolded(x, weights[0].shape[2:], geometry, form, dtype)
@@ -119,7 +121,7 @@ def _(
         in_rows(dy, len(summed.by_branch)), code, len(weights), summed, geometry, box,
         min(tile.columns, MOST_COLUMNS), live=live,
     )  # fmt: skip
-    beside, dweights, dbiases = SideStream(x), [], []
+    beside, dweights, dbiases, given = SideStream(x), [], [], (dy, code)
     if to_parameters:
         with beside.aside():
             dweights, dbiases = box_wgrad.box_wgrad(
@@ -141,7 +143,8 @@ def _(
         dx = dx.view(x.shape)
         if skip_dtype is not None:
             dskip = in_rows(dskip, len(rows.by_skip))
-    beside.join()
+    reads = gradient, read, x, given
+    beside.join([*weights, *biases], [*dweights, *dbiases], reads)
     return dx, dskip, dweights, dbiases
 
 

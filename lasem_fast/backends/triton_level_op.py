@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasem_fast.backends import box_level_op, second_order
-from lasem_fast.backends.side_stream import SideStream
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,
@@ -278,20 +277,16 @@ def _gather_backward(ctx, dy, code, x, parameters, live, carried, skip_dtype):
     call, tables, counts = ctx.call, ctx.tables, ctx.counts
     weights, biases = parameters[: call.branches], parameters[call.branches :]
     dx, dskip, gradients = None, None, []
-    beside = SideStream(x)
-    if any(ctx.needs_input_grad[3:]):
-        with beside.aside():
-            dweights, dbiases = _wgrad(
-                dy, code, x, weights, biases, tables, counts, live, call.geometry,
-                call.tiles.wgrad,
-            )  # fmt: skip
-        gradients = [*dweights, *dbiases]
     if ctx.needs_input_grad[1] or skip_dtype is not None:
         dx, dskip = _dgrad(
             dy, code, weights, tables, counts, live, carried, x.shape, call.geometry, x.dtype,
             skip_dtype, call.tiles.dgrad,
         )  # fmt: skip
-    beside.join()
+    if any(ctx.needs_input_grad[3:]):
+        dweights, dbiases = _wgrad(
+            dy, code, x, weights, biases, tables, counts, live, call.geometry, call.tiles.wgrad
+        )
+        gradients = [*dweights, *dbiases]
     return dx, dskip, gradients
 
 

@@ -65,7 +65,9 @@ def _mended() -> dict[str, Launch]:
         level_wgrad.mend_wgrad(
             spoilt, weights, biases, dy, code, x, tables_of(rows, 2, x.device), geometry
         )
-    return {f"{launch.kernel.__name__.removesuffix('_kernel')}/mended": launch for launch in started}
+    return {
+        f"{launch.kernel.__name__.removesuffix('_kernel')}/mended": launch for launch in started
+    }
 
 
 def _unfolded() -> dict[str, Launch]:
