@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lasem_fast.backends.side_stream import StepStreams
+from lasem_fast.backends.side_stream import EarlyCopies
 from lasem_fast.capture_holdings import Holdings
 from lasem_fast.capture_trial import first_line, obstacles, rehearse, trial
 from lasem_fast.em import LASEM
@@ -130,16 +130,11 @@ class CapturedStep:
     def eager(self, x: Tensor, y: Tensor) -> EMStep:
         """Trains on one mini-batch of any size without the graph; the results are new tensors."""
         checks.check_open_task(self.task, self.em.net)
-        step = self._backward(x, y)
-        self.optimizer.step()
-        return step
-
-    def _backward(self, x: Tensor, y: Tensor) -> EMStep:
-        """All of a step but the optimiser's."""
         with torch.autocast(**self._autocast):
             step = self.em(x, y, self.task)
         self.optimizer.zero_grad()  # not before: a mini-batch that is refused changes nothing
         step.loss.backward()
+        self.optimizer.step()
         return step._replace(loss=step.loss.detach())
 
     def _run(self, x: Tensor, y: Tensor) -> EMStep:
@@ -186,8 +181,13 @@ class CapturedStep:
         stream = torch.cuda.current_stream()
         self._begin()
         grads = [(p, p.grad) for p in self.em.net.parameters()]
+        self.optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
         try:
-            graph, result = self._captured(True) or self._captured(False)
+            # a loader's thread that pins memory must not end the capture
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                with EarlyCopies(self.em.net.parameters()).running():
+                    result = self.eager(self._x, self._y)
         except Exception:
             for parameter, grad in grads:
                 parameter.grad = grad
@@ -197,18 +197,6 @@ class CapturedStep:
         parameters = [p for p in self.em.net.parameters() if p.grad is not None]
         self._grads = parameters, [p.grad for p in parameters]
         self._graph, self._result = graph, result
-
-    def _captured(self, defers: bool) -> tuple[torch.cuda.CUDAGraph, EMStep] | None:
-        """The graph and what it computes; None if gradients were touched while they were summed."""
-        self.optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        # a loader's thread that pins memory must not end the capture
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            streams = StepStreams(self.em.net.parameters(), defers)
-            with streams.running():
-                result = self._backward(self._x, self._y)
-            self.optimizer.step()
-        return (graph, result) if streams.is_sound else None
 
     def _begin(self) -> None:
         """Tells the roll-back whose step comes, if it is one of training."""

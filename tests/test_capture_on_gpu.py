@@ -81,7 +81,7 @@ def _scale_in_place(parameter):
     parameter.grad.mul_(2)
 
 
-# What looks at a gradient before the backward has ended: its sum must be there by then.
+# What looks at a gradient within the backward: its sum must be there by then.
 LOOKS = {
     "nobody": lambda em: None,
     "a hook": lambda em: em.net.shared[1][0].weight.register_hook(lambda grad: 2 * grad),

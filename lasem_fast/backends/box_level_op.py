@@ -121,7 +121,7 @@ def _(
         in_rows(dy, len(summed.by_branch)), code, len(weights), summed, geometry, box,
         min(tile.columns, MOST_COLUMNS), live=live,
     )  # fmt: skip
-    beside, dweights, dbiases, given = SideStream(x), [], [], (dy, code)
+    beside, dweights, dbiases = SideStream(x), [], []
     if to_parameters:
         with beside.aside():
             dweights, dbiases = box_wgrad.box_wgrad(
@@ -143,8 +143,7 @@ def _(
         dx = dx.view(x.shape)
         if skip_dtype is not None:
             dskip = in_rows(dskip, len(rows.by_skip))
-    reads = gradient, read, x, given
-    beside.join([*weights, *biases], [*dweights, *dbiases], reads)
+    beside.join()
     return dx, dskip, dweights, dbiases
 
 

@@ -2,9 +2,6 @@
 
 The kernels of a small step fill a few multiprocessors each, so that two of them side by side take
 no longer than one. Outside a graph the host decides how long launches take, and one stream is left.
-
-Memory is given out again in the order of the host, whatever stream reads it. So what another stream
-reads is held until the main one has waited for it, and copies of weights until the step's end.
 """
 
 from __future__ import annotations
@@ -12,91 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class StepStreams:
-    """A training step under capture, whose weights are known to stay as they are for a while.
-
-    Their copies are made from its beginning on, and a level's sums for their gradients may last
-    until the next level's launches have been made.
-
-    Attributes:
-        is_sound: whether nobody wrote to a gradient, or took another for it, while it was summed.
-    """
-
-    def __init__(self, weights: Iterable[Tensor], defers: bool = True) -> None:
-        """
-        Args:
-            weights: of the net; a change of one in place is noticed.
-            defers: whether sums may last longer.
-        """
-        self.is_sound = True
-        self._versions = {id(weight): (weight, weight._version) for weight in weights}
-        self._defers = defers
-        self._stream = torch.cuda.current_stream()
-        self._start = self._stream.record_event()
-        self._copies: list[Tensor] = []
-        self._sums: list[tuple[torch.cuda.Event, Any]] = []
-        self._gradients: list[tuple[Tensor, int]] = []
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """A context for forward and backward; at its end all sums are there."""
-        key = self._stream.device, self._stream.cuda_stream
-        _steps[key] = self
-        try:
-            yield
-            self._wait_for_sums()
-            self.is_sound = all(_is_untouched(*pair) for pair in self._gradients)
-        finally:
-            del _steps[key]
-
-    def copied(self, weights: Sequence[Tensor], copy: Callable[[], Tensor]) -> Tensor:
-        """``copy()`` of some weights, made beside all that came before if nothing changed them."""
-        if not all(self._knows(_whole(weight)) for weight in weights):
-            return copy()
-        stream = _beside(self._stream.device, self._stream.cuda_stream, "copies")
-        stream.wait_event(self._start)
-        with torch.cuda.stream(stream):
-            self._copies.append(copy())
-        self._stream.wait_stream(stream)
-        return self._copies[-1]
-
-    def may_defer(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether nobody should look at these gradients before the backward has ended."""
-        return self._defers and all(
-            self._knows(p) and p.requires_grad and p.grad is None
-            and not p._backward_hooks and not p._post_accumulate_grad_hooks
-            for p in parameters
-        )  # fmt: skip
-
-    def defer(
-        self, stream: torch.cuda.Stream, pairs: Iterable[tuple[Tensor, Tensor]], reads: Any
-    ) -> None:
-        """Waits for what ``stream`` sums only after the next level's launches.
-
-        Args:
-            stream: on which all that was asked for has been launched.
-            pairs: parameters and their gradients.
-            reads: what is read meanwhile.
-        """
-        # not the tensors: the weights take over those that nobody else holds
-        self._gradients += [(weight, gradient.data_ptr()) for weight, gradient in pairs]
-        self._wait_for_sums()
-        self._sums.append((stream.record_event(), reads))
-
-    def _wait_for_sums(self) -> None:
-        while self._sums:
-            event, _ = self._sums.pop()
-            self._stream.wait_event(event)
-
-    def _knows(self, weight: Tensor) -> bool:
-        known, version = self._versions.get(id(weight), (None, 0))
-        return known is weight and version == weight._version
 
 
 class SideStream:
@@ -120,28 +35,60 @@ class SideStream:
         if self._main is None:
             yield
             return
-        self._side = _beside(self._main.device, self._main.cuda_stream, "sums")
+        self._side = _beside(self._main.device, self._main.cuda_stream, "gradients")
         self._side.wait_stream(self._main)
         with torch.cuda.stream(self._side):
             yield
 
-    def join(
-        self, parameters: Sequence[Tensor] = (), gradients: Sequence[Tensor] = (), reads: Any = None
-    ) -> None:
-        """Lets all that comes next wait for what was launched aside.
-
-        Args:
-            parameters, gradients: what was launched aside; where nobody looks at the gradients
-                before the backward has ended, the next level's launches need not wait.
-            reads: all tensors that are read aside.
-        """
-        if self._side is None:
-            return
-        step = _steps.get((self._main.device, self._main.cuda_stream))
-        if step is not None and step.may_defer(parameters):
-            step.defer(self._side, zip(parameters, gradients, strict=True), reads)
-        else:
+    def join(self) -> None:
+        """Lets all that comes next wait for what was launched aside."""
+        if self._side is not None:
             self._main.wait_stream(self._side)
+
+
+class EarlyCopies:
+    """Copies of weights in a captured step, made beside all that came before them.
+
+    They are made from the point on at which this was made, if nothing has changed the weights
+    since. Memory is given out again in the order of the host, whatever stream reads it; so no copy
+    is given back before all are.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        """
+        Args:
+            weights: whose changes in place are noticed; others are copied when they are asked for.
+        """
+        self._versions = {id(weight): (weight, weight._version) for weight in weights}
+        self._stream = torch.cuda.current_stream()
+        self._start = self._stream.record_event()
+        self._copies: list[Tensor] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A context in which :func:`early_copy` finds this, on the stream that is captured."""
+        key = _key(self._stream)
+        _running[key] = self
+        try:
+            yield
+        finally:
+            del _running[key]
+
+    def made(self, weights: Sequence[Tensor], copy: Callable[[], Tensor]) -> Tensor:
+        """``copy()`` of some weights."""
+        if not all(self._is_unchanged(weight) for weight in weights):
+            return copy()
+        stream = _beside(self._stream.device, self._stream.cuda_stream, "copies")
+        stream.wait_event(self._start)
+        with torch.cuda.stream(stream):
+            self._copies.append(copy())
+        self._stream.wait_stream(stream)
+        return self._copies[-1]
+
+    def _is_unchanged(self, weight: Tensor) -> bool:
+        whole = weight if weight._base is None else weight._base
+        known, version = self._versions.get(id(whole), (None, 0))
+        return known is whole and version == whole._version
 
 
 def early_copy(x: Tensor, weights: Sequence[Tensor], copy: Callable[[], Tensor]) -> Tensor:
@@ -149,16 +96,19 @@ def early_copy(x: Tensor, weights: Sequence[Tensor], copy: Callable[[], Tensor])
 
     Args:
         x: on the device.
-        weights: that are read, or whole views of them.
+        weights: that are read, or views of them.
         copy: makes the copy, with launches on the current stream.
     """
     stream = _captured_stream(x)
-    step = None if stream is None else _steps.get((stream.device, stream.cuda_stream))
-    return copy() if step is None else step.copied(weights, copy)
+    early = None if stream is None else _running.get(_key(stream))
+    return copy() if early is None else early.made(weights, copy)
 
 
-# Under capture, by device and stream: the backward runs in a thread of its own.
-_steps: dict[tuple[torch.device, int], StepStreams] = {}
+_running: dict[tuple[torch.device, int], EarlyCopies] = {}
+
+
+def _key(stream: torch.cuda.Stream) -> tuple[torch.device, int]:
+    return stream.device, stream.cuda_stream
 
 
 def _captured_stream(x: Tensor) -> torch.cuda.Stream | None:
@@ -168,15 +118,6 @@ def _captured_stream(x: Tensor) -> torch.cuda.Stream | None:
     if not torch.cuda.is_current_stream_capturing():
         return None
     return torch.cuda.current_stream(x.device)
-
-
-def _is_untouched(weight: Tensor, address: int) -> bool:
-    grad = weight.grad
-    return grad is not None and grad.data_ptr() == address and grad._version == 0
-
-
-def _whole(weight: Tensor) -> Tensor:
-    return weight if weight._base is None else weight._base
 
 
 @cache
