@@ -185,9 +185,11 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # a loader's thread that pins memory must not end the capture
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                with EarlyCopies(self.em.net.parameters()).running():
-                    result = self.eager(self._x, self._y)
+            capture = torch.cuda.graph(
+                graph, stream=self._stream, capture_error_mode="thread_local"
+            )
+            with capture, EarlyCopies(self.em.net.parameters()).running():
+                result = self.eager(self._x, self._y)
         except Exception:
             for parameter, grad in grads:
                 parameter.grad = grad
