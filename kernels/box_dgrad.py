@@ -15,6 +15,7 @@ from torch import Tensor
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.boxes import TILES as TILES
 from lasem_fast.kernels.boxes import Convolution, Taps, described, met_taps, tiled
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
 from lasem_fast.kernels.level_geometry import (
     SHUT,
@@ -110,8 +111,10 @@ def box_dgrad_kernel(
     ALL_TAPS: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dx [P, N, H, W, C] and dskip [S, N, conv_h, conv_w, Co]; see box_dgrad."""
+    wait_for_others(EARLY)
     ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
     box = tl.program_id(0)
     if HAS_SKIP:
@@ -202,6 +205,6 @@ def box_dgrad(
             ALL_TAPS=all_taps,
             WIDE=needs_int64((dx, dy, dskip), lines, skip_pixels), IMAGES=box.images,
             BOX_H=box.height, BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **early(dz),
         )  # fmt: skip
     return dx, dskip

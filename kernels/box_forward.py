@@ -18,6 +18,7 @@ from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_pool import box_pool
 from lasem_fast.kernels.boxes import TILES as TILES
 from lasem_fast.kernels.boxes import Convolution, Taps, described, met_taps, tiled
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv
@@ -63,8 +64,10 @@ def box_forward_kernel(
     ALL_TAPS: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see box_forward."""
+    wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
     STEPS: tl.constexpr = (C_IN + DEPTH - 1) // DEPTH
@@ -236,6 +239,6 @@ def box_forward(
             ALL_TAPS=all_taps,
             WIDE=needs_int64((y, added), lines), IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **early(x),
         )  # fmt: skip
     return y, code

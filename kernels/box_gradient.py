@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.boxes import Box
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, cdiv
@@ -55,8 +56,10 @@ def box_gradient_kernel(
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
     HAS_CODE: tl.constexpr, HAS_LIVE: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dz [R, N, conv_h, conv_w, Co], sources and a part of dbias; see box_gradient."""
+    wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
     BOXES_X: tl.constexpr = (CONV_W + BOX_W - 1) // BOX_W
@@ -155,6 +158,6 @@ def box_gradient(
             OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
             POOL_PAD=geometry.pool_pad, HAS_CODE=geometry.has_code, HAS_LIVE=has_live,
             WIDE=needs_int64((dz, dy), sources.numel() + parts), IMAGES=box.images,
-            BOX_H=box.height, BOX_W=box.width, COLUMNS=columns, num_warps=8,
+            BOX_H=box.height, BOX_W=box.width, COLUMNS=columns, num_warps=8, **early(dy),
         )  # fmt: skip
     return Gradient(dz, bias_parts, sources, spoilt, box, columns)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import CLOSED, Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -20,8 +21,10 @@ def box_pool_kernel(
     OUT_H: tl.constexpr, OUT_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
     RELU: tl.constexpr, CLOSED: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [images, out_h, out_w, Co] and its code from z [images, conv_h, conv_w, Co]."""
+    wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     window = tl.program_id(0).to(index) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -70,6 +73,7 @@ def box_pool(z: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
             z, y, code, windows, C_OUT=channels, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
             OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
             POOL_PAD=geometry.pool_pad, RELU=bool(geometry.relu), CLOSED=CLOSED,
-            WIDE=needs_int64((z, y), windows + _ROWS), ROWS=_ROWS, COLUMNS=columns, num_warps=4,
+            WIDE=needs_int64((z, y), windows + _ROWS), ROWS=_ROWS, COLUMNS=columns,
+            num_warps=4, **early(z),
         )  # fmt: skip
     return y, code

@@ -28,6 +28,7 @@ from lasem_fast.kernels.boxes import (
     described,
     reads,
 )
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import Geometry, device_of, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
@@ -149,8 +150,10 @@ def box_wgrad_kernel(
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
     TAPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of parts [S, B, Co, KH * KW * C]; see box_wgrad."""
+    wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
     GROUPS: tl.constexpr = KW // TAPS
@@ -329,7 +332,7 @@ def box_wgrad(
             WIDE=parts.numel() >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
             TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **early(x),
         )  # fmt: skip
         sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)
     return dweights, dbiases

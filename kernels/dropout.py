@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import device_of, needs_int64
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -24,8 +25,10 @@ def dropout_kernel(
     x, mask, places, y, rows, first, samples, x_p, x_n, x_h, x_w, x_c, scale,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, HALF: tl.constexpr,
     IN_PLACES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [rows or 2 rows, N, H, W, C] from x [P, N, H, W, C]; see dropout."""
+    wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     FEATURES: tl.constexpr = HEIGHT * WIDTH * CHANNELS
     at = tl.program_id(0).to(index) * BLOCK + tl.arange(0, BLOCK)
@@ -84,6 +87,6 @@ def dropout(
             x, mask.view(torch.uint8), mask if places is None else places, y, rows, first, samples,
             *x.stride(), scale,
             HEIGHT=height, WIDTH=width, CHANNELS=channels, HALF=half, IN_PLACES=places is not None,
-            WIDE=needs_int64((x, y), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4,
+            WIDE=needs_int64((x, y), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4, **early(x),
         )  # fmt: skip
     return y

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import (
     SHUT,
     Geometry,
@@ -193,12 +194,14 @@ def level_dgrad_kernel(
     HAS_SKIP: tl.constexpr, SKIP_HAS_CODE: tl.constexpr, SHUT: tl.constexpr,
     COVERS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dx [P, N, H, W, C] and dskip [S, N, conv_h, conv_w, Co] from dy and code; see level_dgrad.
 
     COVERS: the kernel lies on all of the image at once, so that every pixel has one tap, its own:
     rows are samples then, and columns are all of a sample's values.
     """
+    wait_for_others(EARLY)
     if HAS_SKIP:
         if tl.program_id(0) < input_tiles:
             _input_gradient(
@@ -303,7 +306,7 @@ def level_dgrad(
             PRECISION="tf32" if tf32 else "ieee",
             WIDE=needs_int64((dy, dx, dskip, *weights), max(lines, skip_pixels) + tile.rows),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **early(dy),
         )  # fmt: skip
     return dx, dskip
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import (
     CLOSED,
     SHUT,
@@ -54,8 +55,10 @@ def level_forward_kernel(
     RELU: tl.constexpr, RELU_AFTER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
     CLOSED: tl.constexpr, SHUT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see level_forward."""
+    wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     operand: tl.constexpr = y.dtype.element_ty
     ENDS_CLOSED: tl.constexpr = RELU_AFTER if HAS_SKIP else RELU
@@ -218,7 +221,7 @@ def level_forward(
             PRECISION="tf32" if tf32 else "ieee",
             WIDE=needs_int64((x, y, added, *weights), size[0] + tile.rows),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages, **early(x),
         )  # fmt: skip
     return y, code
 

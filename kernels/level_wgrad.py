@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.division import divided, divisor
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     device_of,
@@ -70,8 +71,10 @@ def level_wgrad_kernel(
     HAS_CODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIVE: tl.constexpr,
     IF_SPOILT: tl.constexpr, MOST_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of dweight [Co, C, KH, KW] and dbias [Co] of one branch; see level_wgrad."""
+    wait_for_others(EARLY)
     if IF_SPOILT:
         if tl.load(spoilt) == 0:
             return
@@ -193,8 +196,10 @@ def level_wgrad_sum_kernel(
     KH: tl.constexpr, KW: tl.constexpr, LINE: tl.constexpr, HAS_BIAS: tl.constexpr,
     SAYS_SPOILT: tl.constexpr,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS_BLOCK: tl.constexpr, BIAS_PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dweight and dbias from parts [S, B, Co, LINE] and bias_parts [S', B, Co]."""
+    wait_for_others(EARLY)
     FILTER: tl.constexpr = KH * KW * C_IN
     SIZE: tl.constexpr = BRANCHES * C_OUT * FILTER
     WEIGHT_BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
@@ -353,7 +358,7 @@ def _launch(
         MOST_ROWS=_MOST_ROWS, PRECISION="tf32" if tf32 else "ieee",
         WIDE=needs_int64((x, dy, *targets), pixels + splits * tile.depth),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **early(x),
     )  # fmt: skip
 
 
@@ -386,7 +391,7 @@ def sum_parts(
         parts if spoilt is None else spoilt, len(parts), len(bias_parts), *dweights[0].stride(),
         BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw, LINE=parts.shape[-1],
         HAS_BIAS=bool(dbiases), SAYS_SPOILT=spoilt is not None, BLOCK=block, PARTS=together,
-        BIAS_BLOCK=_BIAS_BLOCK, BIAS_PARTS=_BIAS_PARTS, num_warps=4,
+        BIAS_BLOCK=_BIAS_BLOCK, BIAS_PARTS=_BIAS_PARTS, num_warps=4, **early(parts),
     )  # fmt: skip
 
 

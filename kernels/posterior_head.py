@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasem_fast.kernels.early_launch import early, wait_for_others
+
 # likelihoods
 JOINT, MEAN, GAUSSIAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # where log P(c) comes from
@@ -75,12 +77,14 @@ def score_configurations(
     n_samples, n_outputs, stride_m, stride_c, stride_n, stride_k, target_stride_n, target_stride_k,
     precision, constant,
     LIKELIHOOD: tl.constexpr, PRIOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program per configuration: log P(y | x, c), mean NLL and log P(c) + L_c.
 
     ``score`` is float64 [C], -inf where the mean NLL is not finite; it lacks the prior's
     normalisation, which the softmax does not see. Programs (c, 1) score the M-step's logits.
     """
+    wait_for_others(EARLY)
     c = tl.program_id(0).to(tl.int64)
     logits += tl.program_id(1).to(tl.int64) * stride_m
     total = tl.zeros((BLOCK_N,), tl.float64)
@@ -146,12 +150,14 @@ def weigh_configurations(
     precision,
     LIKELIHOOD: tl.constexpr, COUNT: tl.constexpr, PAIR: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Posterior, loss, the winner's count and d(loss)/d(logits), from the scores.
 
     Any number of programs: each takes as many configurations as it must. PAIR: ``logits`` are the
     E-step's and the M-step's; loss (``nll`` too) and gradient are of the latter.
     """
+    wait_for_others(EARLY)
     first = tl.program_id(0)
     if PAIR:
         for config in range(first, n_configs, tl.num_programs(0)):
@@ -270,6 +276,7 @@ def posterior_head(
         logits, target, log_prior, wins, initial, score, log_likelihood, nll, m_nll,
         samples, outputs, *strides, *target_strides, precision, constant,
         LIKELIHOOD=likelihood, PRIOR=prior.value, BLOCK_N=block_n, BLOCK_K=block_k,
+        **early(logits),
     )  # fmt: skip
     weigh_configurations[(min(configs, _MOST_PROGRAMS),)](
         logits, target, score, m_nll if paired else nll, wins, posterior, loss, dlogits,
@@ -277,6 +284,6 @@ def posterior_head(
         LIKELIHOOD=likelihood, COUNT=wins is not None, PAIR=paired,
         BLOCK_C=min(triton.next_power_of_2(configs), _LONGEST), BLOCK_N=block_n, BLOCK_K=block_k,
         # those with which the compiler neither runs out of registers nor keeps to too few
-        num_warps=4 if likelihood == GAUSSIAN.value else 2,
+        num_warps=4 if likelihood == GAUSSIAN.value else 2, **early(logits),
     )  # fmt: skip
     return log_likelihood, posterior, nll, loss, dlogits

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.box_form import BoxForm
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -24,8 +25,10 @@ def unfolded_kernel(
     CONV_H: tl.constexpr, CONV_W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     LINE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """columns [P, N, conv_h, conv_w, LINE] of x [P, N, H, W, C]."""
+    wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     pixel = tl.program_id(0).to(index) * ROWS + tl.arange(0, ROWS)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -70,6 +73,6 @@ def unfolded(
             STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, LINE=line,
             WIDE=needs_int64((x, columns), pixels), ROWS=_BLOCK // block, COLUMNS=block,
-            num_warps=8,
+            num_warps=8, **early(x),
         )  # fmt: skip
     return columns

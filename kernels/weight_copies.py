@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.box_form import BoxForm, Filters
+from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import device_of, same_strides
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -21,8 +22,10 @@ def weight_copies_kernel(
     weight0, weight1, copy, w_o, w_c, w_h, w_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """copy [B, Co, LINE] of the weights [Co, C, KH, KW]: the filter, then zeros."""
+    wait_for_others(EARLY)
     SIZE: tl.constexpr = C_OUT * LINE
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < BRANCHES * SIZE
@@ -54,6 +57,6 @@ def weight_copies(weights: Sequence[Tensor], dtype: torch.dtype, form: BoxForm) 
         weight_copies_kernel[cdiv(copy.numel(), _BLOCK),](
             weights[0], weights[-1], copy, *weights[0].stride(),
             BRANCHES=len(weights), C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw,
-            LINE=taps * form.channels, BLOCK=_BLOCK, num_warps=4,
+            LINE=taps * form.channels, BLOCK=_BLOCK, num_warps=4, **early(copy),
         )  # fmt: skip
     return Filters(copy, len(weights), form.kernel)
