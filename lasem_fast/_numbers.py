@@ -11,9 +11,11 @@ def is_whole(value: Any) -> bool:
     """Whether a value indexes like an int, as NumPy integers and 0-d integer tensors do."""
     if isinstance(value, bool) or getattr(value, "ndim", 0) != 0:
         return False
+    if not hasattr(value, "__index__"):  # not every torch.compile (2.11) traces that as an error
+        return False
     try:
         value.__index__()
-    except (AttributeError, TypeError, RuntimeError):
+    except (TypeError, RuntimeError):
         return False
     return "bool" not in str(getattr(value, "dtype", ""))
 

@@ -163,9 +163,10 @@ class MeanPosterior(Prior):
 
     def update(self, task: str, posterior: Tensor, counted: Tensor) -> None:
         super().update(task, posterior, counted)
-        state = self.states[task]
-        state.total += torch.where(counted, posterior, 0)
-        state.batches += counted
+        # not as attributes: torch.compile cannot trace that a new module's buffer is set
+        total, batches = self.states[task].total, self.states[task].batches
+        total += torch.where(counted, posterior, 0)
+        batches += counted
 
     def score(self, task: str) -> Tensor:
         return self.states[task].total

@@ -111,7 +111,9 @@ def excite(net, task, x):
             nn.init.uniform_(bias, 0.1, 0.5)
             own = h[:, : weight.shape[1]]
             weight, bias = layer_tensors(net, task, stage, shared)
-            outermost /= F.conv2d(own, weight, padding=weight.shape[-1] // 2).std()
+            out = F.conv2d(own, weight, padding=weight.shape[-1] // 2)
+            outermost /= out.std()
+            bias -= out.mean(dim=(0, 2, 3)) / out.std()  # every channel opens somewhere
         h = net.path(task, [True] * net.depth)[stage](h)
     *hidden, output = [m for m in net.heads[task].modules() if isinstance(m, nn.Linear)]
     for layer in (*hidden, output):

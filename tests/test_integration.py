@@ -45,6 +45,18 @@ def test_compiles_without_graph_breaks(groups, kind):
     compiled(x, y, "a").loss.backward()
 
 
+@pytest.mark.parametrize("prior", ["mean_posterior", "historic", "uniform"])
+def test_priors_compile_without_graph_breaks(prior):
+    torch._dynamo.reset()
+    em = lf.LASEM(small_net(2), prior=prior, backend="torch")
+    twin = copy.deepcopy(em)
+    compiled = torch.compile(em, fullgraph=True, backend="aot_eager")
+    for i in range(2):
+        x, y = batch(seed=i)
+        assert_equals(compiled(x, y, "a").loss.detach(), twin(x, y, "a").loss.detach(), "loss")
+        assert_equals(em.prior("a"), twin.prior("a"), "prior")
+
+
 def test_compiles_with_inductor():
     torch._dynamo.reset()
     net = small_net(2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+
 import pytest
 import torch
 from hypothesis import assume, event, given, settings
@@ -10,6 +13,7 @@ from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.networks import layers
 
 
 @settings(max_examples=60)
@@ -131,6 +135,18 @@ def test_a_branch_that_was_replaced_by_another_form_is_evaluated_as_it_is():
     x, y = batch()
     truth = brute_force(net, lf.ConfigSpace(2).bits, x, y, "a")
     assert_step_equals(net, lf.LASEM(net, backend="torch")(x, y, "a"), truth)
+
+
+@pytest.mark.parametrize("kind", layers._SETTINGS, ids=lambda kind: kind.__name__)
+def test_layers_that_differ_in_any_setting_are_not_of_one_form(kind):
+    needed = [p for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    needed = [p for p in needed if p.kind is p.POSITIONAL_OR_KEYWORD]
+    layer = kind(1, (1, 1)) if kind is nn.Unflatten else kind(*[1] * len(needed))
+    assert layers.same_settings(layer, copy.deepcopy(layer))
+    for name in ["forward", *(n for n in vars(layer) if n[0] != "_" and n != "training")]:
+        other = copy.deepcopy(layer)
+        setattr(other, name, object())
+        assert not layers.same_settings(layer, other), name
 
 
 def test_hooks_of_a_stage_are_called():

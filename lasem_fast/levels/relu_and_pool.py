@@ -40,7 +40,7 @@ def relu_and_pool(layers: Sequence[nn.Module]) -> ReluAndPool | None:
     if len(pools) > 1 or len(relus) > 1 or len(pools) + len(relus) < len(layers):
         return None
     pool = max_pool(pools[0]) if pools else Pool()
-    return None if pool is None else ReluAndPool(bool(relus), pool)
+    return None if pool is None else ReluAndPool(len(relus) > 0, pool)
 
 
 def max_pool(layer: nn.Module) -> Pool | None:

@@ -6,6 +6,7 @@ weights can be concatenated), which layers draw random numbers, mix samples or w
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -41,6 +42,18 @@ _CHANNELWISE = {
 # What may stand behind a layer, and ahead of one.
 _BEHIND = {0: _ELEMENTWISE} | {n: _ELEMENTWISE | pools for n, pools in _CHANNELWISE.items()}
 _AHEAD = frozenset().union(*_BEHIND.values(), {nn.Flatten, nn.Unflatten})
+
+
+def _settings_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The attributes that tell layers of one type apart: its constructors' arguments, by name."""
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    names = {name for base in own for name in inspect.signature(base).parameters}
+    # what is no weight, and a forward that somebody put in the place of the type's
+    return "forward", *sorted(names - {"bias", "device", "dtype"})
+
+
+# torch.compile cannot trace a walk through a module's attributes in every PyTorch (2.11)
+_SETTINGS = {kind: _settings_of(kind) for kind in (*_AHEAD, *_CONVOLUTIONS, nn.Linear)}
 
 
 class PlainStage(NamedTuple):
@@ -103,12 +116,14 @@ def same_form(a: PlainStage, b: PlainStage | None) -> bool:
 
 
 def same_settings(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two layers are of one type and were made with the same stride, slope and so on."""
+    """Whether two layers of a plain stage or a program have the same type, stride, slope and so on.
+
+    What ``forward`` does not read, like a user's own attribute, is not looked at.
+    """
     if type(a) is not type(b):
         return False
     ours, theirs = vars(a), vars(b)
-    names = [n for n in ours if n[0] != "_" and n != "training"]
-    return all(n in theirs and ours[n] == theirs[n] for n in names)
+    return all(ours.get(n) == theirs.get(n) for n in _SETTINGS[type(a)])
 
 
 def _setting(module: nn.Module, name: str, default: Any) -> Any:

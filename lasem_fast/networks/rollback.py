@@ -144,11 +144,15 @@ class Rollback(Unlisted):
     `anchor`.
     """
 
+    settled: _Values | None
+    anchor: _Values | None
+
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
-        self.settled: _Values | None = None
-        self.anchor: _Values | None = None
+        # torch.compile cannot trace in every PyTorch (2.11) how a plain attribute becomes a module
+        self.register_module("settled", None)
+        self.register_module("anchor", None)
         self.changes = TaskModules()
         # a tensor: a number would be compiled into every step
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64), persistent=False)
