@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from budget import ARCHITECTURES, BUDGET, compile_all, jobs, launches, uses_tensor_cores
 
-from bench.compiling import machine_code, specialised
+from bench.compiling import compiled, machine_code, specialised
 from lasem_fast.kernels import (
     box_dgrad,
     box_forward,
@@ -117,3 +118,22 @@ def test_instructions_of_a_step_in_boxes(kernel, number):
     loop = machine_code(specialised(launch), 90).loop
     assert loop.flops == 2 * tile.rows * tile.columns * tile.depth // tile.warps
     assert loop.instructions <= MOST_BOX_INSTRUCTIONS[kernel, number]
+
+
+# What reads or writes memory that other kernels write or read.
+_ACCESS = re.compile(r"\b(ld\.global|st\.global|cp\.async|atom|red)\b")
+
+
+# One of each kernel.
+_KERNELS = sorted({launch.kernel.__name__: name for name, launch in LAUNCHES.items()}.values())
+
+
+@pytest.mark.parametrize("name", _KERNELS)
+def test_a_kernel_that_is_launched_early_waits_before_it_looks_at_memory(name):
+    launch = LAUNCHES[name]
+    early = launch._replace(arguments=launch.arguments | {"EARLY": True})
+    ptx = compiled(early, 90).asm["ptx"]
+    before = ptx[: ptx.index("griddepcontrol.wait")]
+    assert "griddepcontrol.launch_dependents" in before
+    assert not _ACCESS.search(before)
+    assert "bra" not in before.split()
