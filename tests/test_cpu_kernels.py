@@ -596,7 +596,7 @@ def test_the_nll_has_a_gradient_for_other_weights(dtype):
     logits = torch.randn(5, 4, 3, dtype=dtype)
     labels, prior = torch.tensor([0, 1, 2, 0]), torch.zeros(5, dtype=dtype)
     weights = torch.tensor([0.5, 0.0, -0.2, 0.0, 1e-3], dtype=dtype)
-    leaf, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    leaf, wide = (logits.detach().to(t, copy=True).requires_grad_() for t in (dtype, torch.double))
     got = ops.posterior_head(leaf, labels, prior, nll_grad=True)
     want = head_reference(wide, labels, prior.double(), False)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6

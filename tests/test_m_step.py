@@ -171,6 +171,29 @@ def test_what_overflows_is_left_out_of_a_pruned_step_through_a_fused_head():
         assert_equals(got.detach(), want.detach(), name)
 
 
+@needs_kernels
+@pytest.mark.parametrize("scale", [1, 1e200])
+def test_where_values_are_not_read_a_bad_step_shows_in_its_loss(scale, monkeypatch):
+    net = small_net()
+    x, y = batch(samples=1)
+    steps = []
+    for backend, prior in (("cpp", "count"), ("torch", "count"), ("cpp", None)):
+        em = lf.LASEM(net, backend=backend, prior=prior or _Nothing(), prune=0.3)
+        monkeypatch.setattr(em, "_reads_values", lambda x: False)
+        steps.append(em(scale * scale * x, y, "a"))
+    for name, got, want in zip(steps[0]._fields, *steps[:2], strict=True):
+        if scale == 1 or name == "loss":
+            assert_equals(got.detach().nan_to_num(7), want.detach().nan_to_num(7), name)
+    assert steps[0].loss.isnan() == (scale > 1) and steps[2].loss.isnan()
+
+
+class _Nothing(lf.priors.Prior):
+    """Excludes every configuration."""
+
+    def log_prob(self, task):
+        return super().log_prob(task) - torch.inf
+
+
 def test_dropout_goes_with_pruning():
     net = small_net(extra=(lambda: nn.Dropout(0.5),))
     x, y = batch()
