@@ -89,7 +89,7 @@ class _PosteriorHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _likelihood, _posterior, dnll, dloss):
-        dnll = dnll if ctx.nll_grad else None
+        dnll = dnll if ctx.nll_grad else None  # a compiled backward may bring zeros
         if dnll is None and dloss is None:
             return (None,) * 8
         dlogits, logits, target, posterior = ctx.saved_tensors
