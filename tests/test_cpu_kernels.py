@@ -294,6 +294,8 @@ def test_opcheck_of_the_posterior_head(dtype):
     logits, labels = torch.randn(4, 5, 3, dtype=dtype), torch.tensor([0, 1, 2, 0, 1])
     head = torch.ops.lasem_fast.posterior_head.default
     torch.library.opcheck(head, (logits, labels, torch.zeros(4, dtype=dtype), 0))
+    backward = torch.ops.lasem_fast.posterior_head_backward.default
+    torch.library.opcheck(backward, (logits, torch.rand(4, dtype=dtype)))
 
 
 @pytest.mark.parametrize("pool", [2, 3])
@@ -585,6 +587,47 @@ def test_posterior_head(mean, shape, dtype):
     torch.testing.assert_close(grad.double(), want_grad, rtol=tolerance, atol=tolerance)
     if shape[0] > 1:
         assert got[1][0] == 0 and not grad[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nll_has_a_gradient_for_other_weights(dtype):
+    """Alone, beside the loss, and where nothing of a configuration may be read."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 4, 3, dtype=dtype)
+    labels, prior = torch.tensor([0, 1, 2, 0]), torch.zeros(5, dtype=dtype)
+    weights = torch.tensor([0.5, 0.0, -0.2, 0.0, 1e-3], dtype=dtype)
+    leaf, wide = (logits.detach().to(t, copy=True).requires_grad_() for t in (dtype, torch.double))
+    got = ops.posterior_head(leaf, labels, prior, nll_grad=True)
+    want = head_reference(wide, labels, prior.double(), False)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for with_loss in (0, 3):
+        (grad,) = torch.autograd.grad(
+            (weights * got[2]).sum() + with_loss * got[3], leaf, retain_graph=True
+        )
+        (exact,) = torch.autograd.grad(
+            (weights.double() * want[2]).sum() + with_loss * want[3], wide, retain_graph=True
+        )
+        torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=tolerance)
+    logits[3] = torch.nan
+    leaf = logits.requires_grad_()
+    nll = ops.posterior_head(leaf, labels, prior, nll_grad=True)[2]
+    nll.backward(weights)
+    assert leaf.grad.isfinite().all() and not leaf.grad[[1, 3]].any()
+    assert not ops.posterior_head(leaf, labels, prior)[2].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(2)), "residual must have shape"),
+        ((torch.zeros(2, 0, 4), torch.zeros(2)), "residual must not be empty"),
+        ((torch.zeros(2, 3, 4), torch.zeros(3)), "weights must have shape"),
+        ((torch.zeros(2, 3, 4), torch.zeros(2).double()), "weights must have dtype"),
+    ],
+)
+def test_posterior_head_backward_errors(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lasem_fast.posterior_head_backward.default(*arguments)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -12,7 +12,11 @@ from row_lists import PLAIN, evaluator_of
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast.search.m_step import drawn, pruned
+from lasem_fast.backends import cpu_ops
+from lasem_fast.search import search
+from lasem_fast.search.m_step import MStep, drawn, pruned
+
+needs_kernels = pytest.mark.skipif(not cpu_ops.supported(), reason=cpu_ops.why_unsupported())
 
 MASSES = st.sampled_from([1e-6, 1e-2, 0.1, 0.3, 0.9])
 
@@ -115,6 +119,79 @@ def test_with_nothing_to_leave_out_a_step_is_the_exact_one(backend, prior):
         results.append([step.loss, step.posterior, step.nll, em.prior("a"), *gradients])
     for exact, pruned_ in zip(*results, strict=True):
         assert torch.equal(exact, pruned_)
+
+
+@needs_kernels
+@pytest.mark.parametrize("likelihood", ["joint", "mean"])
+@pytest.mark.parametrize("options", [{"prune": 0.3}, {"m_step_draws": 3}], ids=str)
+def test_a_fused_head_scores_once_and_follows_what_is_kept(options, likelihood, monkeypatch):
+    """In float64 the levels are PyTorch's, so that only the head is the kernel's."""
+    net = small_net()
+    x, y = batch(samples=1)  # few samples leave several configurations probable
+    em = lf.LASEM(net, backend="cpp", likelihood=likelihood, **options)
+    exact = brute_force(net, em.space.bits, x, y, "a", likelihood=likelihood)
+    calls = []
+    head = cpu_ops._posterior_head
+    monkeypatch.setattr(search, "evidence", lambda *_: pytest.fail("scored a second time"))
+    monkeypatch.setattr(cpu_ops, "_posterior_head", lambda *a: calls.append(a) or head(*a))
+    with torch.random.fork_rng():
+        step = em(x, y, "a")
+    kept = MStep(options.get("prune", 0.0), options.get("m_step_draws")).weights(step.posterior)
+    assert len(calls) == 1 and float(step.dropped_mass) > 0
+    assert_equals(step.dropped_mass, kept.dropped_mass, "dropped_mass")
+    truth = brute_force(
+        net, em.space.bits, x, y, "a", likelihood=likelihood, posterior=kept.weights
+    )
+    assert_step_equals(net, step, truth._replace(posterior=exact.posterior))
+
+
+@needs_kernels
+def test_a_pruned_step_through_a_fused_head_has_gradients_of_gradients():
+    net, found = small_net(extra=(nn.Tanh,)), []
+    x, y = batch(samples=1)
+    x.requires_grad_()
+    for backend in ("cpp", "reference"):
+        loss = lf.LASEM(net, backend=backend, prune=0.3)(x, y, "a").loss
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append((first.detach(), *torch.autograd.grad(first.square().sum(), x)))
+    for got, want in zip(*found, strict=True):
+        assert_equals(got, want, "gradient")
+
+
+@needs_kernels
+def test_what_overflows_is_left_out_of_a_pruned_step_through_a_fused_head():
+    net = small_net()
+    x, y = batch(samples=1)
+    with torch.no_grad():
+        net.shared[0][0].weight.mul_(1e200)
+        net.shared[1][0].weight.mul_(1e200)
+    steps = [lf.LASEM(net, backend=b, prune=0.3)(x, y, "a") for b in ("cpp", "reference")]
+    assert bool((steps[0].posterior == 0).any()) and float(steps[0].dropped_mass) > 0
+    for name, got, want in zip(steps[0]._fields, *steps, strict=True):
+        assert_equals(got.detach(), want.detach(), name)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", [1, 1e200])
+def test_where_values_are_not_read_a_bad_step_shows_in_its_loss(scale, monkeypatch):
+    net = small_net()
+    x, y = batch(samples=1)
+    steps = []
+    for backend, prior in (("cpp", "count"), ("torch", "count"), ("cpp", None)):
+        em = lf.LASEM(net, backend=backend, prior=prior or _Nothing(), prune=0.3)
+        monkeypatch.setattr(em, "_reads_values", lambda x: False)
+        steps.append(em(scale * scale * x, y, "a"))
+    for name, got, want in zip(steps[0]._fields, *steps[:2], strict=True):
+        if scale == 1 or name == "loss":
+            assert_equals(got.detach().nan_to_num(7), want.detach().nan_to_num(7), name)
+    assert steps[0].loss.isnan() == (scale > 1) and steps[2].loss.isnan()
+
+
+class _Nothing(lf.priors.Prior):
+    """Excludes every configuration."""
+
+    def log_prob(self, task):
+        return super().log_prob(task) - torch.inf
 
 
 def test_dropout_goes_with_pruning():

@@ -39,4 +39,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> posterior_head(const Tensor& 
                                                                   const Tensor& log_prior,
                                                                   int64_t likelihood);
 
+Tensor posterior_head_backward(const Tensor& residual, const Tensor& weights);
+
 }  // namespace lasem_fast

@@ -1,4 +1,5 @@
-// Logits and labels of every configuration -> likelihoods, posterior, loss and d(loss)/d(logits).
+// Logits and labels of every configuration -> likelihoods, posterior, loss and residuals; those and
+// a weight for each configuration -> d(logits).
 
 #include <cmath>
 #include <limits>
@@ -55,10 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(const Tensor& logits, con
   Tensor nll_out = torch::stable::new_empty(logits, {size, 1});
   Tensor loss_out =
       torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef(size, size_t{0}));
-  Tensor dlogits_out = torch::stable::empty_like(logits);
+  Tensor residual_out = torch::stable::empty_like(logits);
   const T* in = logits.const_data_ptr<T>();
   const int64_t* label = labels.const_data_ptr<int64_t>();
-  T* dlogits = dlogits_out.mutable_data_ptr<T>();
+  T* residual = residual_out.mutable_data_ptr<T>();
   for (int64_t i = 0; i < samples; ++i)
     STD_TORCH_CHECK(label[i] >= 0 && label[i] < classes, "labels must lie in [0, ", classes,
                     "), got ", label[i], " at ", i);
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(const Tensor& logits, con
       double sum = 0;
       for (int64_t i = 0; i < samples; ++i) {
         const int64_t at = (c * samples + i) * classes;
-        row[i] = softmax_row(in + at, classes, label[i], dlogits + at);
+        row[i] = softmax_row(in + at, classes, label[i], residual + at);
         sum += row[i];
       }
       nll[c] = -sum / samples;
@@ -102,19 +103,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run(const Tensor& logits, con
     loss += posterior * nll[c];
   }
   *loss_out.mutable_data_ptr<T>() = static_cast<T>(loss);
+  return {likelihood_out, posterior_out, nll_out, loss_out, residual_out};
+}
 
-  const T* posterior = posterior_out.const_data_ptr<T>();
+template <class T>
+Tensor scaled(const Tensor& residual, const Tensor& weights) {
+  const int64_t configs = residual.size(0), samples = residual.size(1);
+  const int64_t size = samples * residual.size(2);
+  Tensor dlogits = torch::stable::empty_like(residual);
+  const T* weight = weights.const_data_ptr<T>();
+  const T* from = residual.const_data_ptr<T>();
+  T* to = dlogits.mutable_data_ptr<T>();
+  // About ten microseconds of work for each thread that is woken.
+  const int64_t grain = 1 + (1 << 15) / size;
   torch::stable::parallel_for(0, configs, grain, [&](int64_t begin, int64_t end) {
     const SubnormalsAreZero scope;
     for (int64_t c = begin; c < end; ++c) {
-      const double scale = static_cast<double>(posterior[c]) / samples;
-      T* row = dlogits + c * samples * classes;
+      const double scale = static_cast<double>(weight[c]) / samples;
       // Written, not multiplied: 0 * NaN would be NaN.
-      for (int64_t k = 0; k < samples * classes; ++k)
-        row[k] = scale > 0 ? static_cast<T>(scale * row[k]) : T{0};
+      for (int64_t k = c * size; k < (c + 1) * size; ++k)
+        to[k] = scale != 0 ? static_cast<T>(scale * from[k]) : T{0};
     }
   });
-  return {likelihood_out, posterior_out, nll_out, loss_out, dlogits_out};
+  return dlogits;
 }
 
 }  // namespace
@@ -137,6 +148,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> posterior_head(const Tensor& 
   return logits.scalar_type() == ScalarType::Double
              ? run<double>(logits, labels, log_prior, likelihood == 1)
              : run<float>(logits, labels, log_prior, likelihood == 1);
+}
+
+Tensor posterior_head_backward(const Tensor& residual, const Tensor& weights) {
+  check_float(residual, "residual");
+  STD_TORCH_CHECK(residual.dim() == 3, "residual must have shape (configurations, N, K), got ",
+                  residual.dim(), " dimensions");
+  const int64_t configs = residual.size(0);
+  STD_TORCH_CHECK(residual.numel() > 0, "residual must not be empty");
+  check_tensor(residual, "residual", residual.scalar_type(),
+               {configs, residual.size(1), residual.size(2)});
+  check_tensor(weights, "weights", residual.scalar_type(), {configs});
+  return residual.scalar_type() == ScalarType::Double ? scaled<double>(residual, weights)
+                                                      : scaled<float>(residual, weights);
 }
 
 }  // namespace lasem_fast

@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(lasem_fast, CPU, m) {
   m.impl("channels_last_linear", TORCH_BOX(&lasem_fast::channels_last_linear));
   m.impl("channels_last_linear_backward", TORCH_BOX(&lasem_fast::channels_last_linear_backward));
   m.impl("posterior_head", TORCH_BOX(&lasem_fast::posterior_head));
+  m.impl("posterior_head_backward", TORCH_BOX(&lasem_fast::posterior_head_backward));
 }
 
 namespace {

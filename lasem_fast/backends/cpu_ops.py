@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasem_fast.backends import extension, second_order
+from lasem_fast.backends import extension, head_gradient, second_order
 from lasem_fast.levels.row_liveness import Liveness
 
 _cpu, _why_no_extension = extension.load()
@@ -40,6 +40,7 @@ _library.define(
     "posterior_head(Tensor logits, Tensor labels, Tensor log_prior, int likelihood) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define("posterior_head_backward(Tensor residual, Tensor weights) -> Tensor")
 
 _level = torch.ops.lasem_fast.winograd_level.default
 _level_backward = torch.ops.lasem_fast.winograd_level_backward.default
@@ -47,6 +48,7 @@ _skip_backward = torch.ops.lasem_fast.winograd_level_skip_backward.default
 _linear = torch.ops.lasem_fast.channels_last_linear.default
 _linear_backward = torch.ops.lasem_fast.channels_last_linear_backward.default
 _posterior_head = torch.ops.lasem_fast.posterior_head.default
+_posterior_head_backward = torch.ops.lasem_fast.posterior_head_backward.default
 
 
 @torch.library.register_fake("lasem_fast::winograd_level", lib=_library)
@@ -90,6 +92,11 @@ def _(logits, labels, log_prior, likelihood):
         logits.new_empty(()),
         torch.empty_like(logits),
     )
+
+
+@torch.library.register_fake("lasem_fast::posterior_head_backward", lib=_library)
+def _(residual, weights):
+    return torch.empty_like(residual)
 
 
 def isa() -> str | None:
@@ -200,26 +207,27 @@ class ChannelsLastLinear(torch.autograd.Function):
 
 
 class PosteriorHead(torch.autograd.Function):
-    """The posterior head; only ``loss`` has a gradient, and the posterior is constant in it."""
+    """The posterior head; the posterior is constant in the gradient of ``loss``."""
 
     @staticmethod
-    def forward(ctx, logits, labels, log_prior, likelihood):
-        log_likelihood, posterior, nll, loss, dlogits = _posterior_head(
+    def forward(ctx, logits, labels, log_prior, likelihood, nll_grad):
+        log_likelihood, posterior, nll, loss, residual = _posterior_head(
             logits.contiguous(), labels.contiguous(), log_prior.contiguous(), likelihood
         )
-        ctx.save_for_backward(dlogits, logits, labels, posterior)
-        ctx.mark_non_differentiable(log_likelihood, posterior, nll)
+        ctx.save_for_backward(residual, logits, labels, posterior)
+        ctx.mark_non_differentiable(log_likelihood, posterior, *([] if nll_grad else [nll]))
         ctx.set_materialize_grads(False)
         return log_likelihood, posterior, nll, loss
 
     @staticmethod
-    def backward(ctx, _likelihood, _posterior, _nll, dloss):
-        if dloss is None:
-            return (None,) * 4
-        dlogits, *others = ctx.saved_tensors
+    def backward(ctx, _likelihood, _posterior, dnll, dloss):
+        if dnll is None and dloss is None:
+            return (None,) * 5
+        residual, *inputs, posterior = ctx.saved_tensors
+        weights = head_gradient.weights_of(posterior, dnll, dloss)
         if second_order.wanted():
-            return second_order.head_gradient(*others, dloss), None, None, None
-        return dlogits * dloss, None, None, None
+            return head_gradient.of_logits(*inputs, weights), *(None,) * 4
+        return _posterior_head_backward(residual, weights.contiguous()), *(None,) * 4
 
 
 def _full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -346,7 +354,12 @@ def channels_last_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def posterior_head(
-    logits: Tensor, labels: Tensor, log_prior: Tensor, *, mean_likelihood: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    log_prior: Tensor,
+    *,
+    mean_likelihood: bool = False,
+    nll_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Posterior of every configuration, and the loss whose gradient it weights.
 
@@ -355,6 +368,7 @@ def posterior_head(
         labels: ``[N]``, int64, in ``[0, K)``.
         log_prior: ``[configurations]``, float32 or float64; ``-inf`` excludes a configuration.
         mean_likelihood: ``L_c = log mean_i p_i`` instead of the joint ``sum_i log p_i``.
+        nll_grad: whether ``nll`` has a gradient too, for a loss with other weights.
 
     Returns:
         ``log_likelihood``, ``posterior``, ``nll`` (``[configurations]`` each) and ``loss``, the sum
@@ -366,4 +380,4 @@ def posterior_head(
         RuntimeError: a shape or dtype that does not fit, or a label out of range.
     """
     (logits,) = _full_precision(logits)
-    return PosteriorHead.apply(logits, labels, log_prior, int(mean_likelihood))
+    return PosteriorHead.apply(logits, labels, log_prior, int(mean_likelihood), nll_grad)

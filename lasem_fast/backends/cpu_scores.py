@@ -19,6 +19,7 @@ def scores(
     task: str,
     count: bool = True,
     paired: bool = False,
+    nll_grad: bool = False,
 ) -> Scores | None:
     """Likelihoods, posterior and loss of a classification mini-batch on the CPU.
 
@@ -31,6 +32,7 @@ def scores(
         task: whose prior it is.
         count: of no account here.
         paired: whether there are two sets of logits, which this operation does not take.
+        nll_grad: whether the nll has a gradient.
 
     Returns:
         The scores; None for another likelihood, device or dtype, or two sets of logits.
@@ -45,4 +47,5 @@ def scores(
     log_prior = prior.log_prob(task)
     if log_prior.dtype in (torch.float16, torch.bfloat16):
         log_prior = log_prior.float()
-    return Scores(*cpu_ops.posterior_head(logits, y, log_prior, mean_likelihood=mean))
+    out = cpu_ops.posterior_head(logits, y, log_prior, mean_likelihood=mean, nll_grad=nll_grad)
+    return Scores(*out)

@@ -98,25 +98,44 @@ def _followed_gradients(
     live: Tensor,
     places: Places,
 ) -> list[Tensor | None]:
+    """Parents whose rows count in the same branches are one batch."""
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for parent, counts in enumerate(live[places.rows].tolist()):
+        taken = tuple(branch for branch, counted in enumerate(counts) if counted)
+        if taken:
+            classes.setdefault(taken, []).append(parent)
     parents, branches = places.rows.shape
-    dx = torch.zeros_like(x) if wanted[0] else None
-    parts = []
-    for b, own in enumerate(weight.chunk(branches)):
-        upstream, alive = dy.chunk(branches, dim=1)[b], live[places.rows[:, b]]
-        if bool(alive.all()):
-            back, *of_weights = _gradients(core, x, own, upstream, wanted)
-            dx = None if dx is None else dx + back
-        else:
-            rows = alive.nonzero().flatten()
-            index = _samples_of(rows, parents, x.shape[0] // parents, places.samples_first)
-            back, *of_weights = _gradients(core, x[index], own, upstream[index], wanted)
-            dx = None if dx is None else dx.index_add(0, index, back)
-        parts.append(of_weights)
-    gathered = [
-        torch.cat([part[i] for part in parts]) if wants else None
-        for i, wants in enumerate(wanted[1:])
-    ]
-    return [dx, *gathered]
+    dx = dweight = dbias = None
+    if wanted[0]:
+        every = sum(map(len, classes.values())) == parents
+        dx = torch.empty_like(x) if every else torch.zeros_like(x)
+    if wanted[1]:
+        dweight = torch.zeros_like(weight)
+    if wanted[2]:
+        dbias = weight.new_zeros(weight.shape[0])
+    for taken, members in classes.items():
+        rows, upstream = x, _channels(dy, taken, branches, 1)
+        images = torch.tensor(members, device=x.device)
+        images = _samples_of(images, parents, x.shape[0] // parents, places.samples_first)
+        if len(members) < parents:
+            rows, upstream = x.index_select(0, images), upstream.index_select(0, images)
+        own = _channels(weight, taken, branches, 0)
+        back, *of_weights = _gradients(core, rows, own, upstream, wanted)
+        if dx is not None:
+            dx.index_copy_(0, images, back)
+        for total, part in zip((dweight, dbias), of_weights, strict=True):
+            if total is not None:
+                for branch, gradient in zip(taken, part.chunk(len(taken)), strict=True):
+                    total.unflatten(0, (branches, -1))[branch].add_(gradient)
+    return [dx, dweight, dbias]
+
+
+def _channels(values: Tensor, taken: tuple[int, ...], branches: int, dim: int) -> Tensor:
+    """The channels of some branches, which lie side by side."""
+    if len(taken) == branches:
+        return values
+    parts = values.chunk(branches, dim)
+    return torch.cat([parts[branch] for branch in taken], dim) if taken[1:] else parts[taken[0]]
 
 
 def _samples_of(rows: Tensor, parents: int, samples: int, samples_first: bool) -> Tensor:

@@ -23,9 +23,10 @@ class Scores(NamedTuple):
     Attributes:
         log_likelihood: L_c ``[C]``; -inf where a configuration overflowed.
         posterior: P(c | X, y) ``[C]``; 0 where it overflowed.
-        nll: mean of -log P(y_i | x_i, c) ``[C]``; inf where it overflowed.
-        loss: scalar, the sum of ``posterior * nll`` with the posterior held constant; the only
-            output with a gradient. NaN if a configuration overflowed.
+        nll: mean of -log P(y_i | x_i, c) ``[C]``; inf where it overflowed. Has a gradient where
+            that is asked for.
+        loss: scalar, the sum of ``posterior * nll`` with the posterior held constant, with its
+            gradient. NaN if a configuration overflowed.
         counted: whether the operation has updated the prior itself.
     """
 
@@ -114,10 +115,14 @@ HeadOperation = Callable[[nn.Module, Fold, int, "Sequence[int] | None"], "Tensor
 """``(head, h, rows, order) -> logits [rows * N, K]``, rows outermost, row ``order[i]`` at place i
 (None: as they are)."""
 
-ScoreOperation = Callable[[Tensor, Tensor, "Likelihood", "Prior", str, bool, bool], "Scores | None"]
-"""``(logits [C, N, K], y, likelihood, prior, task, count, paired) -> scores``: the posterior head
-of one mini-batch; without ``count`` the prior stays as it is. ``paired``: logits ``[2, C, N, K]``,
-the E-step's, which have no gradient, before the M-step's, of which the loss is."""
+ScoreOperation = Callable[
+    [Tensor, Tensor, "Likelihood", "Prior", str, bool, bool, bool], "Scores | None"
+]
+"""``(logits [C, N, K], y, likelihood, prior, task, count, paired, nll_grad) -> scores``: the
+posterior head of one mini-batch; without ``count`` the prior stays as it is. ``paired``: logits
+``[2, C, N, K]``, the E-step's, which have no gradient, before the M-step's, of which the loss is.
+``nll_grad``: an M-step may weigh configurations by something else than the posterior, so that the
+nll of a single set of logits has a gradient."""
 
 
 class Operations(NamedTuple):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -115,25 +114,3 @@ class Level(NamedTuple):
 
 # As the kernels write them.
 _SHUT, _CLOSED = 16, 255
-
-
-def head_gradient(
-    logits: Tensor, target: Tensor, posterior: Tensor, dloss: Tensor, sigma: float | None = None
-) -> Tensor:
-    """d(loss)/d(logits) of a posterior head, the posterior held constant.
-
-    Args:
-        logits: ``[C, N, K]``.
-        target: labels ``[N]``; with ``sigma``, the Gaussian likelihood's values ``[N, K]``.
-        posterior: ``[C]``; where it is 0 there is no gradient.
-        dloss: scalar.
-        sigma: of the Gaussian likelihood; None for classification.
-    """
-    scale = (posterior / logits.shape[1])[:, None, None]
-    # chosen before it is used: 0 * NaN is NaN, in gradients too
-    logits = torch.where(scale > 0, logits.to(posterior.dtype), 0)
-    if sigma is None:
-        residual = logits.softmax(dim=2) - F.one_hot(target, logits.shape[2])
-    else:
-        residual = (logits - target) / sigma**2
-    return dloss * torch.where(scale > 0, scale * residual, 0)

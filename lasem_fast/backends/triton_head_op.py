@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lasem_fast.backends import second_order
+from lasem_fast.backends import head_gradient, second_order
 
 LIKELIHOODS = ("joint", "mean", "gaussian")
 
@@ -73,34 +73,36 @@ def _check(logits, target, log_prior, wins, initial, likelihood, sigma):
 
 
 class _PosteriorHead(torch.autograd.Function):
-    """Only ``loss`` has a gradient, and the posterior is constant in it."""
+    """The posterior is constant in the gradient of ``loss``."""
 
     @staticmethod
-    def forward(ctx, logits, target, *others):
+    def forward(ctx, logits, target, nll_grad, *others):
         log_likelihood, posterior, nll, loss, dlogits = _posterior_head(logits, target, *others)
         ctx.save_for_backward(dlogits, logits, target, posterior)
         ctx.dtype = logits.dtype
         likelihood, sigma = others[-2:]
         ctx.sigma = sigma if LIKELIHOODS[likelihood] == "gaussian" else None
-        ctx.mark_non_differentiable(log_likelihood, posterior, nll)
+        ctx.mark_non_differentiable(log_likelihood, posterior, *([] if nll_grad else [nll]))
+        ctx.nll_grad = nll_grad
         ctx.set_materialize_grads(False)
         return log_likelihood, posterior, nll, loss
 
     @staticmethod
-    def backward(ctx, _likelihood, _posterior, _nll, dloss):
-        if dloss is None:
-            return (None,) * 7
-        dlogits, *saved = ctx.saved_tensors
-        if second_order.wanted():
-            logits, *others = saved
+    def backward(ctx, _likelihood, _posterior, dnll, dloss):
+        dnll = dnll if ctx.nll_grad else None  # a compiled backward may bring zeros
+        if dnll is None and dloss is None:
+            return (None,) * 8
+        dlogits, logits, target, posterior = ctx.saved_tensors
+        if dnll is not None or second_order.wanted():
             m_step = logits[1] if logits.dim() == 4 else logits
-            dlogits = second_order.head_gradient(m_step, *others, dloss, ctx.sigma).to(ctx.dtype)
+            weights = head_gradient.weights_of(posterior, dnll, dloss)
+            dlogits = head_gradient.of_logits(m_step, target, weights, ctx.sigma).to(ctx.dtype)
             if logits.dim() == 4:
                 dlogits = torch.stack([torch.zeros_like(dlogits), dlogits])
-            return dlogits, *(None,) * 6
+            return dlogits, *(None,) * 7
         # in float32 until the loss's scale is in: half precision would lose small posteriors
         out = torch.empty_like(dlogits, dtype=ctx.dtype)
-        return torch.mul(dlogits, dloss, out=out), *(None,) * 6
+        return torch.mul(dlogits, dloss, out=out), *(None,) * 7
 
 
 def posterior_head(
@@ -112,6 +114,7 @@ def posterior_head(
     initial: float | None = None,
     likelihood: str = "joint",
     sigma: float = 1.0,
+    nll_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Posterior of every configuration, the loss whose gradient it weights, and the new count.
 
@@ -128,6 +131,8 @@ def posterior_head(
             ``wins[c] + initial`` as it was before this mini-batch.
         likelihood: ``"joint"``, ``"mean"`` or ``"gaussian"``.
         sigma: of the Gaussian likelihood.
+        nll_grad: whether ``nll`` has a gradient too, for a loss with other weights; of logits
+            ``[C, N, K]`` only.
 
     Returns:
         ``log_likelihood``, ``posterior``, ``nll`` (``[C]`` each) and ``loss``, float32, as
@@ -136,5 +141,7 @@ def posterior_head(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
+    if nll_grad and logits.dim() != 3:
+        raise ValueError(f"nll_grad: expected logits [C, N, K], got shape {list(logits.shape)}")
     kind = LIKELIHOODS.index(likelihood)
-    return _PosteriorHead.apply(logits, target, log_prior, wins, initial, kind, sigma)
+    return _PosteriorHead.apply(logits, target, nll_grad, log_prior, wins, initial, kind, sigma)

@@ -25,6 +25,7 @@ def scores(
     task: str,
     count: bool = True,
     paired: bool = False,
+    nll_grad: bool = False,
 ) -> Scores | None:
     """Likelihoods, posterior and loss of a mini-batch.
 
@@ -36,6 +37,7 @@ def scores(
         task: whose prior it is.
         count: whether the prior may be updated.
         paired: whether ``logits`` are the E-step's before the M-step's, ``[2, C, N, ...]``.
+        nll_grad: whether the nll of a single set has a gradient.
 
     Returns:
         The scores; None for another likelihood, double precision, or a CPU without the interpreter.
@@ -56,7 +58,7 @@ def scores(
         log_prior = prior.log_prob(task).contiguous()
     out = posterior_head(
         logits, y, log_prior=log_prior, wins=wins, initial=initial, likelihood=kind,
-        sigma=getattr(likelihood, "sigma", 1.0),
+        sigma=getattr(likelihood, "sigma", 1.0), nll_grad=nll_grad and not paired,
     )  # fmt: skip
     return Scores(*out, counted=wins is not None)
 

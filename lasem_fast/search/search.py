@@ -17,7 +17,7 @@ from lasem_fast.networks.network import Network
 from lasem_fast.priors import Prior
 from lasem_fast.search import dispatch
 from lasem_fast.search.m_step import MStep
-from lasem_fast.search.posterior import evidence, expected_nll, posterior_of
+from lasem_fast.search.posterior import Evidence, evidence, expected_nll, posterior_of
 from lasem_fast.tree.evaluation import Evaluation, Evaluator
 
 
@@ -112,18 +112,24 @@ class Search:
             e_output = evaluation.e_step
             checks.check_logits_device(e_output, y, network.task)
             self.likelihood.check_target(y, e_output, values=reads_values)
-            if frozen is None and rows is None and self._may_follow_all(reads_values):
-                exact = self.m_step.is_exact
-                found = self._scored(evaluation, y, network.task, reads_values, counts and exact)
-                if found is not None and (exact or self.m_step.follows_all(found.posterior)):
-                    return found
-            e_step = evidence(e_output, y, self.likelihood)
-            if reads_values and (overflowed := _numbers(~torch.isfinite(e_step.nll), rows)):
-                bad.update(overflowed)
-                continue
+            scores = None
+            if frozen is None and rows is None:
+                scores = self._scored(evaluation, y, network.task, reads_values, counts)
+            if scores is not None and self._follows_all(scores.posterior, reads_values):
+                return _of_scores(scores)
+            if scores is not None:
+                e_step = Evidence(scores.log_likelihood, scores.nll)
+            else:
+                e_step = evidence(e_output, y, self.likelihood)
+                if reads_values and (overflowed := _numbers(~torch.isfinite(e_step.nll), rows)):
+                    bad.update(overflowed)
+                    continue
             log_likelihood = self._spread(e_step.log_likelihood, rows, bad, -torch.inf)
             if frozen is None:
-                posterior = self._infer(network.task, log_likelihood, reads_values)
+                if scores is not None:
+                    posterior = scores.posterior
+                else:
+                    posterior = self._infer(network.task, log_likelihood, reads_values)
                 weights = self.m_step.weights(posterior)
             followed = weights.weighs
             part = evaluation.m_step(followed if rows is None else _picked(followed, rows))
@@ -131,25 +137,31 @@ class Search:
             m_step = e_step
             if part.logits is not e_output:
                 m_step = evidence(part.logits, y, self.likelihood)
-            if reads_values and (overflowed := _numbers(~torch.isfinite(m_step.nll), m_rows)):
-                bad.update(overflowed)
-                continue
+                if reads_values and (overflowed := _numbers(~torch.isfinite(m_step.nll), m_rows)):
+                    bad.update(overflowed)
+                    continue
             break
         if reads_values and weights.weighs is not None and frozen is None and rows is None:
             self._note(network.task, evaluation, weights.weighs)
+        loss = expected_nll(_picked(weights.weights, m_rows), m_step.nll)
+        nll = e_step.nll.detach()
+        if not reads_values:
+            nll = _finite_or_inf(nll)
+            if scores is not None:  # a mini-batch that no configuration explains shows there
+                loss = torch.where(torch.isnan(scores.loss.detach()), torch.nan, loss)
         return Found(
-            loss=expected_nll(_picked(weights.weights, m_rows), m_step.nll),
+            loss=loss,
             weights=weights.weights,
             posterior=posterior.to(log_likelihood),
             log_likelihood=log_likelihood,
-            nll=self._spread(_finite_or_inf(e_step.nll.detach()), rows, bad, torch.inf),
+            nll=self._spread(nll, rows, bad, torch.inf),
             dropped_mass=weights.dropped_mass,
             counted=False,
         )
 
-    def _may_follow_all(self, reads_values: bool) -> bool:
-        """Whether an M-step that follows every configuration is possible, and seen to be one."""
-        return self.m_step.is_exact or (reads_values and self.m_step.draws is None)
+    def _follows_all(self, posterior: Tensor, reads_values: bool) -> bool:
+        """Whether the M-step is seen to follow every configuration with its posterior."""
+        return self.m_step.is_exact or (reads_values and self.m_step.follows_all(posterior))
 
     def _all_but(self, bad: set[int]) -> tuple[int, ...] | None:
         """The configurations that are left; None for all."""
@@ -200,8 +212,8 @@ class Search:
 
     def _scored(
         self, evaluation: Evaluation, y: Tensor, task: str, reads_values: bool, counts: bool
-    ) -> Found | None:
-        """The step through a backend's posterior head.
+    ) -> Scores | None:
+        """What a backend's posterior head gives; its nll has a gradient for an M-step of its own.
 
         None where it has none, or where a configuration is to be left out.
         """
@@ -213,14 +225,18 @@ class Search:
             return None
         if checks.is_transformed():
             return None
+        exact = self.m_step.is_exact  # else more follows, which may fail: nothing is counted yet
         for operation in self._scores:
-            scores = operation(output, y, self.likelihood, self.prior, task, counts, paired)
+            scores = operation(
+                output, y, self.likelihood, self.prior, task, counts and exact, paired,
+                not (exact or paired),
+            )  # fmt: skip
             if scores is None:
                 continue
             # one value that is not finite makes the sum so, and the loss alone may hide it
             if reads_values and not math.isfinite((scores.nll.sum() + scores.loss).item()):
                 return None
-            return _of_scores(scores)
+            return scores
         return None
 
     def _infer(self, task: str, log_likelihood: Tensor, reads_values: bool) -> Tensor:
@@ -264,7 +280,7 @@ def _of_scores(scores: Scores) -> Found:
         weights=scores.posterior,
         posterior=scores.posterior,
         log_likelihood=scores.log_likelihood,
-        nll=scores.nll,
+        nll=scores.nll.detach(),
         dropped_mass=None,
         counted=scores.counted,
     )

@@ -12,6 +12,7 @@ from lasem_fast.backends import triton_head_op
 from lasem_fast.backends.triton_head_op import posterior_head
 from lasem_fast.kernels import posterior_head as kernels
 from lasem_fast.likelihoods import Gaussian, Joint, Mean
+from lasem_fast.search import search
 from lasem_fast.search.posterior import evidence, expected_nll, posterior_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for -inf - -inf
@@ -246,6 +247,7 @@ GOOD = {"logits": torch.zeros(2, 3, 4), "target": torch.zeros(3).long()}
         ({"wins": torch.zeros(4).long()[::2]}, "wins: expected a contiguous tensor"),
         ({"initial": 1.0}, "initial: expected wins and no log_prior"),
         ({"likelihood": "gaussian", "target": torch.zeros(3, 4), "sigma": 0.0}, "sigma: expected"),
+        ({"logits": torch.zeros(2, 2, 3, 4), "nll_grad": True}, "nll_grad: expected logits"),
     ],
 )
 def test_errors(changed, message):
@@ -329,3 +331,50 @@ def test_logits_of_the_m_step_beside_those_of_the_e_step(likelihood, bad):
     (right,) = torch.autograd.grad(want, leaf)
     torch.testing.assert_close(gradient[1].double(), right, rtol=16 * EPS, atol=EPS)
     assert not gradient[0].any()
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_nll_has_a_gradient_for_other_weights(likelihood):
+    """Nothing of a configuration without weight is read, and a label out of range stops nothing."""
+    logits = torch.randn(4, 3, 5)
+    weights = torch.tensor([0.5, 0.0, 1e-3, 0.2])
+    y = torch.randn(3, 5) if likelihood == "gaussian" else torch.tensor([0, 4, 2])
+
+    def gradient(nll, leaf):
+        return torch.autograd.grad((weights.to(nll.dtype) * nll).sum(), leaf)[0]
+
+    def fused(logits, y):
+        leaf = logits.clone().requires_grad_()
+        options = {"likelihood": likelihood, "sigma": SIGMA, "nll_grad": True}
+        return gradient(posterior_head(leaf, y, **options)[2], leaf)
+
+    def plainly(dtype):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        target = y.to(dtype) if likelihood == "gaussian" else y
+        return gradient(evidence(leaf, target, LIKELIHOODS[likelihood]).nll, leaf)
+
+    exact = plainly(torch.float64)
+    allowed = max((plainly(torch.float32) - exact).abs().max(), EPS * exact.abs().max())
+    assert (fused(logits, y) - exact).abs().max() <= 2 * allowed
+    logits[1] = torch.nan
+    assert torch.equal(fused(logits, y)[1], torch.zeros(3, 5))
+    if likelihood != "gaussian":
+        fused(logits, torch.tensor([0, 9, -1]))
+
+
+@pytest.mark.parametrize("options", [{"prune": 0.3}, {"m_step_draws": 2}], ids=str)
+def test_a_step_that_leaves_something_out_scores_once(options, monkeypatch):
+    net = lf.TransferNet([torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh())])
+    net.add_task("a", torch.nn.Linear(3, 2))
+    x, y = torch.randn(4, 3), torch.randint(2, (4,))
+    results = []
+    for backend in ("torch", "triton"):
+        em = lf.LASEM(net, prior=torch.tensor([0.8, 0.2]), backend=backend, **options)
+        net.zero_grad()
+        with torch.random.fork_rng():
+            step = em(x, y, "a")
+        step.loss.backward()
+        results.append((*step, torch.cat([p.grad.flatten() for p in net.parameters()])))
+        monkeypatch.setattr(search, "evidence", lambda *_: pytest.fail("scored a second time"))
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want)
