@@ -6,12 +6,12 @@
 # kernels  every tile of every kernel against float64, then every kernel's time inside a captured
 #          step, then the benchmark's rows, our columns
 # tests    the tests marked gpu, and kernels under compute-sanitizer where there is one
-# peers    the benchmark's rows, all other columns
+# peers    the benchmark's rows, all other columns, then ncu on the three slowest kernels
 # all      the three of them in the time of one (default)
 #
 # Each call is of use alone; a second one with the same folder goes on where the first one ended.
 # Leaves environment.txt, doctor.txt, tiles.jsonl, kernels.json, tests.txt, bench.json, bench.md, the
-# choices that were measured and Triton's cache in DIR, bench/results/<device> by default. PYTHON names the
+# ncu.csv, choices that were measured and Triton's cache in DIR, bench/results/<device> by default. PYTHON names the
 # interpreter (python3); MINUTES the time there is (9). --rehearse does the same on a CPU with a few
 # tests, some kernels in Triton's interpreter and one small row. What fails does not stop what comes
 # next; the exit status is 0 only if all passed and no row was refused or left out.
@@ -221,8 +221,22 @@ tests_stage() {
   fi
 }
 
+# Of the kernels of one row on which a step spends the most: where their time goes.
+profiled="residual-17 8 groups b10 bf16 cuda"
+metrics=gpu__time_duration.sum,sm__warps_active.avg.pct_of_peak_sustained_active
+for part in sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active sm lts dram; do
+  [[ $part == *.* ]] || part=${part}__throughput.avg.pct_of_peak_sustained_elapsed
+  metrics+=,$part
+done
+
 peers_stage() {
+  local kernels
   bench "$(share)" peers
+  [ -f "$out/kernels.json" ] && command -v ncu >/dev/null || return 0
+  kernels=$("$python" -m bench.profiled_step "$profiled" --slowest 3 "$out/kernels.json") || return
+  run_stage ncu "$(remaining)" ncu --clock-control none --profile-from-start off \
+    --kernel-name "regex:$kernels" --metrics "$metrics" --csv --log-file "$out/ncu.csv" \
+    "$python" -m bench.profiled_step "$profiled"
 }
 
 for one in kernels tests peers; do
