@@ -77,10 +77,29 @@ LASEM_INLINE int64_t block_rows(const LevelPlan& p, const LevelClass& of) {
   return of.block_units * p.unit * p.unit * p.rows_per_tile;
 }
 LASEM_INLINE int64_t in_batch(const LevelPlan& p, const LevelClass& of) {
-  return block_rows(p, of) * p.depth_stride + p.batch_pad;
+  return block_rows(p, of) * p.in_row + p.batch_pad;
 }
 LASEM_INLINE int64_t out_batch(const LevelPlan& p, const LevelClass& of, int64_t columns) {
   return block_rows(p, of) * columns + p.batch_pad;
+}
+
+// Weights that outgrow the L3 where there are few images to use them.
+static bool is_huge(const LevelPlan& p, int64_t units, int64_t threads, int64_t weight_bytes) {
+  const bool few = p.unit * p.unit * p.rows_per_tile * units <= 64 * kRows * threads;
+  return few && weight_bytes > 8 * kL2;
+}
+
+// Whether panels of weights go outside and blocks inside. Every thread needs a panel, and blocks
+// have whole images.
+static bool by_panel(const LevelPlan& p, int64_t units, int64_t threads, bool backward,
+                     Schedule schedule) {
+  const bool direct = p.shape.tile == 1;
+  const bool windows = backward && by_window(p.tile, p.shape.filter, p.shape.pool, direct);
+  if (direct || windows || p.units_y * p.units_x > kMaxUnits) return false;
+  if (schedule != Schedule::kByShape) return schedule == Schedule::kByPanel;
+  const int64_t weight_bytes =
+      p.batches * p.depth * p.out_stride * static_cast<int64_t>(sizeof(Scalar));
+  return is_huge(p, units, threads, weight_bytes) && p.depth_panels >= threads;
 }
 
 // The panels of a class, and its blocks where the level has `units` units.
@@ -91,7 +110,7 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
   const int64_t* rows = p.rows.row_of + c.parents[0] * s.slots;
   c.panel_count = 0;
   c.has_idle_vectors = false;
-  for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
+  for (int64_t panel = 0; panel < p.out_panels; ++panel) {
     int64_t used = 0;
     for (int64_t v = 2 * panel; v < at_most(2 * panel + 2, p.out_vectors); ++v)
       used += rows[v / p.branch_vectors] >= 0;
@@ -99,6 +118,7 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
     if (used == 1) c.has_idle_vectors = true;
   }
   c.columns = c.panel_count * kPanel;
+  c.out_row = c.columns + p.in_row - p.depth_stride;
 
   const int64_t unit_rows = p.unit * p.unit * p.rows_per_tile;
   const int64_t row_bytes =
@@ -109,20 +129,23 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
   const int64_t weight_bytes =
       p.batches * p.depth * c.columns * static_cast<int64_t>(sizeof(Scalar));
   const int64_t least = backward && weight_bytes > kL2 ? 9 * kRows : 3 * kRows;
-  const bool few = unit_rows * units <= 64 * kRows * threads;
-  const bool huge = few && weight_bytes > 8 * kL2;
+  const bool huge = is_huge(p, units, threads, weight_bytes);
   int64_t block = at_least(kL2 / 8 * 7 / row_bytes, huge ? 16 * kRows : least);
   const int64_t parts = huge ? threads : 4 * threads;
   const int64_t even = unit_rows * units / parts;
   block = at_most(block, at_least(huge ? round_up(even, kRows) : even, kRows));
   block = at_most(block, 16 * kRows * (s.tile == 1 ? 4 : 1));
   c.block_units = at_least(block / kRows * kRows / unit_rows, 1);
-  const int64_t own = c.count * s.samples * p.units_y * p.units_x;
+  // By panel a block owns whole images.
+  const int64_t per_image = p.units_y * p.units_x;
+  if (p.by_panel) c.block_units = at_least(c.block_units / per_image, 1) * per_image;
+  const int64_t own = c.count * s.samples * per_image;
   c.blocks = (own + c.block_units - 1) / c.block_units;
 }
 
 static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* classes,
-                      int64_t class_count, int64_t threads, bool backward, LevelPlan* out) {
+                      int64_t class_count, int64_t threads, bool backward, Schedule schedule,
+                      LevelPlan* out) {
   LevelPlan& p = *out;
   p = {};
   p.shape = s;
@@ -142,26 +165,30 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.branch_vectors = (s.out_channels + kLanes - 1) / kLanes;
   p.out_vectors = s.slots * p.branch_vectors;
   p.out_stride = round_up(p.out_vectors * kLanes, kPanel);
+  p.out_panels = p.out_stride / kPanel, p.depth_panels = p.depth_stride / kPanel;
   p.batch_pad = kLanes;
 
   int64_t units = 0;
   for (int64_t i = 0; i < class_count; ++i)
     units += classes[i].count * s.samples * p.units_y * p.units_x;
+  p.by_panel = by_panel(p, units, threads, backward, schedule);
+  // Rows a power of two apart would share few sets of the L1 cache.
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(Scalar));
+  p.in_row = p.depth_stride + (p.by_panel ? line : 0);
   int64_t block_units = 0, in_size = 0, panel_size = 0, out_size = 0;
   for (int64_t i = 0; i < class_count; ++i) {
     LevelClass& c = classes[i];
     plan_class(p, units, threads, backward, &c);
-    p.forward_blocks += c.blocks;
+    p.blocks += c.blocks;
     block_units = at_least(block_units, c.block_units);
     in_size = at_least(in_size, p.batches * in_batch(p, c));
     panel_size = at_least(panel_size, p.batches * out_batch(p, c, kPanel));
-    out_size = at_least(out_size, p.batches * out_batch(p, c, c.columns));
+    out_size = at_least(out_size, p.batches * out_batch(p, c, c.out_row));
   }
 
-  const int64_t panels = p.out_stride / kPanel, depth_panels = p.depth_stride / kPanel;
   p.pack_size = p.batches * p.depth * p.out_stride;
-  p.pack_items = panels * s.in_channels;
-  p.pack_back_size = depth_panels * p.batches * p.out_stride * kPanel;
+  p.pack_items = p.out_panels * s.in_channels;
+  p.pack_back_size = p.depth_panels * p.batches * p.out_stride * kPanel;
   p.pack_back_items = p.out_vectors * kLanes;
   p.in_size = in_size, p.panel_size = panel_size, p.out_size = out_size;
   p.forward_scratch = in_size + panel_size + s.in_channels;
@@ -180,6 +207,13 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.partial_size = p.bias_at + p.out_stride;
   p.finish_items = p.by_window ? outputs : p.out_vectors * s.in_channels;
   p.backward_scratch = in_size + out_size + round_up(2 * s.in_channels, kLanes) + p.window_scratch;
+  if (p.by_panel) {
+    const int64_t weights = p.batches * p.depth * kPanel, square = p.batches * kPanel * kPanel;
+    const int64_t room = kL2 / 2 / (square * static_cast<int64_t>(sizeof(Scalar)));
+    p.back_panels = at_most(at_least(room, 1), p.out_panels);
+    p.forward_scratch = weights + panel_size + s.in_channels;
+    p.backward_scratch = at_least(weights, p.back_panels * square) + 2 * s.in_channels;
+  }
 }
 
 }  // namespace LASEM_ISA
