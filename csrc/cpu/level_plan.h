@@ -83,14 +83,10 @@ LASEM_INLINE int64_t out_batch(const LevelPlan& p, const LevelClass& of, int64_t
   return block_rows(p, of) * columns + p.batch_pad;
 }
 
-// Weights that outgrow the L3 where there are few images to use them.
-static bool is_huge(const LevelPlan& p, int64_t units, int64_t threads, int64_t weight_bytes) {
-  const bool few = p.unit * p.unit * p.rows_per_tile * units <= 64 * kRows * threads;
-  return few && weight_bytes > 8 * kL2;
-}
-
-// Whether panels of weights go outside and blocks inside. Every thread needs a panel, and blocks
-// have whole images.
+// Whether panels of weights go outside and blocks inside: every panel then reads the inputs again,
+// rows / kPanel times as much as the weights are, from the L3. Measured: from 4 L2 of weights on it
+// pays up to 4 kPanel rows, most where the rows are fewest. Every thread needs a panel, and a block
+// whole images.
 static bool by_panel(const LevelPlan& p, int64_t units, int64_t threads, bool backward,
                      Schedule schedule) {
   const bool direct = p.shape.tile == 1;
@@ -99,7 +95,8 @@ static bool by_panel(const LevelPlan& p, int64_t units, int64_t threads, bool ba
   if (schedule != Schedule::kByShape) return schedule == Schedule::kByPanel;
   const int64_t weight_bytes =
       p.batches * p.depth * p.out_stride * static_cast<int64_t>(sizeof(Scalar));
-  return is_huge(p, units, threads, weight_bytes) && p.depth_panels >= threads;
+  const int64_t rows = p.unit * p.unit * units;
+  return weight_bytes > 4 * kL2 && rows <= 4 * kPanel && p.depth_panels >= threads;
 }
 
 // The panels of a class, and its blocks where the level has `units` units.
@@ -129,7 +126,8 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
   const int64_t weight_bytes =
       p.batches * p.depth * c.columns * static_cast<int64_t>(sizeof(Scalar));
   const int64_t least = backward && weight_bytes > kL2 ? 9 * kRows : 3 * kRows;
-  const bool huge = is_huge(p, units, threads, weight_bytes);
+  const bool few = unit_rows * units <= 64 * kRows * threads;
+  const bool huge = few && weight_bytes > 8 * kL2;
   int64_t block = at_least(kL2 / 8 * 7 / row_bytes, huge ? 16 * kRows : least);
   const int64_t parts = huge ? threads : 4 * threads;
   const int64_t even = unit_rows * units / parts;
@@ -209,7 +207,7 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.backward_scratch = in_size + out_size + round_up(2 * s.in_channels, kLanes) + p.window_scratch;
   if (p.by_panel) {
     const int64_t weights = p.batches * p.depth * kPanel, square = p.batches * kPanel * kPanel;
-    const int64_t room = kL2 / 2 / (square * static_cast<int64_t>(sizeof(Scalar)));
+    const int64_t room = kL2 / (square * static_cast<int64_t>(sizeof(Scalar)));
     p.back_panels = at_most(at_least(room, 1), p.out_panels);
     p.forward_scratch = weights + panel_size + s.in_channels;
     p.backward_scratch = at_least(weights, p.back_panels * square) + 2 * s.in_channels;
