@@ -51,6 +51,7 @@ struct LevelPlan {
   int64_t depth;           // inner dimension of the forward product: C, or r^2 C when direct
   int64_t depth_stride;    // depth rounded up to whole panels
   int64_t in_row;          // elements from row to row of V
+  int64_t weight_batch;    // elements from batch to batch of a panel of weights
   int64_t branch_vectors;  // vectors per slot
   int64_t out_vectors;     // vectors over all slots
   int64_t out_stride;      // outputs over all slots, rounded up to whole panels

@@ -288,7 +288,7 @@ static void block_outputs(const LevelPlan& p, const LevelForward& args, const Bl
   const int64_t m_stride = F::kDirect ? block.tiles * kPanel : out;
   for (int64_t b = 0; b < p.batches; ++b)
     gemm_panel<false>(block.tiles * p.rows_per_tile, p.depth, v + b * in, p.in_row,
-                      w + b * p.depth * kPanel, m + b * out, kPanel);
+                      w + b * p.weight_batch, m + b * out, kPanel);
   for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
     const int64_t vector = panel * 2 + h, slot = vector / p.branch_vectors;
     if (!block.unit->takes(slot)) continue;

@@ -5,6 +5,8 @@ namespace LASEM_ISA {
 
 constexpr int64_t kL2 = 1 << 20;
 constexpr int64_t kMaxUnits = 16 * kRows;  // of a block
+// By panel it separates what would lie a power of two apart, in few sets of the caches.
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Scalar));
 
 // Tiles per unit side, so that pool windows never straddle two units.
 constexpr int unit_side(int tile, int pool) {
@@ -83,20 +85,24 @@ LASEM_INLINE int64_t out_batch(const LevelPlan& p, const LevelClass& of, int64_t
   return block_rows(p, of) * columns + p.batch_pad;
 }
 
-// Whether panels of weights go outside and blocks inside: every panel then reads the inputs again,
-// rows / kPanel times as much as the weights are, from the L3. Measured: from 4 L2 of weights on it
-// pays up to 4 kPanel rows, most where the rows are fewest. Every thread needs a panel, and a block
-// whole images.
-static bool by_panel(const LevelPlan& p, int64_t units, int64_t threads, bool backward,
-                     Schedule schedule) {
-  const bool direct = p.shape.tile == 1;
-  const bool windows = backward && by_window(p.tile, p.shape.filter, p.shape.pool, direct);
-  if (direct || windows || p.units_y * p.units_x > kMaxUnits) return false;
+// Whether panels of weights go outside and blocks inside. Every panel then reads its rows' inputs
+// again, from the L3: rows / kPanel times as many bytes as there are weights. Measured with AVX2,
+// from 4 L2 of weights on it pays up to 5 kPanel rows, most where they are fewest. Every thread
+// needs a panel, and a block whole images.
+static bool by_panel(const LevelPlan& p, int64_t threads, bool backward, Schedule schedule) {
+  const LevelShape& s = p.shape;
+  const bool direct = s.tile == 1;
+  const int64_t per_image = p.units_y * p.units_x;
+  if (direct || per_image > kMaxUnits) return false;
+  if (backward && by_window(p.tile, s.filter, s.pool, direct)) return false;
   if (schedule != Schedule::kByShape) return schedule == Schedule::kByPanel;
   const int64_t weight_bytes =
       p.batches * p.depth * p.out_stride * static_cast<int64_t>(sizeof(Scalar));
-  const int64_t rows = p.unit * p.unit * units;
-  return weight_bytes > 4 * kL2 && rows <= 4 * kPanel && p.depth_panels >= threads;
+  int64_t images = 0;  // through all slots
+  for (int64_t i = 0; i < p.class_count; ++i)
+    images += p.classes[i].count * p.classes[i].slots * s.samples;
+  return weight_bytes > 4 * kL2 && p.depth_panels >= threads &&
+         p.unit * p.unit * per_image * images <= 5 * kPanel * s.slots;
 }
 
 // The panels of a class, and its blocks where the level has `units` units.
@@ -169,10 +175,9 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   int64_t units = 0;
   for (int64_t i = 0; i < class_count; ++i)
     units += classes[i].count * s.samples * p.units_y * p.units_x;
-  p.by_panel = by_panel(p, units, threads, backward, schedule);
-  // Rows a power of two apart would share few sets of the L1 cache.
-  const int64_t line = 64 / static_cast<int64_t>(sizeof(Scalar));
-  p.in_row = p.depth_stride + (p.by_panel ? line : 0);
+  p.by_panel = by_panel(p, threads, backward, schedule);
+  p.in_row = p.depth_stride + (p.by_panel ? kLine : 0);
+  p.weight_batch = p.depth * kPanel + (p.by_panel ? kLine : 0);
   int64_t block_units = 0, in_size = 0, panel_size = 0, out_size = 0;
   for (int64_t i = 0; i < class_count; ++i) {
     LevelClass& c = classes[i];
@@ -206,11 +211,12 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.finish_items = p.by_window ? outputs : p.out_vectors * s.in_channels;
   p.backward_scratch = in_size + out_size + round_up(2 * s.in_channels, kLanes) + p.window_scratch;
   if (p.by_panel) {
-    const int64_t weights = p.batches * p.depth * kPanel, square = p.batches * kPanel * kPanel;
-    const int64_t room = kL2 / (square * static_cast<int64_t>(sizeof(Scalar)));
+    const int64_t square = kPanel * kPanel;
+    const int64_t room = kL2 / (p.batches * square * static_cast<int64_t>(sizeof(Scalar)));
     p.back_panels = at_most(at_least(room, 1), p.out_panels);
-    p.forward_scratch = weights + panel_size + s.in_channels;
-    p.backward_scratch = at_least(weights, p.back_panels * square) + 2 * s.in_channels;
+    p.forward_scratch = p.batches * p.weight_batch + panel_size + s.in_channels;
+    p.backward_scratch =
+        p.batches * at_least(p.weight_batch, p.back_panels * square + kLine) + 2 * s.in_channels;
   }
 }
 

@@ -33,9 +33,9 @@ template <class F, int kPool>
 static void forward_panel(const LevelPlan& p, const LevelForward& args, Scalar* scratch,
                           int64_t panel) {
   const int64_t channels = p.shape.in_channels;
-  Scalar* m = scratch + p.batches * p.depth * kPanel;
+  Scalar* m = scratch + p.batches * p.weight_batch;
   for (int64_t c = 0; c < channels; ++c)
-    pack_channel<F>(p, static_cast<const Scalar*>(args.weight), panel, c, scratch);
+    pack_channel<F>(p, static_cast<const Scalar*>(args.weight), panel, c, scratch, p.weight_batch);
   for_blocks(p, [&](const LevelClass& of, int64_t index) {
     if (place_of(of, panel) < 0) return;
     Block block;
@@ -95,7 +95,6 @@ static void gather_both(const LevelPlan& p, const LevelBackward& args, Scalar* s
 template <class F>
 static void weight_grad_panel(const LevelPlan& p, const LevelBackward& args, Scalar* du,
                               int64_t panel) {
-  const int64_t size = p.depth * kPanel;
   for (int64_t b = 0; b < p.batches; ++b) {
     bool adds = false;
     for_blocks(p, [&](const LevelClass& of, int64_t index) {
@@ -105,20 +104,21 @@ static void weight_grad_panel(const LevelPlan& p, const LevelBackward& args, Sca
           static_cast<const Scalar*>(args.inputs) + index * p.in_size + b * in_batch(p, of);
       const Scalar* mb = static_cast<const Scalar*>(args.outputs) + index * p.out_size +
                          b * out_batch(p, of, of.out_row) + place * kPanel;
-      add_panel_grad(p, of, rows, vb, mb, adds, du + b * size);
+      add_panel_grad(p, of, rows, vb, mb, adds, du + b * p.weight_batch);
       adds = true;
     });
-    if (!adds) memset(du + b * size, 0, sizeof(Scalar) * size);
+    if (!adds) memset(du + b * p.weight_batch, 0, sizeof(Scalar) * p.weight_batch);
   }
-  for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
-    const int64_t vector = panel * 2 + h;
-    for (int64_t c = 0; c < p.shape.in_channels; ++c) {
+  const int64_t first = panel * 2, last = at_most(first + 2, p.out_vectors);
+  for (int64_t c = 0; c < p.shape.in_channels; ++c)
+    for (int64_t vector = first; vector < last; ++vector) {
       Vec u[F::kSide * F::kSide], taps[kTaps<F>];
       for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
-        u[b] = load(du + b * size + c * kPanel + h * kLanes);
+        u[b] = load(du + b * p.weight_batch + c * kPanel + (vector - first) * kLanes);
       filter_gradient<F>(u, taps);
       store_weight_grad<F>(p, args, vector, c, taps);
     }
+  for (int64_t vector = first; vector < last; ++vector) {
     Vec sum = zero();
     for (int64_t index = 0; index < p.blocks; ++index)
       sum = add(sum, load(static_cast<const Scalar*>(args.bias_sums) + index * p.out_stride +
@@ -131,13 +131,13 @@ static void weight_grad_panel(const LevelPlan& p, const LevelBackward& args, Sca
 template <class F>
 static void input_grad_panel(const LevelPlan& p, const LevelBackward& args, Scalar* w,
                              int64_t panel) {
-  const int64_t outputs = p.back_panels * kPanel;
+  const int64_t batch_stride = p.back_panels * kPanel * kPanel + kLine;
   for (int64_t first = 0; first < p.out_panels; first += p.back_panels) {
     const int64_t last = at_most(first + p.back_panels, p.out_panels);
     const int64_t begin = first * kPanel, end = at_most(last * kPanel, p.out_vectors * kLanes);
     for (int64_t o = begin; o < end; ++o)
       pack_back_output<F>(p, filter_of(p, static_cast<const Scalar*>(args.weight), o, 0), panel,
-                          w + (o - begin) * kPanel, outputs * kPanel);
+                          w + (o - begin) * kPanel, batch_stride);
     for (int64_t b = 0; b < p.batches; ++b)
       for_blocks(p, [&](const LevelClass& of, int64_t index) {
         Scalar* vb = static_cast<Scalar*>(args.inputs) + index * p.in_size + b * in_batch(p, of);
@@ -145,7 +145,7 @@ static void input_grad_panel(const LevelPlan& p, const LevelBackward& args, Scal
                            b * out_batch(p, of, of.out_row);
         for_runs(p, of, first, last, [&](int64_t at, int64_t from, int64_t depth) {
           add_run_product(p, of, args.block_rows[index], depth, mb, at,
-                          w + (b * outputs + from - begin) * kPanel, vb + panel * kPanel);
+                          w + b * batch_stride + (from - begin) * kPanel, vb + panel * kPanel);
         });
       });
   }

@@ -84,10 +84,10 @@ LASEM_INLINE void store_taps(const Vec (&taps)[kTaps<F>], Scalar* to, int64_t st
   }
 }
 
-// One input channel of one panel: to [batch][depth][kPanel].
+// One input channel of one panel: to [batch][depth][kPanel], batches `batch_stride` apart.
 template <class F>
 static inline void pack_channel(const LevelPlan& p, const Scalar* weight, int64_t panel, int64_t c,
-                                Scalar* to) {
+                                Scalar* to, int64_t batch_stride) {
   const int64_t channels = p.shape.in_channels;
   for (int64_t h = 0; h < kPanel; h += kLanes) {
     Vec taps[kTaps<F>];
@@ -99,7 +99,7 @@ static inline void pack_channel(const LevelPlan& p, const Scalar* weight, int64_
       Vec u[F::kSide * F::kSide];
       filter_transform<F>(taps, u);
       for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
-        store(to + (b * p.depth + c) * kPanel + h, u[b]);
+        store(to + b * batch_stride + c * kPanel + h, u[b]);
     }
   }
 }
@@ -111,7 +111,8 @@ static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64
   const int64_t channels = p.shape.in_channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / channels, c = item % channels;
-    pack_channel<F>(p, weight, panel, c, packed + panel * p.batches * p.depth * kPanel);
+    pack_channel<F>(p, weight, panel, c, packed + panel * p.batches * p.depth * kPanel,
+                    p.weight_batch);
   }
 }
 
