@@ -62,3 +62,11 @@ def isa(request):
     ops.force_isa(request.param)
     yield request.param
     ops.force_isa(None)
+
+
+@pytest.fixture(params=["by block", "by panel"])
+def schedule(request):
+    """Runs the test once with each schedule of a level, where the level has both."""
+    ops._cpu.force_schedule(request.param)
+    yield request.param
+    ops._cpu.force_schedule("")

@@ -138,7 +138,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("filter_size", [3, 5])
 @pytest.mark.parametrize("seed", range(60))
-def test_float64_equals_pytorch(seed, filter_size):
+def test_float64_equals_pytorch(schedule, seed, filter_size):
     tensors, sizes = draw(seed, torch.float64, filter_size, side=24)
     padding, pool, pool_pad, out_h, out_w, tile = sizes
     leaves = [t.clone().requires_grad_() for t in tensors]
@@ -156,7 +156,7 @@ def test_float64_equals_pytorch(seed, filter_size):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("pool", [1, 2, 3])
-def test_input_gradient_at_every_border(algorithm, pool):
+def test_input_gradient_at_every_border(schedule, algorithm, pool):
     """Patches overlap: the first to write a pixel stores, the others add, however tiles are cut."""
     torch.manual_seed(0)
     filter_size, tile = algorithm
@@ -181,7 +181,7 @@ def test_input_gradient_at_every_border(algorithm, pool):
 
 @pytest.mark.parametrize("filter_size", [3, 5])
 @pytest.mark.parametrize("seed", range(60))
-def test_float32_ragged_shapes(isa, seed, filter_size):
+def test_float32_ragged_shapes(isa, schedule, seed, filter_size):
     """Every element against float64, outputs poisoned; the error bound is that of whole levels."""
     tensors, sizes = draw(seed, torch.float32, filter_size)
     padding, pool, pool_pad, _out_h, _out_w, tile = sizes
@@ -208,7 +208,7 @@ def test_float32_ragged_shapes(isa, seed, filter_size):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("pool", [1, 2, 3])
 @pytest.mark.parametrize("channels", [3, 33, 64])
-def test_float32_error(isa, algorithm, pool, channels):
+def test_float32_error(isa, schedule, algorithm, pool, channels):
     torch.manual_seed(channels + pool)
     filter_size, tile = algorithm
     x = torch.randn(2, 2, 24, 24, channels).relu()
@@ -319,7 +319,7 @@ def test_code_breaks_ties_as_pytorch(isa, pool, seed):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e38])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("pool", [1, 2, 3])
-def test_bad_sample_stays_alone(isa, bad, algorithm, pool):
+def test_bad_sample_stays_alone(isa, schedule, bad, algorithm, pool):
     torch.manual_seed(0)
     filter_size, tile = algorithm
     padding = filter_size // 2
@@ -352,7 +352,7 @@ def test_bad_sample_stays_alone(isa, bad, algorithm, pool):
 @pytest.mark.parametrize(
     ("filter_size", "tile", "pool"), [(3, 4, 2), (3, 4, 3), (5, 2, 1), (5, 2, 3)]
 )
-def test_same_bits_every_time(isa, threads, filter_size, tile, pool):
+def test_same_bits_every_time(isa, schedule, threads, filter_size, tile, pool):
     torch.manual_seed(pool)
     weight = torch.randn(2, 17, 33, filter_size, filter_size) / 10
     tensors = (torch.randn(2, 3, 20, 23, 33), weight, torch.randn(2, 17))
@@ -393,7 +393,7 @@ def test_outputs_larger_than_the_caches(isa, channels, pool):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("pool", [1, 2, 3])
-def test_without_input_gradient(isa, algorithm, pool):
+def test_without_input_gradient(isa, schedule, algorithm, pool):
     filter_size, tile = algorithm
     torch.manual_seed(pool)
     x, weight = torch.randn(2, 3, 11, 14, 19), torch.randn(2, 17, 19, filter_size, filter_size)
@@ -554,6 +554,11 @@ def test_environment_chooses(value, want):
 def test_force_isa_refuses():
     with pytest.raises(ValueError, match="sse9"):
         ops.force_isa("sse9")
+
+
+def test_force_schedule_refuses():
+    with pytest.raises(ValueError, match="got by row"):
+        ops._cpu.force_schedule("by row")
 
 
 def head_reference(logits, labels, log_prior, mean):

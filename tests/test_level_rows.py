@@ -88,7 +88,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_float64_equals_pytorch(seed):
+def test_float64_equals_pytorch(schedule, seed):
     tensors, rows, sizes = draw(seed, torch.float64)
     dy, got = run(tensors, rows, sizes)
     leaves = [t.clone().requires_grad_() for t in tensors]
@@ -100,7 +100,7 @@ def test_float64_equals_pytorch(seed):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_rows_of_a_list_are_those_of_the_full_level(isa, seed, threads):
+def test_rows_of_a_list_are_those_of_the_full_level(isa, schedule, seed, threads):
     """Unused parents are not read; each row is the same, bit for bit, whatever else is in the list,
     and the gradients are those of a full level whose other rows send zero."""
     torch.set_num_threads(threads)
@@ -129,8 +129,61 @@ def test_rows_of_a_list_are_those_of_the_full_level(isa, seed, threads):
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+def run_by(schedule, *args):
+    ops._cpu.force_schedule(schedule)
+    try:
+        return run(*args)
+    finally:
+        ops._cpu.force_schedule("")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_rows_that_are_not_live_take_no_part_in_the_backward(isa, seed):
+def test_both_schedules_agree(isa, seed, threads):
+    """Outputs bit for bit; gradients are sums in another order."""
+    torch.set_num_threads(threads)
+    level = draw(seed, torch.float32)
+    dy, want = run_by("by block", *level)
+    _, got = run_by("by panel", *level, dy)
+    assert torch.equal(got[0], want[0])
+    for gradient, exact in zip(got[1:], want[1:], strict=True):
+        assert relative(gradient, exact) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "samples", "schedule"),
+    [
+        (2, (256, 512), 10, "by panel"),
+        (4, (192, 256), 10, "by panel"),
+        (4, (192, 256), 100, "by block"),  # many images
+        (4, (64, 64), 10, "by block"),  # small weights
+    ],
+)
+def test_few_images_with_large_weights_go_by_panel(isa, side, channels, samples, schedule):
+    """As float64 has them, and which schedule it was shows in the order of the gradients' sums."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    c, co = channels
+    x, bias = torch.randn(3, samples, side, side, c), torch.randn(2, co) / 10
+    weight = torch.randn(2, co, c, 3, 3) / (3 * c**0.5)
+    rows = {"parents": torch.tensor([0, 2, 0, 1, 2]), "branches": torch.tensor([1, 1, 0, 0, 0])}
+    sizes = {"padding": 1, "pool": 1, "out_size": (side, side), "tile": side, "relu": False}
+    tensors = x, weight, bias
+    dy = torch.randn(5, samples, side, side, co)
+    dy[2, 1] = 0
+    _, got = run(tensors, rows, sizes, dy)
+    for name in ("by block", "by panel"):
+        _, forced = run_by(name, tensors, rows, sizes, dy)
+        assert torch.equal(got[2], forced[2]) == (name == schedule)
+    leaves = [t.double().requires_grad_() for t in tensors]
+    want = reference(*leaves, **rows, **sizes)
+    exact = want, *torch.autograd.grad(want, leaves, dy.double())
+    for a, b in zip(got, exact, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_that_are_not_live_take_no_part_in_the_backward(isa, schedule, seed):
     tensors, rows, sizes = draw(seed, torch.float32)
     live = torch.rand(len(rows["parents"])) < 0.5
     kept = {name: values[live] for name, values in rows.items()}
@@ -196,7 +249,7 @@ def draw_tail(seed, tensors, rows, sizes, like=torch.randn):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_skips_in_float64_equal_pytorch(seed):
+def test_skips_in_float64_equal_pytorch(schedule, seed):
     tensors, rows, sizes = draw(seed, torch.float64)
     skip, tail = draw_tail(seed, tensors, rows, sizes)
     leaves = [t.clone().requires_grad_() for t in (*tensors, *([] if skip is None else [skip]))]
@@ -250,7 +303,7 @@ def test_ties_are_broken_as_in_pytorch(isa, seed):
 @pytest.mark.parametrize("relu_after", [False, True])
 @pytest.mark.parametrize("pool", [1, 2, 3])
 @pytest.mark.parametrize("bad", ["x", "skip"])
-def test_nan_passes_every_tail(isa, relu, relu_after, pool, bad):
+def test_nan_passes_every_tail(isa, schedule, relu, relu_after, pool, bad):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(1, 1, 7, 7, 5), torch.randn(1, 17, 5, 3, 3), torch.randn(1, 17)
     skip = torch.randn(1, 1, 7, 7, 17)

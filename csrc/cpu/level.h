@@ -31,9 +31,10 @@ struct LevelClass {
   int64_t* panels;        // ascending; room for those of all slots
   int64_t panel_count;    // set by the plan, as all below
   int64_t columns;        // panel_count * kPanel
+  int64_t out_row;        // elements from row to row of dM
   bool has_idle_vectors;  // whether its panels hold more than outputs of its slots
   int64_t block_units;    // units per block
-  int64_t blocks;         // of the forward
+  int64_t blocks;
 };
 
 // How a level is cut for one instruction set; sizes are in elements of the scalar type.
@@ -49,18 +50,23 @@ struct LevelPlan {
   int64_t rows_per_tile;   // rows each tile adds to a product: 1, or m^2 when direct
   int64_t depth;           // inner dimension of the forward product: C, or r^2 C when direct
   int64_t depth_stride;    // depth rounded up to whole panels
+  int64_t in_row;          // elements from row to row of V
+  int64_t weight_batch;    // elements from batch to batch of a panel of weights
   int64_t branch_vectors;  // vectors per slot
   int64_t out_vectors;     // vectors over all slots
   int64_t out_stride;      // outputs over all slots, rounded up to whole panels
   int64_t batch_pad;       // keeps the batches of a block out of one another's cache sets
-  int64_t forward_blocks;
+  int64_t blocks;
   int64_t pack_size, pack_items;              // weights for the forward product
   int64_t pack_back_size, pack_back_items;    // weights for the input gradient
   int64_t in_size, panel_size, out_size;      // V, M and dM of a block, of the largest class
   int64_t forward_scratch, backward_scratch;  // per task
   int64_t partial_size, bias_at;              // weight and bias gradient of one task
   int64_t finish_items;
-  bool by_window;  // the weight gradient goes through the windows of the pool, not transforms
+  int64_t out_panels, depth_panels;
+  bool by_panel;        // panels of weights outside, blocks inside: see weight_stationary.h
+  int64_t back_panels;  // by_panel: panels of outputs whose weights a task holds at once
+  bool by_window;       // the weight gradient goes through the windows of the pool, not transforms
   int64_t window_patches, window_lists, window_scratch;
 };
 
@@ -71,6 +77,7 @@ struct LevelForward {
   const int64_t* skip_rows;              // of every row; null: its own number
   bool relu, relu_after;
   void *y, *packed;
+  void* inputs;   // by_panel: V of all blocks
   uint8_t* code;  // see simd.h
   bool streams;   // y goes past the caches; its vectors are aligned
 
@@ -98,13 +105,20 @@ struct LevelBackward {
   uint8_t* wrote;  // [tasks][panels]: whether a task's partial holds anything for a panel
   void *dweight, *dbias;
   int64_t tasks;
+  // by_panel: of all blocks, V (later dV), dM, bias gradients [out_stride] and rows that take part
+  void *inputs, *outputs, *bias_sums;
+  int64_t* block_rows;
 };
+
+// Which way a level goes; anything but the rule of its shape is for tests.
+enum class Schedule { kByShape, kByBlock, kByPanel };
 
 // Every range is split by the caller; none of these functions starts a thread or allocates.
 // Images are counted over the parents of all classes, class after class.
 struct LevelKernels {
   void (*plan)(const LevelShape& shape, const LevelRows& rows, LevelClass* classes,
-               int64_t class_count, int64_t threads, bool backward, LevelPlan* plan);
+               int64_t class_count, int64_t threads, bool backward, Schedule schedule,
+               LevelPlan* plan);
   void (*pack)(const LevelPlan& plan, const void* weight, void* packed, int64_t begin, int64_t end);
   void (*forward)(const LevelPlan& plan, const LevelForward& args, void* scratch, int64_t begin,
                   int64_t end);
@@ -113,6 +127,19 @@ struct LevelKernels {
   void (*backward)(const LevelPlan& plan, const LevelBackward& args, void* scratch, int64_t task,
                    int64_t begin, int64_t end);
   void (*finish)(const LevelPlan& plan, const LevelBackward& args, int64_t begin, int64_t end);
+  // By panel, in this order: over blocks, panels; over blocks, panels, panels of depth, blocks.
+  void (*gather_inputs)(const LevelPlan& plan, const LevelForward& args, void* scratch,
+                        int64_t block);
+  void (*forward_panel)(const LevelPlan& plan, const LevelForward& args, void* scratch,
+                        int64_t panel);
+  void (*gather_both)(const LevelPlan& plan, const LevelBackward& args, void* scratch,
+                      int64_t block);
+  void (*weight_grad_panel)(const LevelPlan& plan, const LevelBackward& args, void* scratch,
+                            int64_t panel);
+  void (*input_grad_panel)(const LevelPlan& plan, const LevelBackward& args, void* scratch,
+                           int64_t panel);
+  void (*add_input_grads)(const LevelPlan& plan, const LevelBackward& args, void* scratch,
+                          int64_t block);
   void (*skip_gradient)(const SkipShape& shape, const SkipBackward& args, int64_t begin,
                         int64_t end);
 };

@@ -137,6 +137,41 @@ static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y,
   }
 }
 
+// vb [rows, depth] -> dU of one batch and one panel, du [depth, kPanel], stored or added.
+LASEM_INLINE void add_panel_grad(const LevelPlan& p, const LevelClass& of, int64_t rows,
+                                 const Scalar* vb, const Scalar* mb, bool adds, Scalar* du) {
+  if (adds)
+    gemm_transposed<true>(rows, p.depth, vb, p.in_row, mb, of.out_row, du, kPanel);
+  else
+    gemm_transposed<false>(rows, p.depth, vb, p.in_row, mb, of.out_row, du, kPanel);
+}
+
+// The panels of a class from `first` to `last`, run by run of neighbouring ones: run(place of its
+// first in the class, its first output, outputs).
+template <class Run>
+LASEM_INLINE void for_runs(const LevelPlan& p, const LevelClass& of, int64_t first, int64_t last,
+                           const Run& run) {
+  int64_t at = 0;
+  while (at < of.panel_count && of.panels[at] < first) ++at;
+  for (int64_t end; at < of.panel_count && of.panels[at] < last; at = end) {
+    for (end = at + 1; end < of.panel_count && of.panels[end] < last; ++end)
+      if (of.panels[end] != of.panels[end - 1] + 1) break;
+    const int64_t from = of.panels[at] * kPanel;
+    run(at, from, at_most((end - at) * kPanel, p.out_vectors * kLanes - from));
+  }
+}
+
+// One panel of dV of one batch from a run of panels, whose weights are w: the inner dimension goes
+// over the outputs of all slots. The first run stores.
+LASEM_INLINE void add_run_product(const LevelPlan& p, const LevelClass& of, int64_t rows,
+                                  int64_t depth, const Scalar* mb, int64_t at, const Scalar* w,
+                                  Scalar* to) {
+  if (at == 0)
+    gemm_panel<false>(rows, depth, mb, of.out_row, w, to, p.in_row);
+  else
+    gemm_panel<true>(rows, depth, mb + at * kPanel, of.out_row, w, to, p.in_row);
+}
+
 template <class F, int kPool>
 struct Backward {
   static constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
@@ -186,7 +221,7 @@ struct Backward {
     store(dbias + vector * kLanes, add(load(dbias + vector * kLanes), sum));
     if (kByWindow && !args.dx) return;  // nobody asks for dM
     if constexpr (side == 1) {
-      output_grad_tile<F>(d, to + u.first_tile * of.columns, m_stride);
+      output_grad_tile<F>(d, to + u.first_tile * of.out_row, m_stride);
     } else {
       for (int t = 0; t < tiles; ++t) {
         if (!u.has_tile(t / side, t % side)) continue;
@@ -195,7 +230,7 @@ struct Backward {
         for (int e = 0; e < F::kTile * F::kTile; ++e)
           part[e / F::kTile][e % F::kTile] =
               d[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile];
-        output_grad_tile<F>(part, to + u.tile(t / side, t % side) * of.columns, m_stride);
+        output_grad_tile<F>(part, to + u.tile(t / side, t % side) * of.out_row, m_stride);
       }
     }
   }
@@ -203,43 +238,26 @@ struct Backward {
   // vb [rows, depth] -> dU of one batch, panel by panel of the class; the first block stores.
   void add_weight_grad(const LevelClass& of, int64_t rows, const Scalar* vb, const Scalar* mb,
                        int64_t b) const {
-    for (int64_t i = 0; i < of.panel_count; ++i) {
-      const Scalar* from = mb + i * kPanel;
-      Scalar* to = du + (of.panels[i] * p.batches + b) * p.depth * kPanel;
-      if (wrote[of.panels[i]])
-        gemm_transposed<true>(rows, p.depth, vb, p.depth_stride, from, of.columns, to, kPanel);
-      else
-        gemm_transposed<false>(rows, p.depth, vb, p.depth_stride, from, of.columns, to, kPanel);
-    }
+    for (int64_t i = 0; i < of.panel_count; ++i)
+      add_panel_grad(p, of, rows, vb, mb + i * kPanel, wrote[of.panels[i]],
+                     du + (of.panels[i] * p.batches + b) * p.depth * kPanel);
   }
 
-  // dV of one batch; the inner dimension goes over the outputs of all slots of the class, run by
-  // run of neighbouring panels.
+  // dV of one batch.
   void input_grad(const LevelClass& of, int64_t rows, const Scalar* mb, int64_t b,
                   Scalar* vb) const {
-    for (int64_t first = 0, end; first < of.panel_count; first = end) {
-      for (end = first + 1; end < of.panel_count; ++end)
-        if (of.panels[end] != of.panels[end - 1] + 1) break;
-      const int64_t from = of.panels[first] * kPanel;
-      const int64_t depth = at_most((end - first) * kPanel, p.out_vectors * kLanes - from);
-      for (int64_t panel = 0; panel < p.depth_stride / kPanel; ++panel) {
+    for_runs(p, of, 0, p.out_panels, [&](int64_t at, int64_t from, int64_t depth) {
+      for (int64_t panel = 0; panel < p.depth_panels; ++panel) {
         const Scalar* w = static_cast<const Scalar*>(args.packed) +
                           ((panel * p.batches + b) * p.out_stride + from) * kPanel;
-        Scalar* to = vb + panel * kPanel;
-        if (first == 0)
-          gemm_panel<false>(rows, depth, mb, of.columns, w, to, p.depth_stride);
-        else
-          gemm_panel<true>(rows, depth, mb + first * kPanel, of.columns, w, to, p.depth_stride);
+        add_run_product(p, of, rows, depth, mb, at, w, vb + panel * kPanel);
       }
-    }
+    });
   }
 
-  void flush(const LevelClass& of, Unit* block, int64_t units) const {
-    if (units == 0) return;
-    const int64_t block_tiles = number_tiles(block, units), rows = block_tiles * p.rows_per_tile;
-    const int64_t in = in_batch(p, of), out = out_batch(p, of, of.columns);
-    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in;
-    const int64_t m_stride = F::kDirect ? block_tiles * of.columns : out;
+  // V and dM of a block, and the bias gradients.
+  void gather(const LevelClass& of, const Unit* block, int64_t units, int64_t v_stride,
+              int64_t m_stride) const {
     const int64_t vectors = 2 * of.panel_count;
     for (int64_t i = 0; i < units; ++i) {
       if constexpr (!kByWindow)
@@ -251,6 +269,25 @@ struct Backward {
           gather_output(of, block[i], vector, m + n * kLanes, m_stride);
       }
     }
+  }
+
+  void add_input_grads(const Unit* block, int64_t units, int64_t v_stride) const {
+    for (int64_t i = 0; i < units; ++i) {
+      const Unit& u = block[i];
+      for (int64_t ty = 0; ty < u.tiles_y; ++ty)
+        for (int64_t tx = 0; tx < u.tiles_x; ++tx)
+          input_grad_tile<F>(p, dx_of(u.image), u.y + ty * F::kTile, u.x + tx * F::kTile,
+                             edge + p.shape.in_channels, v + u.tile(ty, tx) * p.in_row, v_stride);
+    }
+  }
+
+  void flush(const LevelClass& of, Unit* block, int64_t units) const {
+    if (units == 0) return;
+    const int64_t block_tiles = number_tiles(block, units), rows = block_tiles * p.rows_per_tile;
+    const int64_t in = in_batch(p, of), out = out_batch(p, of, of.out_row);
+    const int64_t v_stride = F::kDirect ? block_tiles * p.in_row : in;
+    const int64_t m_stride = F::kDirect ? block_tiles * of.out_row : out;
+    gather(of, block, units, v_stride, m_stride);
     if constexpr (kByWindow) windows.add_block(block, units);
     for (int64_t b = 0; b < p.batches; ++b) {
       Scalar* vb = v + b * in;
@@ -260,15 +297,7 @@ struct Backward {
       if (args.dx) input_grad(of, rows, mb, b, vb);
     }
     for (int64_t i = 0; i < of.panel_count; ++i) wrote[of.panels[i]] = 1;
-    if (!args.dx) return;
-    for (int64_t i = 0; i < units; ++i) {
-      const Unit& u = block[i];
-      for (int64_t ty = 0; ty < u.tiles_y; ++ty)
-        for (int64_t tx = 0; tx < u.tiles_x; ++tx)
-          input_grad_tile<F>(p, dx_of(u.image), u.y + ty * F::kTile, u.x + tx * F::kTile,
-                             edge + p.shape.in_channels, v + u.tile(ty, tx) * p.depth_stride,
-                             v_stride);
-    }
+    if (args.dx) add_input_grads(block, units, v_stride);
   }
 
   // A sample whose gradient is exactly zero is left out, not multiplied: its input may be inf or
@@ -282,11 +311,20 @@ struct Backward {
     return false;
   }
 
-  void run(int64_t begin, int64_t end) const {
+  // Whether the image of a unit takes part; zeroes of dx what no tile will store.
+  bool begin_image(const Unit& first) const {
     const LevelShape& s = p.shape;
     const int64_t reach_y = p.units_y * R - s.pool_pad + F::kFilter - 1 - s.padding;
     const int64_t reach_x = p.units_x * R - s.pool_pad + F::kFilter - 1 - s.padding;
     const bool covered = !F::kDirect && reach_y >= s.height && reach_x >= s.width;
+    const bool part = takes_part(first);
+    if (args.dx && (!part || !covered))
+      memset(dx_of(first.image), 0, sizeof(Scalar) * s.height * s.width * s.in_channels);
+    return part;
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    const LevelShape& s = p.shape;
     Unit block[kMaxUnits];
     int64_t class_begin = 0;
     for (int64_t i = 0; i < p.class_count && class_begin < end; ++i) {
@@ -298,14 +336,10 @@ struct Backward {
       if (from >= to) continue;
       // Columns of dM that no row writes are read by the products.
       if (of.has_idle_vectors)
-        memset(m, 0, sizeof(Scalar) * p.batches * out_batch(p, of, of.columns));
+        memset(m, 0, sizeof(Scalar) * p.batches * out_batch(p, of, of.out_row));
       int64_t units = 0;
       for (int64_t image = from; image < to; ++image) {
-        const Unit first = unit_of(p, of, image, 0, 0);
-        const bool part = takes_part(first);
-        if (args.dx && (!part || !covered))
-          memset(dx_of(first.image), 0, sizeof(Scalar) * s.height * s.width * s.in_channels);
-        if (!part) continue;
+        if (!begin_image(unit_of(p, of, image, 0, 0))) continue;
         for (int64_t uy = 0; uy < p.units_y; ++uy)
           for (int64_t ux = 0; ux < p.units_x; ++ux) {
             block[units++] = unit_of(p, of, image, uy, ux);
@@ -328,8 +362,8 @@ static void backward_images(const LevelPlan& p, const LevelBackward& args, Scala
   // Weights may outgrow the caches, so dU is not zeroed but stored by the first block of a panel.
   if (p.by_window) memset(partial, 0, sizeof(Scalar) * p.bias_at);
   memset(partial + p.bias_at, 0, sizeof(Scalar) * (p.partial_size - p.bias_at));
-  uint8_t* wrote = args.wrote + task * (p.out_stride / kPanel);
-  memset(wrote, 0, p.out_stride / kPanel);
+  uint8_t* wrote = args.wrote + task * (p.out_panels);
+  memset(wrote, 0, p.out_panels);
   Scalar* edge = m + p.out_size;
   memset(edge, 0, sizeof(Scalar) * 2 * p.shape.in_channels);
   Scalar* window_scratch = edge + round_up(2 * p.shape.in_channels, kLanes);

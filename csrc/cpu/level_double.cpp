@@ -14,13 +14,24 @@
 #include "level_forward.h"
 #include "window_weight_grad.h"
 #include "level_backward.h"
+#include "weight_stationary.h"
 #include "skip_gradient.h"
 #include "level_kernels.h"
 
 namespace lasem_fast {
-const LevelKernels kLevelDouble = {
-    portable::make_plan,    portable::run_pack,   portable::run_forward,  portable::run_pack_back,
-    portable::run_backward, portable::run_finish, portable::skip_gradient};
+const LevelKernels kLevelDouble = {portable::make_plan,
+                                   portable::run_pack,
+                                   portable::run_forward,
+                                   portable::run_pack_back,
+                                   portable::run_backward,
+                                   portable::run_finish,
+                                   portable::run_gather_inputs,
+                                   portable::run_forward_panel,
+                                   portable::run_gather_both,
+                                   portable::run_weight_grad_panel,
+                                   portable::run_input_grad_panel,
+                                   portable::run_add_input_grads,
+                                   portable::skip_gradient};
 }  // namespace lasem_fast
 
 #include "isa_end.h"

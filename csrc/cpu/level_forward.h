@@ -90,7 +90,7 @@ static inline void input_tiles(const LevelPlan& p, const Scalar* x, const Unit& 
   for (int64_t ty = 0; ty < u.tiles_y; ++ty)
     for (int64_t tx = 0; tx < u.tiles_x; ++tx)
       input_tile<F>(p, image, u.y + ty * F::kTile, u.x + tx * F::kTile, zeros,
-                    v + u.tile(ty, tx) * p.depth_stride, batch_stride);
+                    v + u.tile(ty, tx) * p.in_row, batch_stride);
 }
 
 // Fetches the rows of a unit's patch that its left neighbour did not read, or one of `parts` parts
@@ -244,87 +244,110 @@ LASEM_INLINE const Scalar* skip_image_of(const LevelShape& s, const LevelForward
          image * s.conv_height * s.conv_width * s.out_channels;
 }
 
+// A block of the level, blocks being counted over the classes.
+struct Block {
+  const LevelClass* of;
+  int64_t units, tiles;
+  Unit unit[kMaxUnits];
+};
+
+static void find_block(const LevelPlan& p, int64_t index, Block* out) {
+  Block& b = *out;
+  const int64_t per_image = p.units_y * p.units_x;
+  b.of = p.classes;
+  for (; index >= b.of->blocks; ++b.of) index -= b.of->blocks;
+  const int64_t first = index * b.of->block_units;
+  b.units = at_most(b.of->block_units, b.of->count * p.shape.samples * per_image - first);
+  for (int64_t i = 0; i < b.units; ++i) {
+    const int64_t image = (first + i) / per_image, at = (first + i) % per_image;
+    b.unit[i] = unit_of(p, *b.of, image, at / p.units_x, at % p.units_x);
+  }
+  b.tiles = number_tiles(b.unit, b.units);
+}
+
+// V of a block.
+template <class F>
+static void block_inputs(const LevelPlan& p, const LevelForward& args, const Block& block,
+                         const Scalar* zeros, Scalar* v) {
+  const Scalar* x = static_cast<const Scalar*>(args.x);
+  // Direct: the outputs of a tile are further rows of the one product, not further products.
+  const int64_t stride = F::kDirect ? block.tiles * p.in_row : in_batch(p, *block.of);
+  for (int64_t i = 0; i < block.units; ++i) {
+    if (i + 1 < block.units) prefetch_patch(p, x, block.unit[i + 1], 0, 1);
+    input_tiles<F>(p, x, block.unit[i], zeros, v, stride);
+  }
+}
+
+// The outputs of a block in one panel, from V and the panel's weights w; m is room for M.
+template <class F, int kPool>
+static void block_outputs(const LevelPlan& p, const LevelForward& args, const Block& block,
+                          int64_t panel, const Scalar* v, const Scalar* w, Scalar* m) {
+  constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
+  const LevelShape& s = p.shape;
+  const int64_t in = in_batch(p, *block.of), out = out_batch(p, *block.of, kPanel);
+  const int64_t m_stride = F::kDirect ? block.tiles * kPanel : out;
+  for (int64_t b = 0; b < p.batches; ++b)
+    gemm_panel<false>(block.tiles * p.rows_per_tile, p.depth, v + b * in, p.in_row,
+                      w + b * p.weight_batch, m + b * out, kPanel);
+  for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
+    const int64_t vector = panel * 2 + h, slot = vector / p.branch_vectors;
+    if (!block.unit->takes(slot)) continue;
+    const int64_t co = vector % p.branch_vectors * kLanes, left = s.out_channels - co;
+    const Scalar* bias = static_cast<const Scalar*>(args.bias);
+    const Vec offset = load_some(bias + p.rows.branch_of[slot] * s.out_channels + co, left);
+    for (int64_t i = 0; i < block.units; ++i) {
+      const Unit& u = block.unit[i];
+      const int64_t column = s.out_channels, row = s.out_width * column;
+      const int64_t image_row = u.out_image(slot, s.samples) * s.out_height + u.wy;
+      const int64_t at = image_row * row + u.wx * column + co;
+      const Sink sink = {
+          static_cast<Scalar*>(args.y) + at, args.code + at, row, column, left, args.streams};
+      Vec o[R][R];
+      if constexpr (side == 1) {
+        output_tile<F>(m + u.first_tile * kPanel + h * kLanes, m_stride, offset, o);
+      } else {
+        for (int t = 0; t < tiles; ++t) {
+          // What a tile outside the convolution would give is not looked at.
+          if (!u.has_tile(t / side, t % side)) continue;
+          Vec part[F::kTile][F::kTile];
+          output_tile<F>(m + u.tile(t / side, t % side) * kPanel + h * kLanes, m_stride, offset,
+                         part);
+#pragma GCC unroll 16
+          for (int e = 0; e < F::kTile * F::kTile; ++e)
+            o[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile] =
+                part[e / F::kTile][e % F::kTile];
+        }
+      }
+      if (args.is_plain()) {
+        pool_unit<kPool, R>(p, u, o, sink);
+      } else {
+        // The copy is what goes through memory: o itself stays in registers above.
+        Vec spilled[R][R];
+        for (int e = 0; e < R * R; ++e) spilled[e / R][e % R] = o[e / R][e % R];
+        const Scalar* skip = skip_image_of(s, args, u.rows[slot], u.sample);
+        const Tail tail = {skip ? skip + co : nullptr, args.relu, args.relu_after};
+        pool_unit_with_tail<kPool, R>(p, u, spilled, sink, tail);
+      }
+    }
+  }
+}
+
 template <class F, int kPool>
 static void forward_blocks(const LevelPlan& p, const LevelForward& args, Scalar* scratch,
                            int64_t begin, int64_t end) {
-  constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
-  const LevelShape& s = p.shape;
-  const Scalar* x = static_cast<const Scalar*>(args.x);
-  const Scalar* bias = static_cast<const Scalar*>(args.bias);
   const Scalar* packed = static_cast<const Scalar*>(args.packed);
-  const int64_t per_image = p.units_y * p.units_x;
   Scalar* v = scratch;
   Scalar* m = v + p.in_size;
   Scalar* zeros = m + p.panel_size;
-  memset(zeros, 0, sizeof(Scalar) * s.in_channels);
-
+  memset(zeros, 0, sizeof(Scalar) * p.shape.in_channels);
   for (int64_t index = begin; index < end; ++index) {
-    const LevelClass* of = p.classes;
-    int64_t in_class = index;
-    for (; in_class >= of->blocks; ++of) in_class -= of->blocks;
-    const int64_t first = in_class * of->block_units;
-    const int64_t units = at_most(of->block_units, of->count * s.samples * per_image - first);
-    Unit block[kMaxUnits];
-    for (int64_t i = 0; i < units; ++i) {
-      const int64_t image = (first + i) / per_image, at = (first + i) % per_image;
-      block[i] = unit_of(p, *of, image, at / p.units_x, at % p.units_x);
-    }
-    const int64_t block_tiles = number_tiles(block, units);
-    // Direct: the outputs of a tile are further rows of the one product, not further products.
-    const int64_t in = in_batch(p, *of), out = out_batch(p, *of, kPanel);
-    const int64_t v_stride = F::kDirect ? block_tiles * p.depth_stride : in;
-    const int64_t m_stride = F::kDirect ? block_tiles * kPanel : out;
-
-    for (int64_t i = 0; i < units; ++i) {
-      if (i + 1 < units) prefetch_patch(p, x, block[i + 1], 0, 1);
-      input_tiles<F>(p, x, block[i], zeros, v, v_stride);
-    }
-    for (int64_t i_panel = 0; i_panel < of->panel_count; ++i_panel) {
-      const int64_t panel = of->panels[i_panel];
-      const Scalar* w = packed + panel * p.batches * p.depth * kPanel;
-      for (int64_t b = 0; b < p.batches; ++b)
-        gemm_panel<false>(block_tiles * p.rows_per_tile, p.depth, v + b * in, p.depth_stride,
-                          w + b * p.depth * kPanel, m + b * out, kPanel);
-      for (int64_t h = 0; h < 2 && panel * 2 + h < p.out_vectors; ++h) {
-        const int64_t vector = panel * 2 + h, slot = vector / p.branch_vectors;
-        if (!block->takes(slot)) continue;
-        const int64_t co = vector % p.branch_vectors * kLanes, left = s.out_channels - co;
-        const Vec offset = load_some(bias + p.rows.branch_of[slot] * s.out_channels + co, left);
-        for (int64_t i = 0; i < units; ++i) {
-          const Unit& u = block[i];
-          const int64_t column = s.out_channels, row = s.out_width * column;
-          const int64_t image_row = u.out_image(slot, s.samples) * s.out_height + u.wy;
-          const int64_t at = image_row * row + u.wx * column + co;
-          const Sink sink = {
-              static_cast<Scalar*>(args.y) + at, args.code + at, row, column, left, args.streams};
-          Vec o[R][R];
-          if constexpr (side == 1) {
-            output_tile<F>(m + u.first_tile * kPanel + h * kLanes, m_stride, offset, o);
-          } else {
-            for (int t = 0; t < tiles; ++t) {
-              // What a tile outside the convolution would give is not looked at.
-              if (!u.has_tile(t / side, t % side)) continue;
-              Vec part[F::kTile][F::kTile];
-              output_tile<F>(m + u.tile(t / side, t % side) * kPanel + h * kLanes, m_stride, offset,
-                             part);
-#pragma GCC unroll 16
-              for (int e = 0; e < F::kTile * F::kTile; ++e)
-                o[t / side * F::kTile + e / F::kTile][t % side * F::kTile + e % F::kTile] =
-                    part[e / F::kTile][e % F::kTile];
-            }
-          }
-          if (args.is_plain()) {
-            pool_unit<kPool, R>(p, u, o, sink);
-          } else {
-            // The copy is what goes through memory: o itself stays in registers above.
-            Vec spilled[R][R];
-            for (int e = 0; e < R * R; ++e) spilled[e / R][e % R] = o[e / R][e % R];
-            const Scalar* skip = skip_image_of(s, args, u.rows[slot], u.sample);
-            const Tail tail = {skip ? skip + co : nullptr, args.relu, args.relu_after};
-            pool_unit_with_tail<kPool, R>(p, u, spilled, sink, tail);
-          }
-        }
-      }
+    Block block;
+    find_block(p, index, &block);
+    block_inputs<F>(p, args, block, zeros, v);
+    for (int64_t i = 0; i < block.of->panel_count; ++i) {
+      const int64_t panel = block.of->panels[i];
+      block_outputs<F, kPool>(p, args, block, panel, v,
+                              packed + panel * p.batches * p.depth * kPanel, m);
     }
   }
   if (args.streams) stream_end();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #include "checks.h"
 #include "cpu_dispatch.h"
@@ -19,6 +20,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kDirectChannels = 4;  // below, the transforms cost more than they save
+
+std::atomic<Schedule> schedule{Schedule::kByShape};
 
 // The shape of a level before anything is known of its rows: a slot for every branch.
 LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int64_t pool,
@@ -83,7 +86,101 @@ void plan_level(const LevelKernels& kernels, const LevelShape& s, RowLists& rows
                 bool backward, LevelPlan* plan) {
   rows.make_room_for_panels(s.slots * s.out_channels);
   kernels.plan(s, rows.table(), rows.classes.data(), static_cast<int64_t>(rows.classes.size()),
-               threads, backward, plan);
+               threads, backward, schedule.load(), plan);
+}
+
+// Scratch memory: the parts of a layout, then a part of `size` scalars for each task.
+class TaskScratch {
+ public:
+  TaskScratch(const Layout& layout, int64_t tasks, int64_t size, size_t scalar)
+      : shared_(layout.bytes()),
+        own_([&] {
+          Layout one(scalar);
+          one.add(size);
+          return one.bytes();
+        }()),
+        scratch_(shared_ + tasks * own_) {}
+  void* at(size_t offset) const { return static_cast<char*>(scratch_.data()) + offset; }
+  void* of(int64_t task) const { return at(shared_ + task * own_); }
+
+ private:
+  size_t shared_, own_;
+  Scratch scratch_;
+};
+
+void forward_by_block(const LevelKernels& kernels, const LevelPlan& plan, LevelForward args,
+                      int64_t threads, size_t scalar) {
+  const int64_t tasks = std::min(threads, plan.blocks);
+  Layout layout(scalar);
+  const size_t packed_at = layout.add(plan.pack_size);
+  const TaskScratch scratch(layout, tasks, plan.forward_scratch, scalar);
+  args.packed = scratch.at(packed_at);
+  for_filters(plan.shape, threads, plan.pack_items, [&](int64_t begin, int64_t end) {
+    kernels.pack(plan, args.weight, args.packed, begin, end);
+  });
+  for_items(tasks, plan.blocks, [&](int64_t task, int64_t block) {
+    kernels.forward(plan, args, scratch.of(task), block, block + 1);
+  });
+}
+
+void forward_by_panel(const LevelKernels& kernels, const LevelPlan& plan, LevelForward args,
+                      int64_t threads, size_t scalar) {
+  Layout layout(scalar);
+  const size_t inputs_at = layout.add(plan.blocks * plan.in_size);
+  const TaskScratch scratch(layout, threads, plan.forward_scratch, scalar);
+  args.inputs = scratch.at(inputs_at);
+  for_items(std::min(threads, plan.blocks), plan.blocks, [&](int64_t task, int64_t block) {
+    kernels.gather_inputs(plan, args, scratch.of(task), block);
+  });
+  for_items(std::min(threads, plan.out_panels), plan.out_panels, [&](int64_t task, int64_t panel) {
+    kernels.forward_panel(plan, args, scratch.of(task), panel);
+  });
+}
+
+void backward_by_block(const LevelKernels& kernels, const LevelPlan& plan, LevelBackward args,
+                       const RowLists& rows, int64_t threads, size_t scalar) {
+  // A task owns whole images, so that no two write the same dx; no image leaves one task of zeros.
+  const int64_t images = rows.split_images(plan.shape.samples, 1).back();
+  const int64_t tasks = std::max<int64_t>(1, std::min(threads, images));
+  const std::vector<int64_t> begins = rows.split_images(plan.shape.samples, tasks);
+  Layout layout(scalar);
+  const size_t packed_at = layout.add(args.dx ? plan.pack_back_size : 0);
+  const size_t partial_at = layout.add(tasks * plan.partial_size);
+  std::vector<uint8_t> wrote(tasks * plan.out_panels);
+  const TaskScratch scratch(layout, tasks, plan.backward_scratch, scalar);
+  args.packed = scratch.at(packed_at), args.partial = scratch.at(partial_at);
+  args.tasks = tasks, args.wrote = wrote.data();
+
+  if (args.dx)
+    for_filters(plan.shape, threads, plan.pack_back_items, [&](int64_t begin, int64_t end) {
+      kernels.pack_back(plan, args.weight, args.packed, begin, end);
+    });
+  for_tasks(tasks, [&](int64_t task) {
+    kernels.backward(plan, args, scratch.of(task), task, begins[task], begins[task + 1]);
+  });
+  for_filters(plan.shape, threads, plan.finish_items,
+              [&](int64_t begin, int64_t end) { kernels.finish(plan, args, begin, end); });
+}
+
+void backward_by_panel(const LevelKernels& kernels, const LevelPlan& plan, LevelBackward args,
+                       int64_t threads, size_t scalar) {
+  Layout layout(scalar);
+  const size_t inputs_at = layout.add(plan.blocks * plan.in_size);
+  const size_t outputs_at = layout.add(plan.blocks * plan.out_size);
+  const size_t bias_at = layout.add(plan.blocks * plan.out_stride);
+  std::vector<int64_t> block_rows(plan.blocks);
+  const TaskScratch scratch(layout, threads, plan.backward_scratch, scalar);
+  args.inputs = scratch.at(inputs_at), args.outputs = scratch.at(outputs_at);
+  args.bias_sums = scratch.at(bias_at), args.block_rows = block_rows.data();
+  const auto run = [&](auto kernel, int64_t items) {
+    for_items(std::min(threads, items), items,
+              [&](int64_t task, int64_t item) { kernel(plan, args, scratch.of(task), item); });
+  };
+  run(kernels.gather_both, plan.blocks);
+  run(kernels.weight_grad_panel, plan.out_panels);
+  if (!args.dx) return;
+  run(kernels.input_grad_panel, plan.depth_panels);
+  run(kernels.add_input_grads, plan.blocks);
 }
 
 // Raises where what is added does not fit the level's rows.
@@ -109,6 +206,18 @@ void zero_rows(const Tensor& t, const int64_t* begin, const int64_t* end) {
 
 }  // namespace
 
+bool force_schedule(const std::string& name) {
+  if (name == "")
+    schedule = Schedule::kByShape;
+  else if (name == "by block")
+    schedule = Schedule::kByBlock;
+  else if (name == "by panel")
+    schedule = Schedule::kByPanel;
+  else
+    return false;
+  return true;
+}
+
 std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                           const Tensor& parents, const Tensor& branches,
                                           const std::optional<Tensor>& skip,
@@ -129,36 +238,18 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
   LevelPlan plan;
   s.slots = rows.slots();
   plan_level(kernels, s, rows, threads, false, &plan);
-  const int64_t tasks = std::min(threads, plan.forward_blocks);
-  Layout layout(x.element_size());
-  const size_t packed_at = layout.add(plan.pack_size);
-  const size_t task_size = [&] {
-    Layout one(x.element_size());
-    one.add(plan.forward_scratch);
-    return one.bytes();
-  }();
-  const Scratch scratch(layout.bytes() + tasks * task_size);
-  char* base = static_cast<char*>(scratch.data());
   LevelForward args{};
   args.x = x.const_data_ptr(), args.weight = weight.const_data_ptr(),
   args.bias = bias.const_data_ptr();
-  args.y = y.mutable_data_ptr(), args.packed = base + packed_at;
+  args.y = y.mutable_data_ptr();
   args.code = static_cast<uint8_t*>(code.mutable_data_ptr());
   args.streams = streams(y);
   args.skip = skip ? skip->const_data_ptr() : nullptr;
   args.skip_rows = skip_rows ? static_cast<const int64_t*>(skip_rows->const_data_ptr()) : nullptr;
   args.relu = relu || (!skip && relu_after), args.relu_after = skip && relu_after;
 
-  for_filters(s, threads, plan.pack_items, [&](int64_t begin, int64_t end) {
-    kernels.pack(plan, args.weight, args.packed, begin, end);
-  });
-  // Blocks are independent, so whichever thread is free takes the next: the result is the same.
-  std::atomic<int64_t> next{0};
-  for_tasks(tasks, [&](int64_t task) {
-    void* own = base + layout.bytes() + task * task_size;
-    for (int64_t b = next++; b < plan.forward_blocks; b = next++)
-      kernels.forward(plan, args, own, b, b + 1);
-  });
+  const auto& run = plan.by_panel ? forward_by_panel : forward_by_block;
+  run(kernels, plan, args, threads, x.element_size());
   return {y, code};
 }
 
@@ -194,39 +285,15 @@ std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
   s.slots = rows.slots();
   LevelPlan plan;
   plan_level(kernels, s, rows, threads, true, &plan);
-  // A task owns whole images, so that no two write the same dx; no image leaves one task of zeros.
-  const int64_t images = rows.split_images(s.samples, 1).back();
-  const int64_t tasks = std::max<int64_t>(1, std::min(threads, images));
-  const std::vector<int64_t> begins = rows.split_images(s.samples, tasks);
-  Layout layout(x.element_size());
-  const size_t packed_at = layout.add(need_dx ? plan.pack_back_size : 0);
-  const size_t partial_at = layout.add(tasks * plan.partial_size);
-  std::vector<uint8_t> wrote(tasks * plan.out_stride);  // panels are fewer
-  const size_t task_size = [&] {
-    Layout one(x.element_size());
-    one.add(plan.backward_scratch);
-    return one.bytes();
-  }();
-  const Scratch scratch(layout.bytes() + tasks * task_size);
-  char* base = static_cast<char*>(scratch.data());
   LevelBackward args{};
   args.dy = dy.const_data_ptr(), args.x = x.const_data_ptr(), args.weight = weight.const_data_ptr();
   args.code = static_cast<const uint8_t*>(code.const_data_ptr());
   args.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-  args.packed = base + packed_at, args.partial = base + partial_at;
   args.dweight = dweight.mutable_data_ptr(), args.dbias = dbias.mutable_data_ptr();
-  args.tasks = tasks, args.wrote = wrote.data();
-
-  if (need_dx)
-    for_filters(s, threads, plan.pack_back_items, [&](int64_t begin, int64_t end) {
-      kernels.pack_back(plan, args.weight, args.packed, begin, end);
-    });
-  for_tasks(tasks, [&](int64_t task) {
-    kernels.backward(plan, args, base + layout.bytes() + task * task_size, task, begins[task],
-                     begins[task + 1]);
-  });
-  for_filters(s, threads, plan.finish_items,
-              [&](int64_t begin, int64_t end) { kernels.finish(plan, args, begin, end); });
+  if (plan.by_panel)
+    backward_by_panel(kernels, plan, args, threads, x.element_size());
+  else
+    backward_by_block(kernels, plan, args, rows, threads, x.element_size());
   return {dx, dweight, dbias};
 }
 

@@ -5,6 +5,8 @@ namespace LASEM_ISA {
 
 constexpr int64_t kL2 = 1 << 20;
 constexpr int64_t kMaxUnits = 16 * kRows;  // of a block
+// By panel it separates what would lie a power of two apart, in few sets of the caches.
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Scalar));
 
 // Tiles per unit side, so that pool windows never straddle two units.
 constexpr int unit_side(int tile, int pool) {
@@ -77,10 +79,30 @@ LASEM_INLINE int64_t block_rows(const LevelPlan& p, const LevelClass& of) {
   return of.block_units * p.unit * p.unit * p.rows_per_tile;
 }
 LASEM_INLINE int64_t in_batch(const LevelPlan& p, const LevelClass& of) {
-  return block_rows(p, of) * p.depth_stride + p.batch_pad;
+  return block_rows(p, of) * p.in_row + p.batch_pad;
 }
 LASEM_INLINE int64_t out_batch(const LevelPlan& p, const LevelClass& of, int64_t columns) {
   return block_rows(p, of) * columns + p.batch_pad;
+}
+
+// Whether panels of weights go outside and blocks inside. Every panel then reads its rows' inputs
+// again, from the L3: rows / kPanel times as many bytes as there are weights. Measured with AVX2,
+// from 4 L2 of weights on it pays up to 5 kPanel rows, most where they are fewest. Every thread
+// needs a panel, and a block whole images.
+static bool by_panel(const LevelPlan& p, int64_t threads, bool backward, Schedule schedule) {
+  const LevelShape& s = p.shape;
+  const bool direct = s.tile == 1;
+  const int64_t per_image = p.units_y * p.units_x;
+  if (direct || per_image > kMaxUnits) return false;
+  if (backward && by_window(p.tile, s.filter, s.pool, direct)) return false;
+  if (schedule != Schedule::kByShape) return schedule == Schedule::kByPanel;
+  const int64_t weight_bytes =
+      p.batches * p.depth * p.out_stride * static_cast<int64_t>(sizeof(Scalar));
+  int64_t images = 0;  // through all slots
+  for (int64_t i = 0; i < p.class_count; ++i)
+    images += p.classes[i].count * p.classes[i].slots * s.samples;
+  return weight_bytes > 4 * kL2 && p.depth_panels >= threads &&
+         p.unit * p.unit * per_image * images <= 5 * kPanel * s.slots;
 }
 
 // The panels of a class, and its blocks where the level has `units` units.
@@ -91,7 +113,7 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
   const int64_t* rows = p.rows.row_of + c.parents[0] * s.slots;
   c.panel_count = 0;
   c.has_idle_vectors = false;
-  for (int64_t panel = 0; panel < p.out_stride / kPanel; ++panel) {
+  for (int64_t panel = 0; panel < p.out_panels; ++panel) {
     int64_t used = 0;
     for (int64_t v = 2 * panel; v < at_most(2 * panel + 2, p.out_vectors); ++v)
       used += rows[v / p.branch_vectors] >= 0;
@@ -99,6 +121,7 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
     if (used == 1) c.has_idle_vectors = true;
   }
   c.columns = c.panel_count * kPanel;
+  c.out_row = c.columns + p.in_row - p.depth_stride;
 
   const int64_t unit_rows = p.unit * p.unit * p.rows_per_tile;
   const int64_t row_bytes =
@@ -117,12 +140,16 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
   block = at_most(block, at_least(huge ? round_up(even, kRows) : even, kRows));
   block = at_most(block, 16 * kRows * (s.tile == 1 ? 4 : 1));
   c.block_units = at_least(block / kRows * kRows / unit_rows, 1);
-  const int64_t own = c.count * s.samples * p.units_y * p.units_x;
+  // By panel a block owns whole images.
+  const int64_t per_image = p.units_y * p.units_x;
+  if (p.by_panel) c.block_units = at_least(c.block_units / per_image, 1) * per_image;
+  const int64_t own = c.count * s.samples * per_image;
   c.blocks = (own + c.block_units - 1) / c.block_units;
 }
 
 static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* classes,
-                      int64_t class_count, int64_t threads, bool backward, LevelPlan* out) {
+                      int64_t class_count, int64_t threads, bool backward, Schedule schedule,
+                      LevelPlan* out) {
   LevelPlan& p = *out;
   p = {};
   p.shape = s;
@@ -142,26 +169,29 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.branch_vectors = (s.out_channels + kLanes - 1) / kLanes;
   p.out_vectors = s.slots * p.branch_vectors;
   p.out_stride = round_up(p.out_vectors * kLanes, kPanel);
+  p.out_panels = p.out_stride / kPanel, p.depth_panels = p.depth_stride / kPanel;
   p.batch_pad = kLanes;
 
   int64_t units = 0;
   for (int64_t i = 0; i < class_count; ++i)
     units += classes[i].count * s.samples * p.units_y * p.units_x;
+  p.by_panel = by_panel(p, threads, backward, schedule);
+  p.in_row = p.depth_stride + (p.by_panel ? kLine : 0);
+  p.weight_batch = p.depth * kPanel + (p.by_panel ? kLine : 0);
   int64_t block_units = 0, in_size = 0, panel_size = 0, out_size = 0;
   for (int64_t i = 0; i < class_count; ++i) {
     LevelClass& c = classes[i];
     plan_class(p, units, threads, backward, &c);
-    p.forward_blocks += c.blocks;
+    p.blocks += c.blocks;
     block_units = at_least(block_units, c.block_units);
     in_size = at_least(in_size, p.batches * in_batch(p, c));
     panel_size = at_least(panel_size, p.batches * out_batch(p, c, kPanel));
-    out_size = at_least(out_size, p.batches * out_batch(p, c, c.columns));
+    out_size = at_least(out_size, p.batches * out_batch(p, c, c.out_row));
   }
 
-  const int64_t panels = p.out_stride / kPanel, depth_panels = p.depth_stride / kPanel;
   p.pack_size = p.batches * p.depth * p.out_stride;
-  p.pack_items = panels * s.in_channels;
-  p.pack_back_size = depth_panels * p.batches * p.out_stride * kPanel;
+  p.pack_items = p.out_panels * s.in_channels;
+  p.pack_back_size = p.depth_panels * p.batches * p.out_stride * kPanel;
   p.pack_back_items = p.out_vectors * kLanes;
   p.in_size = in_size, p.panel_size = panel_size, p.out_size = out_size;
   p.forward_scratch = in_size + panel_size + s.in_channels;
@@ -180,6 +210,14 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.partial_size = p.bias_at + p.out_stride;
   p.finish_items = p.by_window ? outputs : p.out_vectors * s.in_channels;
   p.backward_scratch = in_size + out_size + round_up(2 * s.in_channels, kLanes) + p.window_scratch;
+  if (p.by_panel) {
+    const int64_t square = kPanel * kPanel;
+    const int64_t room = kL2 / (p.batches * square * static_cast<int64_t>(sizeof(Scalar)));
+    p.back_panels = at_most(at_least(room, 1), p.out_panels);
+    p.forward_scratch = p.batches * p.weight_batch + panel_size + s.in_channels;
+    p.backward_scratch =
+        p.batches * at_least(p.weight_batch, p.back_panels * square + kLine) + 2 * s.in_channels;
+  }
 }
 
 }  // namespace LASEM_ISA

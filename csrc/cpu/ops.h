@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "stable_torch.h"
@@ -10,6 +11,10 @@
 namespace lasem_fast {
 
 using torch::stable::Tensor;
+
+// Makes levels go "by block" or "by panel" where they can, for tests; "" goes back to the rule of
+// their shape. False: no such name.
+bool force_schedule(const std::string& name);
 
 std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
                                           const Tensor& parents, const Tensor& branches,

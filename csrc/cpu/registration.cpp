@@ -46,11 +46,21 @@ PyObject* poison_outputs(PyObject*, PyObject* args) {
   Py_RETURN_NONE;
 }
 
+PyObject* force_schedule(PyObject*, PyObject* args) {
+  const char* name;
+  if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+  if (!lasem_fast::force_schedule(name))
+    return PyErr_Format(PyExc_ValueError, "schedule must be 'by block', 'by panel' or '', got %s",
+                        name);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Instruction set of the float32 kernels, '' where there is none."},
     {"isa_reason", isa_reason, METH_NOARGS, "Why isa() is '', else ''."},
     {"force_isa", force_isa, METH_VARARGS, "Force 'avx2' or 'avx512'; '' restores the default."},
     {"clear_scratch", clear_scratch, METH_NOARGS, "Free idle memory; returns its bytes."},
+    {"force_schedule", force_schedule, METH_VARARGS, "Levels 'by block' or 'by panel', for tests."},
     {"poison_outputs", poison_outputs, METH_VARARGS, "Fill new outputs with NaN, for tests."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -84,6 +84,26 @@ LASEM_INLINE void store_taps(const Vec (&taps)[kTaps<F>], Scalar* to, int64_t st
   }
 }
 
+// One input channel of one panel: to [batch][depth][kPanel], batches `batch_stride` apart.
+template <class F>
+static inline void pack_channel(const LevelPlan& p, const Scalar* weight, int64_t panel, int64_t c,
+                                Scalar* to, int64_t batch_stride) {
+  const int64_t channels = p.shape.in_channels;
+  for (int64_t h = 0; h < kPanel; h += kLanes) {
+    Vec taps[kTaps<F>];
+    load_taps<F>([&](int64_t lane) { return filter_of(p, weight, panel * kPanel + h + lane, c); },
+                 taps);
+    if constexpr (F::kDirect) {
+      for (int64_t t = 0; t < kTaps<F>; ++t) store(to + (t * channels + c) * kPanel + h, taps[t]);
+    } else {
+      Vec u[F::kSide * F::kSide];
+      filter_transform<F>(taps, u);
+      for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
+        store(to + b * batch_stride + c * kPanel + h, u[b]);
+    }
+  }
+}
+
 // packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
 template <class F>
 static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
@@ -91,19 +111,32 @@ static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64
   const int64_t channels = p.shape.in_channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / channels, c = item % channels;
-    Scalar* to = packed + panel * p.batches * p.depth * kPanel;
+    pack_channel<F>(p, weight, panel, c, packed + panel * p.batches * p.depth * kPanel,
+                    p.weight_batch);
+  }
+}
+
+// One output of one panel of depth, from its filter w, null for a padding lane.
+template <class F>
+static inline void pack_back_output(const LevelPlan& p, const Scalar* w, int64_t panel, Scalar* to,
+                                    int64_t batch_stride) {
+  const int64_t channels = p.shape.in_channels;
+  if constexpr (F::kDirect) {
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t k = panel * kPanel + lane;
+      to[lane] = w && k < p.depth ? w[k % channels * kTaps<F> + k / channels] : 0;
+    }
+  } else {
     for (int64_t h = 0; h < kPanel; h += kLanes) {
-      Vec taps[kTaps<F>];
-      load_taps<F>([&](int64_t lane) { return filter_of(p, weight, panel * kPanel + h + lane, c); },
-                   taps);
-      if constexpr (F::kDirect) {
-        for (int64_t t = 0; t < kTaps<F>; ++t) store(to + (t * channels + c) * kPanel + h, taps[t]);
-      } else {
-        Vec u[F::kSide * F::kSide];
-        filter_transform<F>(taps, u);
-        for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
-          store(to + (b * p.depth + c) * kPanel + h, u[b]);
-      }
+      const int64_t first = panel * kPanel + h;
+      Vec taps[kTaps<F>], u[F::kSide * F::kSide];
+      load_taps<F>(
+          [&](int64_t lane) {
+            return w && first + lane < channels ? w + (first + lane) * kTaps<F> : nullptr;
+          },
+          taps);
+      filter_transform<F>(taps, u);
+      for (int64_t b = 0; b < F::kSide * F::kSide; ++b) store(to + b * batch_stride + h, u[b]);
     }
   }
 }
@@ -112,32 +145,33 @@ static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64
 template <class F>
 static void pack_back(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
                       int64_t end) {
-  const int64_t channels = p.shape.in_channels, panels = p.depth_stride / kPanel;
   for (int64_t o = begin; o < end; ++o) {
     const Scalar* w = filter_of(p, weight, o, 0);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      Scalar* to = packed + (panel * p.batches * p.out_stride + o) * kPanel;
-      if constexpr (F::kDirect) {
-        for (int64_t lane = 0; lane < kPanel; ++lane) {
-          const int64_t k = panel * kPanel + lane;
-          to[lane] = w && k < p.depth ? w[k % channels * kTaps<F> + k / channels] : 0;
-        }
-      } else {
-        for (int64_t h = 0; h < kPanel; h += kLanes) {
-          const int64_t first = panel * kPanel + h;
-          Vec taps[kTaps<F>], u[F::kSide * F::kSide];
-          load_taps<F>(
-              [&](int64_t lane) {
-                return w && first + lane < channels ? w + (first + lane) * kTaps<F> : nullptr;
-              },
-              taps);
-          filter_transform<F>(taps, u);
-          for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
-            store(to + b * p.out_stride * kPanel + h, u[b]);
-        }
-      }
-    }
+    for (int64_t panel = 0; panel < p.depth_panels; ++panel)
+      pack_back_output<F>(p, w, panel, packed + (panel * p.batches * p.out_stride + o) * kPanel,
+                          p.out_stride * kPanel);
   }
+}
+
+// The gradients of one input channel of one vector of outputs.
+template <class F>
+LASEM_INLINE void store_weight_grad(const LevelPlan& p, const LevelBackward& args, int64_t vector,
+                                    int64_t c, const Vec (&taps)[kTaps<F>]) {
+  const LevelShape& s = p.shape;
+  const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
+  const int64_t co = vector % p.branch_vectors * kLanes;
+  Scalar* to = static_cast<Scalar*>(args.dweight) +
+               ((branch * s.out_channels + co) * s.in_channels + c) * kTaps<F>;
+  store_taps<F>(taps, to, s.in_channels * kTaps<F>, at_most(kLanes, s.out_channels - co));
+}
+
+LASEM_INLINE void store_bias_grad(const LevelPlan& p, const LevelBackward& args, int64_t vector,
+                                  Vec sum) {
+  const LevelShape& s = p.shape;
+  const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
+  const int64_t co = vector % p.branch_vectors * kLanes;
+  store_some(static_cast<Scalar*>(args.dbias) + branch * s.out_channels + co, sum,
+             s.out_channels - co);
 }
 
 // Sums the tasks' partial gradients in task order; one item is one input channel of one vector of
@@ -146,21 +180,16 @@ template <class F>
 static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin, int64_t end) {
   const LevelShape& s = p.shape;
   const Scalar* partial = static_cast<const Scalar*>(args.partial);
-  Scalar* dweight = static_cast<Scalar*>(args.dweight);
-  Scalar* dbias = static_cast<Scalar*>(args.dbias);
-  const int64_t panels = p.out_stride / kPanel;
   // Of the tasks that wrote to a panel.
   const auto sum_at = [&](int64_t panel, int64_t at) {
     Vec sum = zero();
     for (int64_t t = 0; t < args.tasks; ++t)
-      if (args.wrote[t * panels + panel]) sum = add(sum, load(partial + t * p.partial_size + at));
+      if (args.wrote[t * p.out_panels + panel])
+        sum = add(sum, load(partial + t * p.partial_size + at));
     return sum;
   };
   for (int64_t item = begin; item < end; ++item) {
     const int64_t v = item / s.in_channels, c = item % s.in_channels;
-    const int64_t branch = p.rows.branch_of[v / p.branch_vectors];
-    const int64_t co = v % p.branch_vectors * kLanes;
-    const int64_t n = at_most(kLanes, s.out_channels - co);
     const int64_t half = v % 2 * kLanes;
     Vec taps[kTaps<F>];
     if constexpr (F::kDirect) {
@@ -172,10 +201,8 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
         u[b] = sum_at(v / 2, ((v / 2 * p.batches + b) * p.depth + c) * kPanel + half);
       filter_gradient<F>(u, taps);
     }
-    Scalar* to = dweight + ((branch * s.out_channels + co) * s.in_channels + c) * kTaps<F>;
-    store_taps<F>(taps, to, s.in_channels * kTaps<F>, n);
-    if (c == 0)
-      store_some(dbias + branch * s.out_channels + co, sum_at(v / 2, p.bias_at + v * kLanes), n);
+    store_weight_grad<F>(p, args, v, c, taps);
+    if (c == 0) store_bias_grad(p, args, v, sum_at(v / 2, p.bias_at + v * kLanes));
   }
 }
 
