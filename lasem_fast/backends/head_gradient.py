@@ -12,7 +12,7 @@ def weights_of(posterior: Tensor, dnll: Tensor | None, dloss: Tensor | None) -> 
     Args:
         posterior: ``[C]``.
         dnll: gradient of the nll ``[C]``, or None.
-        dloss: gradient of the loss, a scalar, or None; not both.
+        dloss: gradient of the loss, a scalar, or None; at least one of the two is there.
     """
     if dloss is None:
         return dnll
