@@ -255,9 +255,9 @@ struct Backward {
     });
   }
 
-  // V and dM of a block, and the bias gradients.
-  void gather(const LevelClass& of, const Unit* block, int64_t units, int64_t v_stride,
-              int64_t m_stride) const {
+  // V and dM of a block, and the bias gradients. Not in line the backward takes 8% longer.
+  __attribute__((always_inline)) void gather(const LevelClass& of, const Unit* block, int64_t units,
+                                             int64_t v_stride, int64_t m_stride) const {
     const int64_t vectors = 2 * of.panel_count;
     for (int64_t i = 0; i < units; ++i) {
       if constexpr (!kByWindow)
@@ -271,7 +271,8 @@ struct Backward {
     }
   }
 
-  void add_input_grads(const Unit* block, int64_t units, int64_t v_stride) const {
+  __attribute__((always_inline)) void add_input_grads(const Unit* block, int64_t units,
+                                                      int64_t v_stride) const {
     for (int64_t i = 0; i < units; ++i) {
       const Unit& u = block[i];
       for (int64_t ty = 0; ty < u.tiles_y; ++ty)
