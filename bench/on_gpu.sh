@@ -223,11 +223,9 @@ tests_stage() {
 
 # Of the kernels of one row on which a step spends the most: where their time goes.
 profiled="residual-17 8 groups b10 bf16 cuda"
-metrics=gpu__time_duration.sum,sm__warps_active.avg.pct_of_peak_sustained_active
-for part in sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active sm lts dram; do
-  [[ $part == *.* ]] || part=${part}__throughput.avg.pct_of_peak_sustained_elapsed
-  metrics+=,$part
-done
+busy=avg.pct_of_peak_sustained_active moved=throughput.avg.pct_of_peak_sustained_elapsed
+metrics=gpu__time_duration.sum,sm__warps_active.$busy,sm__pipe_tensor_cycles_active.$busy
+metrics+=,sm__$moved,lts__$moved,dram__$moved
 
 peers_stage() {
   local kernels

@@ -16,6 +16,7 @@ from lasem_fast.capture_trial import first_line, obstacles, rehearse, trial
 from lasem_fast.em import LASEM
 from lasem_fast.em_step import EMStep
 from lasem_fast.networks import checks
+from lasem_fast.networks.layers import has_hooks
 
 _grad = attrgetter("grad")
 
@@ -188,7 +189,7 @@ class CapturedStep:
             capture = torch.cuda.graph(
                 graph, stream=self._stream, capture_error_mode="thread_local"
             )
-            with capture, EarlyCopies(self.em.net.parameters()).running():
+            with capture, EarlyCopies(_constant_weights(self.em)).running():
                 result = self.eager(self._x, self._y)
         except Exception:
             for parameter, grad in grads:
@@ -248,3 +249,10 @@ def _check_arguments(em: Any, optimizer: Any, x: Any, y: Any, task: Any) -> None
             f"optimizer: expected one that trains parameters of em.net for task {task!r}, got one "
             f"without any of them"
         )
+
+
+def _constant_weights(em: LASEM) -> list[Tensor]:
+    """The weights that nothing changes between a step's beginning and its forward."""
+    # others' code may write past a weight's version counter, through .data
+    others = type(em).forward is not LASEM.forward or any(map(has_hooks, em.modules()))
+    return [] if others else [*em.net.parameters()]

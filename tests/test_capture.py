@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import lasem_fast as lf
 from lasem_fast import capture_trial
+from lasem_fast.capture import _constant_weights
 from lasem_fast.capture_holdings import Holdings
 from lasem_fast.capture_trial import nothing_waits, obstacles, state_on_host
 from lasem_fast.levels.fold import _kept_index
@@ -519,3 +520,19 @@ def test_what_waits_is_found():
     for wait in waits:
         with pytest.raises((AssertionError, RuntimeError)), _NeverWaits():
             wait(t)
+
+
+def test_weights_stay_where_nobody_else_runs_before_the_forward():
+    class Clipped(lf.LASEM):
+        def forward(self, *args):
+            for weight in self.net.parameters():
+                weight.data.clamp_(-1, 1)
+            return super().forward(*args)
+
+    em, _ = _made()
+    assert all(map(torch.equal, _constant_weights(em), em.net.parameters()))
+    assert not _constant_weights(Clipped(em.net))
+    handle = em.net.shared[0].register_forward_hook(lambda *_: None)
+    assert not _constant_weights(em)
+    handle.remove()
+    assert _constant_weights(em)
