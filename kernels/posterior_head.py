@@ -143,19 +143,28 @@ def _posterior_of(score, top, total):
 
 
 @triton.jit
+def _store_gradient(dlogits, rounded, at, gradient, inside, ROUNDS: tl.constexpr):
+    """In float32, and in the logits' dtype where that is another."""
+    tl.store(dlogits + at, gradient, mask=inside)
+    if ROUNDS:
+        tl.store(rounded + at, gradient.to(rounded.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def weigh_configurations(
-    logits, target, score, nll, wins, posterior, loss, dlogits,
+    logits, target, score, nll, wins, posterior, loss, dlogits, rounded,
     n_configs, n_samples, n_outputs, stride_m, stride_c, stride_n, stride_k,
     target_stride_n, target_stride_k, grad_stride_m, grad_stride_c, grad_stride_n, grad_stride_k,
     precision,
-    LIKELIHOOD: tl.constexpr, COUNT: tl.constexpr, PAIR: tl.constexpr,
+    LIKELIHOOD: tl.constexpr, COUNT: tl.constexpr, PAIR: tl.constexpr, ROUNDS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Posterior, loss, the winner's count and d(loss)/d(logits), from the scores.
 
     Any number of programs: each takes as many configurations as it must. PAIR: ``logits`` are the
-    E-step's and the M-step's; loss (``nll`` too) and gradient are of the latter.
+    E-step's and the M-step's; loss (``nll`` too) and gradient are of the latter. ROUNDS: the
+    gradient is written in the dtype of ``rounded`` too.
     """
     wait_for_others(EARLY)
     first = tl.program_id(0)
@@ -163,14 +172,16 @@ def weigh_configurations(
         for config in range(first, n_configs, tl.num_programs(0)):
             for start in range(0, n_samples, BLOCK_N):
                 n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-                out = dlogits + tl.cast(config, tl.int64) * grad_stride_c + n * grad_stride_n
+                out = tl.cast(config, tl.int64) * grad_stride_c + n * grad_stride_n
                 for first_k in range(0, n_outputs, BLOCK_K):
                     k = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
                     inside = (n < n_samples)[:, None] & (k < n_outputs)[None, :]
                     at = out[:, None] + (k * grad_stride_k)[None, :]
-                    tl.store(at, tl.zeros((BLOCK_N, BLOCK_K), tl.float32), mask=inside)
+                    nothing = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                    _store_gradient(dlogits, rounded, at, nothing, inside, ROUNDS)
         logits += stride_m
         dlogits += grad_stride_m
+        rounded += grad_stride_m
     largest = tl.full((BLOCK_C,), -float("inf"), tl.float64)
     for start in range(0, n_configs, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -220,7 +231,7 @@ def weigh_configurations(
             n = start + tl.arange(0, BLOCK_N).to(tl.int64)
             there = n < n_samples
             row = logits + c * stride_c + n * stride_n
-            out = dlogits + c * grad_stride_c + n * grad_stride_n
+            out = c * grad_stride_c + n * grad_stride_n
             label = tl.zeros((BLOCK_N,), tl.int64)
             row_top = tl.zeros((BLOCK_N,), tl.float32)
             log_mass = tl.zeros((BLOCK_N,), tl.float32)
@@ -241,7 +252,8 @@ def weigh_configurations(
                     residual -= tl.where(k[None, :] == label[:, None], 1.0, 0.0)
                 # chosen, not multiplied: 0 * NaN would be NaN
                 grad = tl.where(scale > 0, scale * residual, 0.0)
-                tl.store(out[:, None] + (k * grad_stride_k)[None, :], grad, mask=inside)
+                at = out[:, None] + (k * grad_stride_k)[None, :]
+                _store_gradient(dlogits, rounded, at, grad, inside, ROUNDS)
 
 
 def posterior_head(
@@ -252,7 +264,7 @@ def posterior_head(
     initial: float | None,
     likelihood: int,
     sigma: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches both kernels; the contract is that of ``lasem_fast::posterior_head_triton``."""
     paired = logits.dim() == 4
     configs, samples, outputs = logits.shape[-3:]
@@ -262,6 +274,8 @@ def posterior_head(
     score = logits.new_empty((configs,), dtype=torch.float64)
     loss = logits.new_empty((), dtype=torch.float32)
     dlogits = torch.empty_like(logits, dtype=torch.float32)
+    rounds = logits.dtype != torch.float32
+    rounded = torch.empty_like(logits) if rounds else logits.new_empty(0)
     target_strides = (*target.stride(), 0)[:2]
     precision = sigma**-2
     constant = outputs * (math.log(sigma) + 0.5 * math.log(2 * math.pi))
@@ -279,11 +293,11 @@ def posterior_head(
         **early(logits),
     )  # fmt: skip
     weigh_configurations[(min(configs, _MOST_PROGRAMS),)](
-        logits, target, score, m_nll if paired else nll, wins, posterior, loss, dlogits,
+        logits, target, score, m_nll if paired else nll, wins, posterior, loss, dlogits, rounded,
         configs, samples, outputs, *strides, *target_strides, *grad_strides, precision,
-        LIKELIHOOD=likelihood, COUNT=wins is not None, PAIR=paired,
+        LIKELIHOOD=likelihood, COUNT=wins is not None, PAIR=paired, ROUNDS=rounds,
         BLOCK_C=min(triton.next_power_of_2(configs), _LONGEST), BLOCK_N=block_n, BLOCK_K=block_k,
         # those with which the compiler neither runs out of registers nor keeps to too few
         num_warps=4 if likelihood == GAUSSIAN.value else 2, **early(logits),
     )  # fmt: skip
-    return log_likelihood, posterior, nll, loss, dlogits
+    return log_likelihood, posterior, nll, loss, dlogits, rounded

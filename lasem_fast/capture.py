@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lasem_fast.backends import head_gradient
 from lasem_fast.backends.side_stream import EarlyCopies
 from lasem_fast.capture_holdings import Holdings
 from lasem_fast.capture_trial import first_line, obstacles, rehearse, trial
@@ -95,7 +96,8 @@ class CapturedStep:
             "cache_enabled": False,
         }
         self._holds = Holdings(em, optimizer)
-        self._net = em.net  # once: nn.Module.__getattr__ costs as much as a check
+        # once: nn.Module.__getattr__ costs as much as a check
+        self._net, self._rollback = em.net, em._rollback
         self._stream: torch.cuda.Stream | None = None
         self._warm: Any = None  # what the last eager step ran with
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -134,7 +136,7 @@ class CapturedStep:
         with torch.autocast(**self._autocast):
             step = self.em(x, y, self.task)
         self.optimizer.zero_grad()  # not before: a mini-batch that is refused changes nothing
-        step.loss.backward()
+        step.loss.backward(head_gradient.one(step.loss))
         self.optimizer.step()
         return step._replace(loss=step.loss.detach())
 
@@ -203,10 +205,10 @@ class CapturedStep:
 
     def _begin(self) -> None:
         """Tells the roll-back whose step comes, if it is one of training."""
-        rollback = self.em._rollback
+        rollback = self._rollback
         if rollback.active == self.task or not self.em._keeps_state():
             return
-        rollback.begin(self.task, False, rollback.before(self.task, False, self.em.net.shared))
+        rollback.begin(self.task, False, rollback.before(self.task, False, self._net.shared))
 
     def _give_up(self, why: str) -> None:
         message = f"capture: the step of task {self.task!r} cannot be captured: {why}"

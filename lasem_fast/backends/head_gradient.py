@@ -6,6 +6,30 @@ import torch
 from torch import Tensor
 
 
+def one(loss: Tensor) -> Tensor:
+    """What ``loss.backward()`` begins with, as a tensor that :func:`is_one` knows.
+
+    A step that hands it over starts neither the kernel that makes a 1 nor the one that multiplies
+    by it.
+    """
+    key = loss.device, loss.dtype
+    if key not in _ones:
+        with torch.inference_mode(False):
+            made = torch.ones((), device=loss.device, dtype=loss.dtype)
+        if loss.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made  # a 1 when the graph is replayed, and not before
+        _ones[key] = made
+    return _ones[key]
+
+
+def is_one(gradient: Tensor) -> bool:
+    """Whether this is a tensor that :func:`one` has kept; no value is looked at."""
+    return gradient is _ones.get((gradient.device, gradient.dtype))
+
+
+_ones: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
 def weights_of(posterior: Tensor, dnll: Tensor | None, dloss: Tensor | None) -> Tensor:
     """What each configuration's nll weighs, ``[C]``; the posterior is constant in the loss.
 

@@ -15,7 +15,8 @@ LIKELIHOODS = ("joint", "mean", "gaussian")
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
     "posterior_head_triton(Tensor logits, Tensor target, Tensor? log_prior, Tensor(a!)? wins, "
-    "float? initial, int likelihood, float sigma) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "float? initial, int likelihood, float sigma) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _posterior_head = torch.ops.lasem_fast.posterior_head_triton.default
 
@@ -26,7 +27,10 @@ def _(logits, target, log_prior, wins, initial, likelihood, sigma):
         logits.new_empty(logits.shape[-3:-2], dtype=torch.float32) for _ in range(3)
     )
     loss = logits.new_empty((), dtype=torch.float32)
-    return log_likelihood, posterior, nll, loss, torch.empty_like(logits, dtype=torch.float32)
+    dlogits = torch.empty_like(logits, dtype=torch.float32)
+    rounds = logits.dtype != torch.float32
+    rounded = torch.empty_like(logits) if rounds else logits.new_empty(0)
+    return log_likelihood, posterior, nll, loss, dlogits, rounded
 
 
 @torch.library.impl(_library, "posterior_head_triton", "CUDA")
@@ -77,8 +81,8 @@ class _PosteriorHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, nll_grad, *others):
-        log_likelihood, posterior, nll, loss, dlogits = _posterior_head(logits, target, *others)
-        ctx.save_for_backward(dlogits, logits, target, posterior)
+        log_likelihood, posterior, nll, loss, *dlogits = _posterior_head(logits, target, *others)
+        ctx.save_for_backward(*dlogits, logits, target, posterior)
         ctx.dtype = logits.dtype
         likelihood, sigma = others[-2:]
         ctx.sigma = sigma if LIKELIHOODS[likelihood] == "gaussian" else None
@@ -92,7 +96,7 @@ class _PosteriorHead(torch.autograd.Function):
         dnll = dnll if ctx.nll_grad else None  # a compiled backward may bring zeros
         if dnll is None and dloss is None:
             return (None,) * 8
-        dlogits, logits, target, posterior = ctx.saved_tensors
+        dlogits, rounded, logits, target, posterior = ctx.saved_tensors
         if dnll is not None or second_order.wanted():
             m_step = logits[1] if logits.dim() == 4 else logits
             weights = head_gradient.weights_of(posterior, dnll, dloss)
@@ -100,6 +104,8 @@ class _PosteriorHead(torch.autograd.Function):
             if logits.dim() == 4:
                 dlogits = torch.stack([torch.zeros_like(dlogits), dlogits])
             return dlogits, *(None,) * 7
+        if head_gradient.is_one(dloss):
+            return dlogits if ctx.dtype == torch.float32 else rounded, *(None,) * 7
         # in float32 until the loss's scale is in: half precision would lose small posteriors
         out = torch.empty_like(dlogits, dtype=ctx.dtype)
         return torch.mul(dlogits, dloss, out=out), *(None,) * 7

@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
+from launches import launches
 
 import lasem_fast as lf
-from lasem_fast.backends import triton_head_op
+from lasem_fast.backends import head_gradient, triton_head_op
 from lasem_fast.backends.triton_head_op import posterior_head
 from lasem_fast.kernels import posterior_head as kernels
 from lasem_fast.likelihoods import Gaussian, Joint, Mean
@@ -214,6 +215,20 @@ def test_the_scale_of_the_loss_comes_before_half_precision():
     log_prior = torch.tensor([0.0, -18.0])  # a posterior that float16 rounds to 0 on its own
     got = run(logits, y, scale=2.0**12, log_prior=log_prior)
     assert got[4][1].abs().min() > 0
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gradient_that_is_known_to_be_one_multiplies_nothing(dtype, pair):
+    torch.manual_seed(0)
+    logits = torch.randn(*[2] * pair, 3, 4, 5).to(dtype).requires_grad_()
+    loss = posterior_head(logits, torch.randint(5, (4,)))[-1]
+    (want,) = torch.autograd.grad(loss, logits, torch.ones(()), retain_graph=True)
+    one = head_gradient.one(loss)
+    with launches() as counted:
+        (got,) = torch.autograd.grad(loss, logits, one)
+    assert torch.equal(got, want) and got.dtype == dtype
+    assert not counted.kernels
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

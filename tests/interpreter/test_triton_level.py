@@ -328,13 +328,13 @@ def test_launches_of_a_whole_step(monkeypatch):
     monkeypatch.setattr(triton_scores, "_looked_at_first", lambda logits: False)
     optimizer = torch.optim.SGD(em.net.task_parameters("a"), lr=0.1, fused=True)
     x, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
+    with pytest.warns(RuntimeWarning, match="runs eagerly"):
+        step = lf.capture(em, optimizer, x, y, "a")
     for _ in range(2):  # the first step makes the prior's counts
-        optimizer.zero_grad()
         with launches() as counted:
-            em(x, y, "a").loss.backward()
-            optimizer.step()
+            step(x, y)
     assert int(em._prior.states["a"].wins.sum()) == 2
-    assert _on_a_long_batch(counted.kernels) <= 28, counted.kernels.most_common()
+    assert _on_a_long_batch(counted.kernels) <= 26, counted.kernels.most_common()
 
 
 def test_launches_of_a_deep_step_with_skips(monkeypatch):
