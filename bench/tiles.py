@@ -35,6 +35,8 @@ KERNELS = ("forward", "dgrad", "wgrad", "box_forward", "box_dgrad", "box_wgrad")
 PARENTS, BRANCHES, KERNEL = 2, 2, 3
 # How much further off than PyTorch a kernel may be: its sums are taken in another order.
 SLACK = 2.0
+# Size and samples of a problem whose gradients of weights are not made in parts.
+_ONE_PART = 8, 1
 _DTYPES = {
     "bf16": (torch.bfloat16, 2**-8),
     "fp16": (torch.float16, 2**-11),
@@ -105,11 +107,18 @@ def _cases(args: argparse.Namespace) -> Iterator[Case]:
             for tile in tiles[:1] if args.few else tiles:
                 for pool in args.pools:
                     for channels in args.channels:
-                        if _runs(kernel, tile, pool):
-                            yield Case(
-                                kernel, tuple(tile), dtype, pool, channels, args.size,
-                                args.samples, args.device,
-                            )  # fmt: skip
+                        for size, samples in _sizes(kernel, args):
+                            if _runs(kernel, tile, pool):
+                                yield Case(
+                                    kernel, tuple(tile), dtype, pool, channels, size, samples,
+                                    args.device,
+                                )  # fmt: skip
+
+
+def _sizes(kernel: str, args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Of images, with their samples."""
+    asked = args.size, args.samples
+    return [asked, _ONE_PART] if kernel == "box_wgrad" and not args.few else [asked]
 
 
 def _module(kernel: str) -> Any:

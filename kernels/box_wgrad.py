@@ -1,8 +1,8 @@
-"""Level backward to weights and biases, operands read in boxes (TMA, sm_90): two launches.
+"""Level backward to weights and biases, operands read in boxes (TMA, sm_90): two launches or one.
 
 A program sums the products of one tap, or of three side by side that share a box of the gradient,
-over the boxes of one branch's rows, or over a part of them; the second launch adds up the parts in
-a fixed order.
+over the boxes of one branch's rows, or over a part of them; then the second launch adds up the
+parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import Geometry, device_of, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
-from lasem_fast.kernels.level_wgrad import splits_of, sum_parts
+from lasem_fast.kernels.level_wgrad import splits_of, sum_parts, summed
 
 # Rows are input channels, the depth is a box's pixels. What to read is looked up before it is read,
 # so that a pipeline of 5 stages is 3 steps ahead.
@@ -50,6 +50,8 @@ TILES = (
 _MOST_OF_THREE = 32
 # Nanoseconds that adding up takes for each byte of the parts.
 _SUM = 0.0006
+# Parts of a bias that are read at once where there is no second launch.
+_BIAS_PARTS = 32
 # Rows of a product of a warp group: with fewer, the two sides change places.
 _GROUP = 64
 
@@ -131,6 +133,7 @@ def _store(
     parts, total, filter_at, tap, row, column, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     TURNED: tl.constexpr,
 ):  # fmt: skip
+    """A tap of one part."""
     if TURNED:
         at = (filter_at + tap * C_IN)[:, None] + row[None, :]
         keep = (column < C_OUT)[:, None] & (row < C_IN)[None, :]
@@ -140,19 +143,49 @@ def _store(
     tl.store(parts + at, total, mask=keep)
 
 
-@triton.jit(do_not_specialize=["count0", "count1"])
+@triton.jit
+def _store_gradient(
+    dweight, spoilt, total, tap, row, column, d_o, d_c, d_h, d_w,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS_DOWN: tl.constexpr, TAPS_ACROSS: tl.constexpr,
+    SAYS_SPOILT: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """A tap of a gradient that has one part alone; of a line, what the filter itself has."""
+    line = tap * C_IN + row
+    read = (row < C_IN) & (line < TAPS_DOWN * TAPS_ACROSS * CHANNELS)
+    used = column < C_OUT
+    from_filter = line % CHANNELS * d_c + line // CHANNELS % TAPS_ACROSS * d_w
+    from_filter += line // (CHANNELS * TAPS_ACROSS) * d_h
+    if TURNED:
+        at = (column * d_o)[:, None] + from_filter[None, :]
+        keep = used[:, None] & read[None, :]
+    else:
+        at = (column * d_o)[None, :] + from_filter[:, None]
+        keep = used[None, :] & read[:, None]
+    tl.store(dweight + at, total.to(dweight.dtype.element_ty), mask=keep)
+    if SAYS_SPOILT:
+        nans = (keep & (total != total)).to(tl.int32)
+        nans = tl.max(tl.max(nans, axis=1), axis=0)
+        tl.atomic_max(spoilt, nans, mask=nans > 0)
+
+
+@triton.jit(do_not_specialize=["count0", "count1", "bias_splits"])
 def box_wgrad_kernel(
-    x, dz, by_branch, live, sources, parts, count0, count1, samples,
+    x, dz, by_branch, live, sources, parts, bias_parts,
+    dweight0, dweight1, dbias0, dbias1, spoilt,
+    count0, count1, samples, bias_splits, d_o, d_c, d_h, d_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    HAS_LIVE: tl.constexpr, ALL_BOXES: tl.constexpr, WIDE: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS_DOWN: tl.constexpr, TAPS_ACROSS: tl.constexpr,
+    HAS_LIVE: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_BOXES: tl.constexpr,
+    ONE_PART: tl.constexpr, SAYS_SPOILT: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
-    TAPS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS_PARTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One part of parts [S, B, Co, KH * KW * C]; see box_wgrad."""
+    """One part of parts [S, B, Co, KH * KW * C], or the gradients themselves; see box_wgrad."""
     wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
@@ -205,12 +238,37 @@ def box_wgrad_kernel(
     row = channel + tl.arange(0, ROWS)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     tap = kh * KW + kw
-    filters = (split.to(index) * BRANCHES + branch) * C_OUT + column
-    filter_at = filters * (KH * KW * C_IN)
-    _store(parts, total, filter_at, tap, row, column, C_IN, C_OUT, TURNED)
-    if TAPS == 3:
-        _store(parts, total1, filter_at, tap + 1, row, column, C_IN, C_OUT, TURNED)
-        _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
+    if ONE_PART:
+        dweight = tl.where(branch == 1, dweight1, dweight0)
+        filters = column.to(index)
+        _store_gradient(
+            dweight, spoilt, total, tap, row, filters, d_o, d_c, d_h, d_w,
+            C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
+        )  # fmt: skip
+        if TAPS == 3:
+            _store_gradient(
+                dweight, spoilt, total1, tap + 1, row, filters, d_o, d_c, d_h, d_w,
+                C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
+            )  # fmt: skip
+            _store_gradient(
+                dweight, spoilt, total2, tap + 2, row, filters, d_o, d_c, d_h, d_w,
+                C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
+            )  # fmt: skip
+        if HAS_BIAS:
+            # programs of the last taps have the least to do
+            if (tl.program_id(0) == 0) & (group == KH * GROUPS - 1):
+                used = column < C_OUT
+                bias = summed(bias_parts, branch * C_OUT + column, used, bias_splits,
+                              BRANCHES * C_OUT, BIAS_PARTS)  # fmt: skip
+                dbias = tl.where(branch == 1, dbias1, dbias0) + column
+                tl.store(dbias, bias.to(dbias0.dtype.element_ty), mask=used)
+    else:
+        filters = (split.to(index) * BRANCHES + branch) * C_OUT + column
+        filter_at = filters * (KH * KW * C_IN)
+        _store(parts, total, filter_at, tap, row, column, C_IN, C_OUT, TURNED)
+        if TAPS == 3:
+            _store(parts, total1, filter_at, tap + 1, row, column, C_IN, C_OUT, TURNED)
+            _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
 
 
 @cache
@@ -237,7 +295,7 @@ def chosen(
             programs=programs * splits,
             steps=max(counts) * boxes / prod(kernel) / splits,
             bytes=2 * tile.depth * (tile.rows * taps + tile.columns),
-            besides=_SUM * 4 * splits * weights,
+            besides=_SUM * 4 * splits * weights if splits > 1 else 0.0,
         )
 
     tiles = fitting(TILES, channels, channels_out, max(counts) * prod(size))
@@ -291,7 +349,7 @@ def box_wgrad(
     live: Tensor | None = None,
     spoilt: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of a level's weights and biases: two launches.
+    """The gradients of a level's weights and biases: two launches, or one for a short sum.
 
     Args:
         gradient: of the convolution, in boxes of ``tile.depth`` pixels and blocks of
@@ -316,23 +374,31 @@ def box_wgrad(
     groups = kh * kw // taps
     grid = cdiv(channels, tile.rows), filters.branches * cdiv(channels_out, tile.columns)
     _, splits = _programs(tile, channels_out, channels, (kh, kw), rows.counts, box, sides)
+    one_part, has_live, says_spoilt = splits == 1, live is not None, spoilt is not None
     size = (splits, filters.branches, channels_out, kh * kw * channels)
-    parts = x.new_empty(size, dtype=torch.float32)
-    has_live = live is not None
+    parts = x.new_empty(0 if one_part else size, dtype=torch.float32)
+    dbias = dbiases or dweights  # the latter is never written
+    spoils = spoilt if says_spoilt else gradient.sources  # likewise
     with device_of(x):
         box_wgrad_kernel[(*grid, splits * groups)](
             described(x, (1, *box, tile.rows)), described(dz, (1, *box, tile.columns)),
             rows.by_branch, live.view(torch.uint8) if has_live else parts, gradient.sources,
-            parts, rows.counts[0], rows.counts[-1], samples,
+            parts, gradient.bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1], spoils,
+            rows.counts[0], rows.counts[-1], samples, len(gradient.bias_parts),
+            *dweights[0].stride(),
             BRANCHES=filters.branches, C_IN=channels, C_OUT=channels_out,
             HEIGHT=x.shape[2], WIDTH=x.shape[3],
             CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, HAS_LIVE=has_live,
+            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, CHANNELS=weights[0].shape[1],
+            TAPS_DOWN=weights[0].shape[2], TAPS_ACROSS=weights[0].shape[3],
+            HAS_LIVE=has_live, HAS_BIAS=bool(dbiases),
             ALL_BOXES=reads(box, *sides, convolution=convolution) == boxes * kh * kw,
-            WIDE=parts.numel() >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,
+            ONE_PART=one_part, SAYS_SPOILT=says_spoilt,
+            WIDE=max(parts.numel(), dweights[0].numel()) >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
             TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps,
-            num_warps=tile.warps, num_stages=tile.stages, **early(x),
+            BIAS_PARTS=_BIAS_PARTS, num_warps=tile.warps, num_stages=tile.stages, **early(x),
         )  # fmt: skip
-        sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)
+        if not one_part:
+            sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)
     return dweights, dbiases

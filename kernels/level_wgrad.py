@@ -176,7 +176,7 @@ def level_wgrad_kernel(
 
 
 @triton.jit
-def _summed(parts, at, inside, splits, size, PARTS: tl.constexpr):
+def summed(parts, at, inside, splits, size, PARTS: tl.constexpr):
     """The sum over parts [S, size] at some places, always in the same order."""
     part = tl.arange(0, PARTS)
     total = tl.zeros((PARTS, at.shape[0]), tl.float32)
@@ -212,7 +212,7 @@ def level_wgrad_sum_kernel(
         kh = at // C_IN // KW % KH
         channel_out = at // FILTER % C_OUT
         in_part = at // FILTER * LINE + at % FILTER
-        total = _summed(parts, in_part, inside, splits, BRANCHES * C_OUT * LINE, PARTS)
+        total = summed(parts, in_part, inside, splits, BRANCHES * C_OUT * LINE, PARTS)
         dweight = tl.where(at // (C_OUT * FILTER) == 1, dweight1, dweight0)
         dweight += channel_out * d_o + channel * d_c + kh * d_h + kw * d_w
         tl.store(dweight, total.to(dweight0.dtype.element_ty), mask=inside)
@@ -222,7 +222,7 @@ def level_wgrad_sum_kernel(
     elif HAS_BIAS:
         bias_at = (block - WEIGHT_BLOCKS) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
         used = bias_at < BRANCHES * C_OUT
-        bias = _summed(bias_parts, bias_at, used, bias_splits, BRANCHES * C_OUT, BIAS_PARTS)
+        bias = summed(bias_parts, bias_at, used, bias_splits, BRANCHES * C_OUT, BIAS_PARTS)
         dbias = tl.where(bias_at // C_OUT == 1, dbias1, dbias0) + bias_at % C_OUT
         tl.store(dbias, bias.to(dbias0.dtype.element_ty), mask=used)
 

@@ -42,6 +42,7 @@ def launches() -> dict[str, Launch]:
     for tile in box_wgrad.TILES:
         found |= _backward(box_dgrad.TILES[0], tile, "pool2")
         found |= _backward(box_dgrad.TILES[0], tile, "pool2_live", live=True)
+        found |= _backward(box_dgrad.TILES[0], tile, "one_part", parents=2, samples=1, size=4)
     tiles = box_dgrad.TILES[0], box_wgrad.TILES[1]
     found |= _backward(*tiles, "fp16", dtype=torch.float16)
     found |= _backward(*tiles, "pool1_skip", pool=1, skip=True)
@@ -84,17 +85,19 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
-def _problem(dtype, pool, branches, plain, skip, samples=_SAMPLES, size=_SIZE):
-    x = _meta(_PARENTS, samples, size, size, 64, dtype=dtype)
+def _problem(
+    dtype, pool, branches, plain, skip, parents=_PARENTS, samples=_SAMPLES, size=_SIZE
+):  # fmt: skip
+    x = _meta(parents, samples, size, size, 64, dtype=dtype)
     weights = [_meta(64, 64, 3, 3)] * branches
     biases = [] if plain else [_meta(64)] * branches
     out = size // pool
     geometry = Geometry(
         1, 1, 1, 1, size, size, pool, 0, out, out, int(not plain), int(skip and pool > 1)
     )
-    rows = Rows.full(_PARENTS, branches)
+    rows = Rows.full(parents, branches)
     if skip:
-        rows = replace(rows, skips=rows.parents, skip_width=_PARENTS)
+        rows = replace(rows, skips=rows.parents, skip_width=parents)
     return x, weights, biases, geometry, rows
 
 
@@ -128,6 +131,7 @@ def _backward(
     dgrad: Tile, wgrad: Tile, form: str, *, pool=2, dtype=torch.bfloat16, branches=2, plain=False,
     skip=False, live=False, **sizes: int,
 ) -> dict[str, Launch]:  # fmt: skip
+    """With sums that say whether they are NaN where those have one part."""
     x, weights, biases, geometry, rows = _problem(dtype, pool, branches, plain, skip, **sizes)
     tables = tables_of(rows, branches, x.device)
     dy = _meta(len(rows), x.shape[1], geometry.out_h, geometry.out_w, 64, dtype=dtype)
@@ -145,6 +149,7 @@ def _backward(
             carried=x if skip else None, skip_dtype=dtype if skip else None, tile=dgrad,
         )  # fmt: skip
         box_wgrad.box_wgrad(
-            gradient, x, filters, weights, biases, tables, geometry, wgrad, live=lives
-        )
+            gradient, x, filters, weights, biases, tables, geometry, wgrad, live=lives,
+            spoilt=gradient.spoilt if form == "one_part" else None,
+        )  # fmt: skip
     return _named(started, form)
