@@ -1,12 +1,14 @@
-"""Level forward whose operands are read in boxes (TMA, sm_90): one launch, two with a pool of 3.
+"""Level forward whose operands are read in boxes (TMA, sm_90): one launch or two.
 
 As :mod:`lasem_fast.kernels.level_forward`, for stride 1 and products of 16 bits. A program computes
 the convolution on a box of pixels of one row, and a pool of 2 from registers. Windows of 3 do not
-fill boxes: their pool is a launch of its own.
+fill boxes: their pool is a launch of its own. So is the sum of parts, into which the sums of a few
+programs are cut.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_pool import box_pool
+from lasem_fast.kernels.box_sum import box_sum, parts_of
 from lasem_fast.kernels.boxes import TILES as TILES
-from lasem_fast.kernels.boxes import Convolution, Taps, described, met_taps, tiled
+from lasem_fast.kernels.boxes import Box, Convolution, Taps, Work, described, met_taps, reads, tiled
 from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_rows import Tables
@@ -54,19 +57,23 @@ def _better(best, winner, total, name, valid, ENDS_CLOSED: tl.constexpr, CLOSED:
 
 @triton.jit(do_not_specialize=["count0"])
 def box_forward_kernel(
-    x, weights, bias0, bias1, skip, by_branch, y, code, count0, samples, s_s, s_n, s_h, s_w, s_c,
+    x, weights, bias0, bias1, skip, by_branch, y, code, parts, count0, samples,
+    s_s, s_n, s_h, s_w, s_c,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     CONV_H: tl.constexpr, CONV_W: tl.constexpr, OUT_H: tl.constexpr, OUT_W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     POOL: tl.constexpr, POOL_PAD: tl.constexpr, RELU: tl.constexpr, RELU_AFTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, CLOSED: tl.constexpr, SHUT: tl.constexpr,
-    ALL_TAPS: tl.constexpr, WIDE: tl.constexpr,
+    ALL_TAPS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see box_forward."""
+    """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see box_forward.
+
+    PARTS > 1: instead of them one of so many parts [S, R, N, conv_h, conv_w, Co] of the sums.
+    """
     wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     ROWS: tl.constexpr = IMAGES * BOX_H * BOX_W
@@ -97,7 +104,12 @@ def box_forward_kernel(
         kh0, down = met_taps(oh0, BOX_H, KH, -PAD_H, HEIGHT)
         kw0, across = met_taps(ow0, BOX_W, KW, -PAD_W, WIDTH)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(down * across * STEPS):
+    begin, end = 0, down * across * STEPS
+    if PARTS > 1:
+        share = tl.cdiv(end, PARTS)
+        begin = tl.program_id(2) * share
+        end = tl.minimum(begin + share, end)
+    for step in range(begin, end):
         number = step // STEPS
         channel = step % STEPS * DEPTH
         kh = kh0 + number // across
@@ -109,7 +121,7 @@ def box_forward_kernel(
         filters = tl.reshape(weights.load([filter0, tap, channel]), (COLUMNS, DEPTH))
         total = tl.dot(values, filters.T, total)
 
-    if HAS_BIAS:
+    if HAS_BIAS and PARTS == 1:
         total += tl.load(bias_at + column, mask=used, other=0.0).to(tl.float32)[None, :]
     pixel = tl.arange(0, ROWS)
     ph = pixel // BOX_W % BOX_H
@@ -118,6 +130,12 @@ def box_forward_kernel(
     oh = oh0 + ph
     ow = ow0 + pw
     valid = (n < samples) & (oh >= 0) & (oh < CONV_H) & (ow >= 0) & (ow < CONV_W)
+    if PARTS > 1:
+        rows = tl.num_programs(0) // (image_blocks * (BOXES_X * BOXES_Y))
+        image = (tl.program_id(2) * rows + row).to(index) * samples + n
+        at = (((image * CONV_H + oh) * CONV_W + ow) * C_OUT)[:, None] + column[None, :]
+        tl.store(parts + at, total, mask=valid[:, None] & used[None, :])
+        return
     name = (ph % POOL * POOL + pw % POOL).to(tl.uint8)
     names = tl.broadcast_to(name[:, None], (ROWS, COLUMNS))
     if HAS_SKIP:
@@ -212,8 +230,6 @@ def box_forward(
     columns, (kh, kw) = filters.channels_out, filters.kernel
     _, samples, height, width, channels = x.shape
     shape = len(rows.by_branch), samples, geometry.out_h, geometry.out_w, columns
-    y = x.new_empty(shape)
-    code = x.new_empty(shape if geometry.has_code else (0,), dtype=torch.uint8)
     pool = geometry.pool
     size = samples, geometry.out_h * pool, geometry.out_w * pool
     taps = Convolution(
@@ -222,23 +238,46 @@ def box_forward(
 
     tile, box, all_taps = tiled(shape[0], size, columns, channels, taps, least=pool, tile=tile)
     boxes, lines = prod(box.counts(*size)), shape[0] * prod(size)
+    cut = _parts(shape[0], size, columns, channels, taps, tile, box, pool > 1 or skip is not None)
+    whole, parts = (shape, (0,)) if cut == 1 else ((0,), (cut, *shape))
+    y, parts = x.new_empty(whole), x.new_empty(parts, dtype=torch.float32)
+    code = x.new_empty(whole if geometry.has_code else (0,), dtype=torch.uint8)
     added = x if skip is None else skip  # never read where there is none
     biased = biases or [x]  # likewise
     with device_of(x):
-        box_forward_kernel[shape[0] * boxes, cdiv(columns, tile.columns)](
+        box_forward_kernel[shape[0] * boxes, cdiv(columns, tile.columns), cut](
             described(x, (1, *box, tile.depth)),
             described(filters.data, (tile.columns, 1, tile.depth)),
-            biased[0], biased[-1], added, rows.by_branch, y, code, rows.counts[0], samples,
-            *added.stride(),
+            biased[0], biased[-1], added, rows.by_branch, y, code, parts, rows.counts[0],
+            samples, *added.stride(),
             BRANCHES=filters.branches, C_IN=channels, C_OUT=columns, HEIGHT=height, WIDTH=width,
             CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
             OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, POOL=pool, POOL_PAD=geometry.pool_pad,
             RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
             HAS_BIAS=bool(biases), HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
-            ALL_TAPS=all_taps,
-            WIDE=needs_int64((y, added), lines), IMAGES=box.images, BOX_H=box.height,
+            ALL_TAPS=all_taps, PARTS=cut,
+            WIDE=needs_int64((y, parts, added), lines), IMAGES=box.images, BOX_H=box.height,
             BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.warps, num_stages=tile.stages, **early(x),
         )  # fmt: skip
+    if cut > 1:
+        return box_sum(parts, biases, rows, filters.branches, bool(geometry.relu), x.dtype)
     return y, code
+
+
+@cache
+def _parts(
+    rows: int, size: tuple[int, int, int], columns: int, channels: int, taps: Convolution,
+    tile: Tile, box: Box, has_more: bool,
+) -> int:  # fmt: skip
+    """Into how many parts sums are cut: what has a pool or a skip behind it is not."""
+    if has_more:
+        return 1
+    boxes = prod(box.counts(*size))
+    work = Work(
+        programs=rows * boxes * cdiv(columns, tile.columns),
+        steps=reads(box, *size, convolution=taps) / boxes * cdiv(channels, tile.depth),
+        bytes=2 * (tile.rows + tile.columns) * tile.depth,
+    )
+    return parts_of(work, rows * prod(size) * columns)

@@ -394,10 +394,11 @@ def box_wgrad(
             HAS_LIVE=has_live, HAS_BIAS=bool(dbiases),
             ALL_BOXES=reads(box, *sides, convolution=convolution) == boxes * kh * kw,
             ONE_PART=one_part, SAYS_SPOILT=says_spoilt,
-            WIDE=max(parts.numel(), dweights[0].numel()) >= 2**31 - 2**16, IMAGES=box.images, BOX_H=box.height,
-            BOX_W=box.width, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
-            TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps,
-            BIAS_PARTS=_BIAS_PARTS, num_warps=tile.warps, num_stages=tile.stages, **early(x),
+            WIDE=max(parts.numel(), dweights[0].numel()) >= 2**31 - 2**16,
+            IMAGES=box.images, BOX_H=box.height, BOX_W=box.width,
+            ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
+            TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps, BIAS_PARTS=_BIAS_PARTS,
+            num_warps=tile.warps, num_stages=tile.stages, **early(x),
         )  # fmt: skip
         if not one_part:
             sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)

@@ -49,6 +49,7 @@ def launches() -> dict[str, Launch]:
     found |= _backward(*tiles, "pool2_skip_live", skip=True, live=True)
     found |= _backward(*tiles, "pool3", pool=3)
     found |= _backward(*tiles, "one_branch_no_bias_no_relu", pool=1, branches=1, plain=True)
+    found |= _linear()
     # a pixel of many images in a box, which leaves taps out
     found |= _forward(box_forward.TILES[0], "small", pool=1, samples=128, size=2)
     found |= _backward(*tiles, "small", pool=1, samples=128, size=2)
@@ -69,6 +70,21 @@ def _mended() -> dict[str, Launch]:
     return {
         f"{launch.kernel.__name__.removesuffix('_kernel')}/mended": launch for launch in started
     }
+
+
+def _linear() -> dict[str, Launch]:
+    """Behind the flatten of a small mini-batch: a sum that is cut into parts."""
+    x = _meta(1, 16 * _SAMPLES, 1, 1, 4096, dtype=torch.bfloat16)
+    filters = Filters(_meta(64, 1, 4096, dtype=torch.bfloat16), 1, (1, 1))
+    geometry = Geometry(1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1)
+    tables = tables_of(Rows.full(1, 1), 1, x.device)
+    with recorded() as started:
+        box_forward.box_forward(x, filters, [_meta(64)], None, tables, geometry)
+    assert [launch.kernel.__name__ for launch in started] == [
+        "box_forward_kernel",
+        "box_sum_kernel",
+    ]
+    return _named(started, "in_parts")
 
 
 def _unfolded() -> dict[str, Launch]:

@@ -23,6 +23,7 @@ from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels import (
     box_dgrad,
     box_forward,
+    box_sum,
     box_wgrad,
     boxes,
     level_dgrad,
@@ -31,7 +32,7 @@ from lasem_fast.kernels import (
     weight_copies,
 )
 from lasem_fast.kernels.box_form import box_form
-from lasem_fast.kernels.boxes import Box, Convolution, Taps, box_for
+from lasem_fast.kernels.boxes import Box, Convolution, Taps, Work, box_for
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.levels.plan import Level
@@ -140,6 +141,37 @@ def test_a_linear_layer_on_images_is_one_on_pixels(seed):
     with launches() as counted:
         assert_exact(run(case._replace(x=turned), dy), truth(case, dy))
     assert counted.kernels["box_forward_kernel"] == 1
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("kernel", "pool", "relu"), [(1, 1, 1), (3, 1, 0), (3, 1, 1), (3, 3, 1)])
+def test_a_sum_that_is_cut_into_parts(kernel, pool, relu, dtype, monkeypatch):
+    """Of some taps and channels each; one of the parts has nothing to add."""
+    monkeypatch.setattr(box_forward, "_parts", lambda *_: 4)
+    torch.manual_seed(0)
+    size = 6 // kernel * kernel, 3
+    out = [n // pool for n in size]
+    geometry = Geometry(1, 1, kernel // 2, kernel // 2, *size, pool, 0, *out, relu)
+    case = Case(
+        integers(3, 3, *size, 40), [integers(24, 40, kernel, kernel) for _ in "ab"],
+        [integers(24) for _ in "ab"] if relu else [], geometry, False, dtype,
+        Rows((2, 0, 2), (1, 0, 0), 3),
+    )  # fmt: skip
+    dy = case.gradient()
+    with launches() as counted:
+        got = run(case, dy)
+    assert_exact(got, truth(case, dy))
+    assert counted.kernels["box_sum_kernel"] == 1
+    monkeypatch.undo()
+    assert_exact(run(case, dy), got)
+
+
+def test_in_how_many_parts_a_sum_is_cut():
+    """The linear layer of a small mini-batch is, and no launch that fills the device."""
+    few, many = Work(programs=3, steps=32, bytes=2**15), Work(programs=264, steps=32, bytes=2**15)
+    assert box_sum.parts_of(few, 160 * 64) > 4
+    assert box_sum.parts_of(many, 160 * 64) == 1
+    assert box_sum.parts_of(few._replace(steps=3), 160 * 64) == 1
 
 
 @pytest.mark.parametrize(("skip", "pool"), [(False, 1), (True, 2)])
