@@ -98,14 +98,15 @@ struct Shared {
     uint16_t writer = NOBODY, reader = NOBODY, reader_warp = NOBODY;
     bool in_flight = false, reserved = false;  // reserved: for an mbarrier
     uint32_t barrier = 0, phase = 0;           // mbarrier + 1 whose phase brought it, or 0
-    uint64_t stored = 0;  // when, by an ordinary store
+    uint64_t stored = 0, loaded = 0;  // when, by an ordinary store or load
+    uint16_t loader = 0;              // and by which warp
   };
   std::vector<unsigned char> data;
   std::vector<Byte> bytes;
   uint32_t epoch = 0;
   uint64_t clock = 0;
-  std::vector<uint64_t> fenced;  // when each warp last had a fence between ordinary stores and
-                                 // what products of warp groups read
+  std::vector<uint64_t> fenced;  // when each warp last had a fence between ordinary accesses and
+                                 // those of products of warp groups and of tensor copies
 
   Shared(uint32_t size, size_t warps)
       : data(size, 0xff), bytes(size), fenced(warps) {}  // NaN in every float type
@@ -162,13 +163,29 @@ struct Shared {
     ++clock;
     for (size_t i = 0; i < size; ++i) bytes[at + i].stored = clock;
   }
+  void mark_loaded(const Warp& w, uint64_t at, size_t size) {
+    ++clock;
+    for (size_t i = 0; i < size; ++i) {
+      bytes[at + i].loaded = clock;
+      bytes[at + i].loader = uint16_t(w.number);
+    }
+  }
   void fence(const Warp& w) { fenced[w.number] = ++clock; }
-  // Products read past ordinary stores that no fence of the storing or the reading warp follows.
+  // Products and copies pass ordinary stores that no fence of the storing or of their own warp
+  // follows.
   void check_fence(const Warp& w, uint64_t at, size_t size, const char* name) const {
     for (size_t i = 0; i < size; ++i) {
       const Byte& b = bytes[at + i];
       if (b.stored && std::max(fenced[b.writer / LANES], fenced[w.number]) < b.stored)
         fail("%s: no proxy fence after the store by thread %u", name, b.writer);
+    }
+  }
+  // Likewise a copy over what was loaded.
+  void check_fence_of_loads(const Warp& w, uint64_t at, size_t size, const char* name) const {
+    for (size_t i = 0; i < size; ++i) {
+      const Byte& b = bytes[at + i];
+      if (std::max(fenced[b.loader], fenced[w.number]) < b.loaded)
+        fail("%s: no proxy fence after a load by warp %u", name, unsigned(b.loader));
     }
   }
   // What tensor copies bring is there for those who have seen that phase of their mbarrier end.

@@ -22,7 +22,8 @@ void load(Warp& w, const Instruction& i, uint32_t mask) {
       if constexpr (SPACE == GLOBAL)
         m.global->read(values, base[l] + offset, sizeof values, m.block, i.name);
       else
-        m.shared->read(w, l, values, uint32_t(base[l]) + offset, sizeof values, i.name);
+        m.shared->read(w, l, values, uint32_t(base[l]) + offset, sizeof values, i.name),
+            m.shared->mark_loaded(w, uint32_t(base[l]) + offset, sizeof values);
       for (int n = 0; n < N; ++n) w.lane(i.at[n])[l] = put(values[n]);
     });
   }
@@ -102,8 +103,11 @@ template <int N, bool TRANSPOSED>
 void load_matrix(Warp& w, const Instruction& i, uint32_t mask) {
   whole(w, mask, i);
   uint16_t rows[N * 8][8];
-  for (int r = 0; r < N * 8; ++r)
-    w.machine->shared->read(w, r, rows[r], uint32_t(w.lane(i.at[N])[r]) + i.at[N + 1], 16, i.name);
+  for (int r = 0; r < N * 8; ++r) {
+    const uint32_t at = uint32_t(w.lane(i.at[N])[r]) + i.at[N + 1];
+    w.machine->shared->read(w, r, rows[r], at, 16, i.name);
+    w.machine->shared->mark_loaded(w, at, 16);
+  }
   for (int n = 0; n < N; ++n)
     for (int l = 0; l < LANES; ++l) {
       uint32_t pair[2];

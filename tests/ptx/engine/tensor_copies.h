@@ -77,6 +77,7 @@ void copy_tensor(Warp& w, const Instruction& i, uint32_t mask) {
     m.shared->inside(to, 1, i.name);
     m.shared->inside(to + size - 1, 1, i.name);
     m.shared->check_fence(w, to, size, i.name);
+    m.shared->check_fence_of_loads(w, to, size, i.name);
     for (const Warp& other : *m.warps)
       for (const Product& p : other.products)
         for (const InShared& o : p.operands)
