@@ -77,6 +77,19 @@ def of(code: str, value: int) -> int:
         ("cvt.rn.bf16x2.f32 %r4, %r3, %r3;", 0x3F818000, 0x3F823F82),
         ("setp.gtu.f32 %p1, %r3, 0f00000000; selp.b32 %r4, 1, 2, %p1;", 0x7FC00000, 1),
         ("setp.ne.f32 %p1, %r3, 0f00000000; selp.b32 %r4, 1, 2, %p1;", 0x7FC00000, 2),
+        # halves 1 and NaN against 1 and 1; u: true where one of them is NaN
+        ("setp.neu.bf16x2 %p1|%p2, %r3, 0x3F803F80; selp.b32 %r4, 1, 0, %p1; "
+         "@%p2 add.s32 %r4, %r4, 2;", 0x7FC03F80, 2),
+        ("setp.ne.bf16x2 %p1|%p2, %r3, 0x3F803F80; selp.b32 %r4, 1, 0, %p1; "
+         "@%p2 add.s32 %r4, %r4, 2;", 0x7FC03F80, 0),
+        ("setp.gtu.f16x2 %p1|%p2, %r3, 0x3C003C00; selp.b32 %r4, 1, 0, %p1; "
+         "@%p2 add.s32 %r4, %r4, 2;", 0x7E003C00, 2),
+        ("setp.nan.bf16x2 %p1|%p2, %r3, 0x3F803F80; selp.b32 %r4, 1, 0, %p1; "
+         "@%p2 add.s32 %r4, %r4, 2;", 0x7FC03F80, 2),
+        ("cvt.u16.u32 %rs1, %r3; mov.b16 %rs2, 0x3C00; setp.neu.f16 %p1, %rs1, %rs2; "
+         "selp.b32 %r4, 1, 0, %p1;", 0x3C00, 0),
+        ("cvt.u16.u32 %rs1, %r3; mov.b16 %rs2, 0; setp.neu.bf16 %p1, %rs1, %rs2; "
+         "selp.b32 %r4, 1, 0, %p1;", 0x8000, 0),  # 0 and -0
         ("redux.sync.max.s32 %r4, %r1, -1;", 0, 31),
         ("shfl.sync.bfly.b32 %r4, %r1, 5, 31, -1;", 0, 5),
         ("shfl.sync.idx.b32 %r4, %r1, 7, 31, -1;", 0, 7),
@@ -205,6 +218,20 @@ def test_blocks_that_share_memory():
         run("st.global.b32 [%rd5], %r1;", blocks=2)
     with pytest.raises(Fault, match="reads what block 0 has written"):
         run("ld.global.b32 %r3, [%rd5]; st.global.b32 [%rd5], %r3;", blocks=2)
+
+
+def test_atomics_of_several_blocks():
+    """The largest of all lanes of all blocks is left; nothing else may touch it."""
+    largest = "atom.global.gpu.acq_rel.max.s32 %r3, [%rd2+4], %r1;"
+    for seed in range(3):
+        assert run(largest, blocks=2, seed=seed) == [-1, 31] + [-1] * 30
+    before = "sub.s32 %r4, 0, %r1; atom.global.gpu.acq_rel.max.s32 %r3, [%rd4], %r4;"
+    assert run(before + "st.global.b32 [%rd5], %r3;", [-5] * 32) == [-5] * 32
+    for touched in ("ld.global.b32 %r5, [%rd2+4];", "st.global.b32 [%rd2+4], %r1;"):
+        with pytest.raises(Fault, match="by atomics"):
+            run(largest + touched)
+        with pytest.raises(Fault, match="without atomics"):
+            run(touched + largest)
 
 
 def test_warps_order_themselves_by_barriers_of_the_block():
