@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -24,8 +24,8 @@ def on_host(
     *,
     seed: int = 0,
     change: Callable[[str, str], str] = lambda name, ptx: ptx,
-):
-    """Kernels that are launched in here run on the host.
+) -> Iterator[list[Launch]]:
+    """Kernels that are launched in here run on the host; they are listed as they are.
 
     Args:
         capability: of the GPU that Triton compiles for, such as 80 or 90.
@@ -37,11 +37,14 @@ def on_host(
         parsing.NotTranslated: PTX that the engine cannot run.
     """
 
+    launches: list[Launch] = []
+
     def getitem(kernel, grid):
         def launch(*args, **kwargs):
             options = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
             arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-            built = compiled(Launch(kernel, arguments, options, tuple(grid)), capability)
+            launches.append(Launch(kernel, arguments, options, tuple(grid)))
+            built = compiled(launches[-1], capability)
             ptx = change(kernel.__name__, built.asm["ptx"])
             _executable(ptx).run(
                 grid,
@@ -54,7 +57,7 @@ def on_host(
         return launch
 
     with mock.patch.object(JITFunction, "__getitem__", getitem):
-        yield
+        yield launches
 
 
 @cache

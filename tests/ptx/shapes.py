@@ -9,6 +9,7 @@ from host_runs import on_host
 from levels import Case, Truth, integers
 from torch import Tensor
 
+from bench.compiling import Launch
 from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
@@ -97,7 +98,7 @@ def drawn(shape: Shape, dtype: torch.dtype, values=integers) -> Case:
 
 def run(
     case: Case, dy: Tensor, capability: int, tiles: Tiles, *, tf32: bool = False,
-    boxes: bool = False, to_input: bool = True, **options,
+    boxes: bool = False, to_input: bool = True, launches: list[Launch] | None = None, **options,
 ) -> Truth:  # fmt: skip
     """Output and gradients by the library's operator, its launches run on the host.
 
@@ -107,6 +108,7 @@ def run(
     Args:
         boxes: whether operands are read in boxes.
         to_input: whether the input gets a gradient.
+        launches: to which all of them are added.
         options: of :func:`host_runs.on_host`.
     """
     x = case.x.to(case.dtype, copy=True)
@@ -131,7 +133,7 @@ def run(
     try:
         for setting in settings:
             setting.fp32_precision = "tf32" if tf32 else "ieee"
-        with on_host(capability, **options):
+        with on_host(capability, **options) as started:
             y = level(
                 case.x, case.weights, case.biases, case.geometry, case.rows, dtype=case.dtype,
                 skip=case.skip, liveness=liveness, tiles=tiles, boxes=boxes,
@@ -139,6 +141,8 @@ def run(
             wanted = leaves if to_input else leaves[1:]
             rest = torch.autograd.grad(y, wanted, dy)
             dx, *rest = rest if to_input else (torch.full_like(case.x, torch.nan), *rest)
+        if launches is not None:
+            launches += started
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value

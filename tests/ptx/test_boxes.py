@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from host_runs import on_host
-from levels import Case, draw_boxes, integers, permuted, truth
+from levels import Case, Truth, draw_boxes, integers, permuted, truth
 from shapes import SHAPES, Shape, drawn, results, run
 
 from lasem_fast.backends import box_level_op
 from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels import box_dgrad, box_forward, box_gradient, box_wgrad, unfolded
 from lasem_fast.kernels.box_form import box_form
-from lasem_fast.kernels.boxes import Box, box_for
+from lasem_fast.kernels.boxes import Box
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 
@@ -75,13 +77,37 @@ def test_drawn_levels(seed):
     exact(run(case, dy, CAPABILITY, Tiles(), boxes=True, seed=seed), truth(case, dy))
 
 
-def test_which_boxes_hold_a_pixel_of_many_images():
-    shape = BOXES["a pixel of many images"]
-    case = drawn(shape, torch.bfloat16)
-    tile = box_forward.TILES[0]
-    box = box_wgrad.box_of(box_wgrad.TILES[0], case.x.shape, case.geometry, (3, 3))
-    assert tile.rows == 128 and box == Box(64, 1, 1)
-    assert box_for(128, 126, 2, 2) != Box(128, 1, 1)  # but that reads fewer pixels through taps
+def test_taps_that_meet_only_padding_are_left_out():
+    """With a pixel of many images in a box, so that what a program reads depends on its box."""
+    case = drawn(BOXES["a pixel of many images"]._replace(live=None), torch.bfloat16)
+    dy, leaves = case.gradient(), [leaf.float() for leaf in case.leaves]
+    leaves[0] = leaves[0].bfloat16()
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    here = case.with_leaves(leaves)
+    with on_host(CAPABILITY, seed=1) as launches:
+        y = level(here.x, here.weights, here.biases, here.geometry, here.rows, dtype=case.dtype,
+                  boxes=True)  # fmt: skip
+        dx, *rest = torch.autograd.grad(y, leaves, dy.bfloat16())
+    exact(Truth(y.detach(), dx, tuple(rest[:2]), tuple(rest[2:]), ()), truth(case, dy))
+    for kernel, all_of_them in (("forward", "TAPS"), ("dgrad", "TAPS"), ("wgrad", "BOXES")):
+        (found,) = [launch.arguments for launch in launches
+                    if launch.kernel.__name__ == f"box_{kernel}_kernel"]  # fmt: skip
+        assert (found["BOX_H"], found["BOX_W"]) == (1, 1) and found["IMAGES"] > 32
+        assert not found[f"ALL_{all_of_them}"]
+
+
+def test_sums_in_parts(monkeypatch):
+    """Parts that end within a row, and several boxes to a program, of which some rows are dead."""
+    monkeypatch.setattr(box_gradient, "_PROGRAMS", 5)
+    rows = Rows((0, 1, 2, 0, 2), (0, 0, 0, 1, 1), 3)
+    shape = Shape(16, 40, (9, 10), rows=rows, samples=3, live=(True, False, True, True, True))
+    for case in (drawn(shape, torch.bfloat16), drawn(shape._replace(live=None), torch.bfloat16)):
+        dy, launches = case.gradient(), []
+        got = run(case, dy, CAPABILITY, Tiles(), boxes=True, launches=launches)
+        exact(got, truth(case, dy))
+        found = {launch.kernel.__name__: launch for launch in launches}
+        assert found["level_wgrad_sum_kernel"].arguments["splits"] > 1
+        assert found["box_gradient_kernel"].arguments["each"] > 1
 
 
 @pytest.mark.parametrize(
@@ -165,14 +191,9 @@ def test_a_configuration_that_overflows_stays_alone(bad, pool, joined, monkeypat
     want = truth(case, dy)
     exact(run(case, dy, CAPABILITY, Tiles(), boxes=True), want)
     case.x[1, 1, 1:3] = bad
-    launched = []
-
-    def noted(name: str, ptx: str) -> str:
-        launched.append(name)
-        return ptx
-
-    got = run(case, dy, CAPABILITY, Tiles(), boxes=True, change=noted)
-    assert ("level_wgrad_kernel" in launched) == joined
+    launches = []
+    got = run(case, dy, CAPABILITY, Tiles(), boxes=True, launches=launches)
+    assert ("level_wgrad_kernel" in [launch.kernel.__name__ for launch in launches]) == joined
     assert torch.equal(got.y[good], want.y[good].bfloat16())
     assert not bool(got.y[left_out, 1].isfinite().all())
     exact(got._replace(y=want.y.bfloat16()), want)
@@ -222,8 +243,6 @@ def test_rounding(dtype):
 
 def test_images_that_lie_anywhere():
     """Samples outside of parents, and filters of any layout."""
-    import random
-
     pick = random.Random(0)
     case = drawn(BOXES["pool 1"]._replace(rows=_SOME), torch.bfloat16)
     x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
