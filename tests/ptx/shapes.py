@@ -103,7 +103,7 @@ def run(
     """Output and gradients by the library's operator, its launches run on the host.
 
     Parameters are float32, as under autocast. What must not be read is NaN: parents without a row,
-    and ``dy`` of rows that are not live. Without a gradient of the input there are NaN in its place.
+    and ``dy`` of rows that are not live. The input's gradient is NaN where nobody asks for it.
 
     Args:
         boxes: whether operands are read in boxes.

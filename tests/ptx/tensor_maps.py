@@ -42,19 +42,13 @@ def tensor_map(descriptor: TensorDescriptor, form: dict[str, Any]) -> bytes:
     def innermost_first(values: list[int]) -> list[int]:
         return values[::-1] + [0] * (_MOST_DIMENSIONS - rank)
 
-    packed = struct.pack(
-        _FORMAT, _MARK, rank, element, line, base,
-        *map_each(innermost_first, sizes, strides, box),
-    )  # fmt: skip
-    return packed.ljust(_BYTES, b"\0")
+    lists = [n for values in (sizes, strides, list(box)) for n in innermost_first(values)]
+    return struct.pack(_FORMAT, _MARK, rank, element, line, base, *lists).ljust(_BYTES, b"\0")
 
 
-def map_each(function, *lists):
-    """All values of all lists, each list changed."""
-    return [value for values in lists for value in function(list(values))]
-
-
-def _check(base, sizes, strides, box, element, line) -> None:
+def _check(
+    base: int, sizes: list[int], strides: list[int], box: list[int], element: int, line: int
+) -> None:
     rank, inner = len(box), box[-1] * element
     if not len(sizes) == len(strides) == rank <= _MOST_DIMENSIONS:
         raise NotEncoded(f"{len(sizes)} sizes, {len(strides)} strides, a box of {rank}")

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from engine import Fault
 from host_runs import on_host
 from levels import Case, Truth, draw_boxes, integers, permuted, truth
 from shapes import SHAPES, Shape, drawn, results, run
@@ -94,6 +95,25 @@ def test_taps_that_meet_only_padding_are_left_out():
                     if launch.kernel.__name__ == f"box_{kernel}_kernel"]  # fmt: skip
         assert (found["BOX_H"], found["BOX_W"]) == (1, 1) and found["IMAGES"] > 32
         assert not found[f"ALL_{all_of_them}"]
+
+
+# Where boxes lie in the padding from end to end, and LLVM knows that only some of them do.
+_ALL_PADDING = {
+    "1 by 1 filters with a padding of 1": Shape(16, 24, (2, 7), kernel=1, pad=1),
+    "3 by 3 filters with a padding of 3": Shape(64, 64, (2, 5), kernel=3, pad=3),
+}
+
+
+@pytest.mark.xfail(
+    raises=Fault, strict=True,
+    reason="the first taps are divided by how many there are: by 0 that is undefined, and LLVM "
+    "takes it for another number, so that boxes are copied for which nobody waits",
+)  # fmt: skip
+@pytest.mark.parametrize("name", _ALL_PADDING)
+def test_boxes_that_meet_no_tap_are_not_copied(name):
+    case = drawn(_ALL_PADDING[name], torch.bfloat16)
+    dy = case.gradient()
+    exact(run(case, dy, CAPABILITY, Tiles(), boxes=True), truth(case, dy))
 
 
 def test_sums_in_parts(monkeypatch):

@@ -77,19 +77,6 @@ def of(code: str, value: int) -> int:
         ("cvt.rn.bf16x2.f32 %r4, %r3, %r3;", 0x3F818000, 0x3F823F82),
         ("setp.gtu.f32 %p1, %r3, 0f00000000; selp.b32 %r4, 1, 2, %p1;", 0x7FC00000, 1),
         ("setp.ne.f32 %p1, %r3, 0f00000000; selp.b32 %r4, 1, 2, %p1;", 0x7FC00000, 2),
-        # halves 1 and NaN against 1 and 1; u: true where one of them is NaN
-        ("setp.neu.bf16x2 %p1|%p2, %r3, 0x3F803F80; selp.b32 %r4, 1, 0, %p1; "
-         "@%p2 add.s32 %r4, %r4, 2;", 0x7FC03F80, 2),
-        ("setp.ne.bf16x2 %p1|%p2, %r3, 0x3F803F80; selp.b32 %r4, 1, 0, %p1; "
-         "@%p2 add.s32 %r4, %r4, 2;", 0x7FC03F80, 0),
-        ("setp.gtu.f16x2 %p1|%p2, %r3, 0x3C003C00; selp.b32 %r4, 1, 0, %p1; "
-         "@%p2 add.s32 %r4, %r4, 2;", 0x7E003C00, 2),
-        ("setp.nan.bf16x2 %p1|%p2, %r3, 0x3F803F80; selp.b32 %r4, 1, 0, %p1; "
-         "@%p2 add.s32 %r4, %r4, 2;", 0x7FC03F80, 2),
-        ("cvt.u16.u32 %rs1, %r3; mov.b16 %rs2, 0x3C00; setp.neu.f16 %p1, %rs1, %rs2; "
-         "selp.b32 %r4, 1, 0, %p1;", 0x3C00, 0),
-        ("cvt.u16.u32 %rs1, %r3; mov.b16 %rs2, 0; setp.neu.bf16 %p1, %rs1, %rs2; "
-         "selp.b32 %r4, 1, 0, %p1;", 0x8000, 0),  # 0 and -0
         ("redux.sync.max.s32 %r4, %r1, -1;", 0, 31),
         ("shfl.sync.bfly.b32 %r4, %r1, 5, 31, -1;", 0, 5),
         ("shfl.sync.idx.b32 %r4, %r1, 7, 31, -1;", 0, 7),
@@ -97,6 +84,21 @@ def of(code: str, value: int) -> int:
 )
 def test_worked_by_hand(code, value, expected):
     assert of(code, value) == expected
+
+
+@pytest.mark.parametrize(
+    ("compared", "of_nan", "of_equals"),
+    [("ne", 0, 0), ("neu", 1, 0), ("gtu", 1, 0), ("nan", 1, 0)],
+)
+@pytest.mark.parametrize(("dtype", "one"), [("bf16", 0x3F80), ("f16", 0x3C00)])
+def test_comparisons_of_halves(compared, of_nan, of_equals, dtype, one):
+    """Where one of two is NaN, where both are 1, and of a pair the lower one first."""
+    both = "selp.b32 %r4, 1, 0, %p1; @%p2 add.s32 %r4, %r4, 2;"
+    pair = f"setp.{compared}.{dtype}x2 %p1|%p2, %r3, {one << 16 | one}; {both}"
+    assert of(pair, 0x7FFF << 16 | one) == of_equals + 2 * of_nan
+    single = f"mov.b16 %rs2, {one}; setp.{compared}.{dtype} %p1, %rs1, %rs2;"
+    for value, expected in ((0x7FFF, of_nan), (one, of_equals)):
+        assert of(f"cvt.u16.u32 %rs1, %r3; {single} selp.b32 %r4, 1, 0, %p1;", value) == expected
 
 
 def test_lanes_that_branch_apart_meet_again():

@@ -291,11 +291,8 @@ def test_only_who_has_waited_may_read():
 
 def test_one_lane_is_elected():
     elect = "elect.sync %r{0}|%p2, -1; selp.b32 %r3, 1, 0, %p2;"
-    code = elect.format(4) + elect.format(5) + """
-        shl.b32 %r4, %r4, 8;
-        or.b32 %r3, %r3, %r4;
-        st.global.b32 [%rd7], %r3;
-    """
+    code = elect.format(4) + elect.format(5)
+    code += "shl.b32 %r4, %r4, 8; or.b32 %r3, %r3, %r4; st.global.b32 [%rd7], %r3;"
     elected = set()
     for seed in range(5):
         got = run(code, torch.empty(32, dtype=torch.int32), seed=seed).tolist()

@@ -81,7 +81,8 @@ Group* next_group(Warp& w) {
 }
 bool of_all_lanes(const Instruction& i) { return strstr(i.name, "sync") != nullptr; }
 
-// Runs a warp until it waits at a barrier or for an mbarrier, has ended, or has done so many instructions.
+// Runs a warp until it waits at a barrier or for an mbarrier, has ended, or has done so many
+// instructions.
 void advance(Warp& w, const Program& p, uint64_t most) {
   const Instruction* i = nullptr;
   try {
@@ -212,7 +213,7 @@ int ptx_launch(const ptx::Program* p, const uint32_t* grid, uint32_t shared_byte
     try {
       ptx::Shared shared(shared_bytes, warps.size());
       ptx::Barriers barriers(shared);
-      ptx::Machine machine{parameters, &global, &shared,        &barriers,
+      ptx::Machine machine{parameters, &global, &shared,         &barriers,
                            &warps,     b,       parameter_bytes, elected};
       for (size_t w = 0; w < warps.size(); ++w)
         ptx::begin(warps[w], *p, machine, uint32_t(w), size, at);

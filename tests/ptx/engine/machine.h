@@ -4,8 +4,9 @@
 //
 // Not modelled: time; the order in which tensor cores add (here a product's sum is rounded once);
 // registers of a product of a warp group before its wait; order between blocks beyond none at all;
-// what the assembler makes of the PTX; a wait for an mbarrier that gives up although its phase is
-// over. Clusters, and atomics but a maximum in global memory, are refused.
+// what the assembler makes of the PTX; a wait for an mbarrier that gives up before its phase is over;
+// whether copies see an mbarrier that has just been made, for which Triton has no fence. Clusters,
+// and atomics but a maximum in global memory, are refused.
 #pragma once
 #include <array>
 #include <cstdarg>
@@ -88,8 +89,8 @@ struct Matrix {
     return at ^ (at >> 7 & (width / 16 - 1)) << 4;
   }
 };
-// An operand of a product of a warp group: so many rows from one on, and what was read of it, all of
-// it between two addresses.
+// An operand of a product of a warp group: so many rows from one on, and what was read of it, all
+// of it between two addresses.
 struct InShared {
   Matrix from;
   uint32_t row, count;
@@ -119,7 +120,7 @@ struct Warp {
   std::vector<Group> groups;
   std::array<Lane, LANES> lanes;
   std::vector<Product> products;
-  size_t committed = 0;  // groups of products
+  size_t committed = 0;        // groups of products
   std::vector<uint32_t> seen;  // phases of every mbarrier, by number, that are over
   uint64_t polled;             // when it last waited for an mbarrier in vain
   uint32_t number, epoch, live;

@@ -98,8 +98,8 @@ struct Shared {
     uint16_t writer = NOBODY, reader = NOBODY, reader_warp = NOBODY;
     bool in_flight = false, reserved = false;  // reserved: for an mbarrier
     uint32_t barrier = 0, phase = 0;           // mbarrier + 1 whose phase brought it, or 0
-    uint64_t stored = 0, loaded = 0;  // when, by an ordinary store or load
-    uint16_t loader = 0;              // and by which warp
+    uint64_t stored = 0, loaded = 0;           // when, by an ordinary store or load
+    uint16_t loader = 0;                       // and by which warp
   };
   std::vector<unsigned char> data;
   std::vector<Byte> bytes;
