@@ -53,7 +53,7 @@ struct Barriers {
   }
   void expect(Barrier& b, uint32_t bytes, const char* name) {
     b.bytes += bytes;
-    if (b.bytes >> 20) fail("%s: more than 2^20 bytes", name);
+    if (b.bytes >= 1 << 20) fail("%s: more than 2^20 bytes", name);
   }
   void arrive(Barrier& b, const char* name) {
     if (!b.pending) fail("%s once too often in a phase", name);
