@@ -30,8 +30,9 @@ test-experiments: $(VENV)/.ready
 test-interpreter: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter $(ARGS)
 
+QUICK_PTX = instructions tensor_copies planted_bugs
 test-ahead-of-time: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/aot tests/ptx/test_instructions.py tests/ptx/test_planted_bugs.py $(ARGS)
+	$(BIN)/python -m pytest tests/aot $(addprefix tests/ptx/test_,$(addsuffix .py,$(QUICK_PTX))) $(ARGS)
 
 # What Triton compiled for sm_80 and sm_90, run on the host: all levels and heads take minutes.
 test-ptx: $(VENV)/.ready

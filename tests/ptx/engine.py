@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from parsing import SPECIAL, NotTranslated, Program
+from tensor_maps import TENSOR_MAP
 from torch import Tensor
 
 _SOURCES = Path(__file__).parent / "engine"
@@ -123,7 +124,9 @@ def _packed(program: Program, arguments: Sequence[tuple[str, object]]) -> bytes:
     for (kind, value), (offset, size) in zip(given, program.parameters, strict=True):
         if isinstance(value, Tensor):
             value = value.data_ptr()
-        if kind == "fp32":
+        if kind == TENSOR_MAP:
+            packed = (ctypes.c_char * len(value)).from_buffer_copy(value)
+        elif kind == "fp32":
             packed = ctypes.c_float(value)
         elif kind[0] == "*" or kind in ("i64", "u64"):
             packed = ctypes.c_uint64(value)

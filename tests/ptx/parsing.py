@@ -28,7 +28,7 @@ class NotTranslated(Exception):
 
 
 class Parameter(NamedTuple):
-    """A kernel parameter: where it lies among the others, in bytes."""
+    """A kernel parameter: where it lies among the others, in bytes; 128 are a tensor map."""
 
     offset: int
     size: int
@@ -42,8 +42,8 @@ class Instruction(NamedTuple):
         predicate: number of the register that guards it, or -1.
         negated: whether it runs where the guard is false.
         line: of the PTX.
-        operands: numbers of registers; an address is a register and an offset, a label the number
-            of an instruction.
+        operands: numbers of registers; an address is a register and an offset, or the coordinates
+            in a tensor, a label the number of an instruction.
     """
 
     name: str
@@ -102,45 +102,54 @@ class _Reader:
         self.program = program
         self.numbers: dict[str, int] = {}
         self.offsets: dict[str, int] = {}
-        self.labels: dict[str, int] = {}
+        # by the block that they are in, a number for each that is open
+        self.labels: dict[tuple[tuple[int, ...], str], int] = {}
+        self.scope: tuple[int, ...] = ()
         self.line = 0
 
     def parameters(self, text: str) -> None:
         offset = 0
         for declared in filter(None, map(str.strip, text.split(","))):
-            match = re.fullmatch(r"\.param\s+\.[a-z](\d+)\s+(?:\.ptr.*\s)?([\w$]+)", declared)
+            match = re.fullmatch(
+                r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\s+(?:\.ptr.*\s)?"
+                r"([\w$]+)(?:\[(\d+)\])?", declared
+            )  # fmt: skip
             if match is None:
                 raise NotTranslated(f"parameter {declared}")
-            size = _SIZES[match[1]]
-            offset = -(-offset // size) * size
-            self.offsets[match[2]] = offset
+            size = _SIZES[match[2]] * int(match[4] or 1)
+            alignment = int(match[1] or size)
+            offset = -(-offset // alignment) * alignment
+            self.offsets[match[3]] = offset
             self.program.parameters.append(Parameter(offset, size))
             offset += size
 
     def body(self, text: str, begin: int) -> None:
-        depth, self.line = 1, text.count("\n", 0, begin) + 1
+        scope, opened, self.line = (0,), 0, text.count("\n", 0, begin) + 1
         statements = []
         for row in text[begin:].split("\n"):
             for piece in [] if _IGNORED.match(row.strip()) else _pieces(row):
-                if piece in "{}":
-                    depth += 1 if piece == "{" else -1
+                if piece == "{":
+                    opened += 1
+                    scope += (opened,)
+                elif piece == "}":
+                    scope = scope[:-1]
                 else:
-                    statements.append((self.line, piece))
-                if depth == 0:
+                    statements.append((self.line, scope, piece))
+                if not scope:
                     break
-            if depth == 0:
+            if not scope:
                 break
             self.line += 1
         code = []
-        for self.line, statement in statements:
+        for self.line, self.scope, statement in statements:
             while match := re.match(r"([$\w]+):\s*", statement):
-                self.labels[match[1]] = len(code)
+                self.labels[self.scope, match[1]] = len(code)
                 statement = statement[match.end() :]
             if match := re.match(r"\.reg\s+\.\w+\s+(.*)", statement):
                 self._declare(match[1])
             elif statement:
-                code.append((self.line, statement))
-        for self.line, statement in code:
+                code.append((self.line, self.scope, statement))
+        for self.line, self.scope, statement in code:
             self.program.instructions.append(self._instruction(statement))
 
     def _declare(self, names: str) -> None:
@@ -158,7 +167,7 @@ class _Reader:
         return self.numbers[name]
 
     def _instruction(self, statement: str) -> Instruction:
-        guard = re.match(r"@(!?)(%\w+)\s+", statement)
+        guard = re.match(r"@(!?)(%?\w+)\s+", statement)
         match = re.fullmatch(r"([\w.:]+)\s*(.*)", statement[guard.end() if guard else 0 :], re.S)
         if match is None:
             raise self._error(statement)
@@ -176,15 +185,18 @@ class _Reader:
     def _operand(self, name: str, text: str) -> list[int]:
         if text.startswith("{"):
             return [n for part in _split(text[1:-1]) for n in self._operand(name, part)]
+        if match := re.fullmatch(r"\[\s*([^\s+,]+)\s*,\s*\{(.*)\}\s*\]", text):
+            return [self._value(part) for part in (match[1], *_split(match[2]))]
         if match := re.fullmatch(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\w+))?\s*\]", text):
             offset = int(match[2] or "0", 0)
             if match[1] in self.offsets:
                 return [self.offsets[match[1]] + offset]
             return [self._value(match[1]), offset]
         if name == "bra":
-            if text not in self.labels:
-                raise self._error(f"label {text}")
-            return [self.labels[text]]
+            for depth in range(len(self.scope), 0, -1):
+                if (label := (self.scope[:depth], text)) in self.labels:
+                    return [self.labels[label]]
+            raise self._error(f"label {text}")
         if match := re.fullmatch(r"(%\w+)\|(%\w+)", text):
             return [self._known(match[1]), self._known(match[2])]
         return [self._value(text)]
@@ -198,6 +210,8 @@ class _Reader:
             return self.numbers[text]
         if text == "_":
             return self._number("#nowhere")
+        if text in self.offsets:
+            return self._constant(self.offsets[text])
         if text == _SHARED:
             return self._constant(0)
         if match := re.fullmatch(r"0[fFdD]([0-9a-fA-F]{8}|[0-9a-fA-F]{16})", text):

@@ -9,6 +9,7 @@ from host_runs import on_host
 from levels import Case, Truth, integers
 from torch import Tensor
 
+from bench.compiling import Launch
 from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
@@ -96,12 +97,19 @@ def drawn(shape: Shape, dtype: torch.dtype, values=integers) -> Case:
 
 
 def run(
-    case: Case, dy: Tensor, capability: int, tiles: Tiles, *, tf32: bool = False, **options
-) -> Truth:
+    case: Case, dy: Tensor, capability: int, tiles: Tiles, *, tf32: bool = False,
+    boxes: bool = False, to_input: bool = True, launches: list[Launch] | None = None, **options,
+) -> Truth:  # fmt: skip
     """Output and gradients by the library's operator, its launches run on the host.
 
     Parameters are float32, as under autocast. What must not be read is NaN: parents without a row,
-    and ``dy`` of rows that are not live.
+    and ``dy`` of rows that are not live. The input's gradient is NaN where nobody asks for it.
+
+    Args:
+        boxes: whether operands are read in boxes.
+        to_input: whether the input gets a gradient.
+        launches: to which all of them are added.
+        options: of :func:`host_runs.on_host`.
     """
     x = case.x.to(case.dtype, copy=True)
     x[[p for p in range(case.rows.width) if p not in case.rows.parents]] = torch.nan
@@ -113,6 +121,7 @@ def run(
         leaf.detach().to(dtype).requires_grad_()
         for leaf, dtype in zip(case.leaves, dtypes, strict=True)
     ]
+    leaves[0].requires_grad_(to_input)
     case, liveness = case.with_leaves(leaves), None
     dy = dy.to(case.dtype, copy=True).contiguous()
     if case.live is not None:
@@ -124,12 +133,16 @@ def run(
     try:
         for setting in settings:
             setting.fp32_precision = "tf32" if tf32 else "ieee"
-        with on_host(capability, **options):
+        with on_host(capability, **options) as started:
             y = level(
                 case.x, case.weights, case.biases, case.geometry, case.rows, dtype=case.dtype,
-                skip=case.skip, liveness=liveness, tiles=tiles,
+                skip=case.skip, liveness=liveness, tiles=tiles, boxes=boxes,
             )  # fmt: skip
-            dx, *rest = torch.autograd.grad(y, leaves, dy)
+            wanted = leaves if to_input else leaves[1:]
+            rest = torch.autograd.grad(y, wanted, dy)
+            dx, *rest = rest if to_input else (torch.full_like(case.x, torch.nan), *rest)
+        if launches is not None:
+            launches += started
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value

@@ -86,6 +86,21 @@ def test_worked_by_hand(code, value, expected):
     assert of(code, value) == expected
 
 
+@pytest.mark.parametrize(
+    ("compared", "of_nan", "of_equals"),
+    [("ne", 0, 0), ("neu", 1, 0), ("gtu", 1, 0), ("nan", 1, 0)],
+)
+@pytest.mark.parametrize(("dtype", "one"), [("bf16", 0x3F80), ("f16", 0x3C00)])
+def test_comparisons_of_halves(compared, of_nan, of_equals, dtype, one):
+    """Where one of two is NaN, where both are 1, and of a pair the lower one first."""
+    both = "selp.b32 %r4, 1, 0, %p1; @%p2 add.s32 %r4, %r4, 2;"
+    pair = f"setp.{compared}.{dtype}x2 %p1|%p2, %r3, {one << 16 | one}; {both}"
+    assert of(pair, 0x7FFF << 16 | one) == of_equals + 2 * of_nan
+    single = f"mov.b16 %rs2, {one}; setp.{compared}.{dtype} %p1, %rs1, %rs2;"
+    for value, expected in ((0x7FFF, of_nan), (one, of_equals)):
+        assert of(f"cvt.u16.u32 %rs1, %r3; {single} selp.b32 %r4, 1, 0, %p1;", value) == expected
+
+
 def test_lanes_that_branch_apart_meet_again():
     got = run("""
         and.b32 %r3, %r1, 1;
@@ -205,6 +220,20 @@ def test_blocks_that_share_memory():
         run("st.global.b32 [%rd5], %r1;", blocks=2)
     with pytest.raises(Fault, match="reads what block 0 has written"):
         run("ld.global.b32 %r3, [%rd5]; st.global.b32 [%rd5], %r3;", blocks=2)
+
+
+def test_atomics_of_several_blocks():
+    """The largest of all lanes of all blocks is left; nothing else may touch it."""
+    largest = "atom.global.gpu.acq_rel.max.s32 %r3, [%rd2+4], %r1;"
+    for seed in range(3):
+        assert run(largest, blocks=2, seed=seed) == [-1, 31] + [-1] * 30
+    before = "sub.s32 %r4, 0, %r1; atom.global.gpu.acq_rel.max.s32 %r3, [%rd4], %r4;"
+    assert run(before + "st.global.b32 [%rd5], %r3;", [-5] * 32) == [-5] * 32
+    for touched in ("ld.global.b32 %r5, [%rd2+4];", "st.global.b32 [%rd2+4], %r1;"):
+        with pytest.raises(Fault, match="by atomics"):
+            run(largest + touched)
+        with pytest.raises(Fault, match="without atomics"):
+            run(touched + largest)
 
 
 def test_warps_order_themselves_by_barriers_of_the_block():

@@ -201,18 +201,37 @@ void cut(Warp& w, const Instruction& i, uint32_t mask) {
       w.lane(i.at[n])[l] = whole >> BITS * n & ((uint64_t(1) << BITS) - 1);
   });
 }
+// comparisons of halves: ordered and different, different, greater, and unordered; u: or unordered
+inline bool is_ne(float x, float y) { return x < y || x > y; }
+inline bool is_neu(float x, float y) { return x != y; }
+inline bool is_gtu(float x, float y) { return !(x <= y); }
+inline bool is_nan(float x, float y) { return x != x || y != y; }
+template <float DECODE(uint16_t), bool IS(float, float)>
+void compared(Warp& w, const Instruction& i, uint32_t mask) {
+  each(mask, [&](int l) {
+    const uint64_t a = w.lane(i.at[1])[l], b = w.lane(i.at[2])[l];
+    w.lane(i.at[0])[l] = IS(DECODE(uint16_t(a)), DECODE(uint16_t(b)));
+  });
+}
 // two predicates from two halves each
-template <float DECODE(uint16_t)>
-void halves_differ(Warp& w, const Instruction& i, uint32_t mask) {
+template <float DECODE(uint16_t), bool IS(float, float)>
+void compared_pairs(Warp& w, const Instruction& i, uint32_t mask) {
   each(mask, [&](int l) {
     const uint64_t a = w.lane(i.at[2])[l], b = w.lane(i.at[3])[l];
-    bool differ[2];
-    for (int n = 0; n < 2; ++n) {
-      const float x = DECODE(uint16_t(a >> 16 * n)), y = DECODE(uint16_t(b >> 16 * n));
-      differ[n] = x < y || x > y;
-    }
-    for (int n = 0; n < 2; ++n) w.lane(i.at[n])[l] = differ[n];
+    for (int n = 0; n < 2; ++n)
+      w.lane(i.at[n])[l] = IS(DECODE(uint16_t(a >> 16 * n)), DECODE(uint16_t(b >> 16 * n)));
   });
+}
+template <float DECODE(uint16_t)>
+void add_halves(Table& t, const std::string& type) {
+  t["setp.ne." + type] = compared<DECODE, is_ne>;
+  t["setp.neu." + type] = compared<DECODE, is_neu>;
+  t["setp.gtu." + type] = compared<DECODE, is_gtu>;
+  t["setp.nan." + type] = compared<DECODE, is_nan>;
+  t["setp.ne." + type + "x2"] = compared_pairs<DECODE, is_ne>;
+  t["setp.neu." + type + "x2"] = compared_pairs<DECODE, is_neu>;
+  t["setp.gtu." + type + "x2"] = compared_pairs<DECODE, is_gtu>;
+  t["setp.nan." + type + "x2"] = compared_pairs<DECODE, is_nan>;
 }
 
 inline void add_arithmetic(Table& t) {
@@ -269,7 +288,7 @@ inline void add_arithmetic(Table& t) {
   t["join.b32.2"] = join<2, 16>;
   t["cut.b64.2"] = cut<2, 32>;
   t["cut.b32.2"] = cut<2, 16>;
-  t["setp.ne.f16x2"] = halves_differ<from_half>;
-  t["setp.ne.bf16x2"] = halves_differ<from_bfloat>;
+  add_halves<from_half>(t, "f16");
+  add_halves<from_bfloat>(t, "bf16");
 }
 }  // namespace ptx

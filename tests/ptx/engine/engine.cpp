@@ -3,8 +3,9 @@
 #include <random>
 
 #include "memory_instructions.h"
-#include "warp_instructions.h"
+#include "tensor_copies.h"
 #include "warp_group.h"
+#include "warp_instructions.h"
 
 namespace ptx {
 namespace {
@@ -15,6 +16,8 @@ const Table& table() {
     add_memory(t);
     add_warp(t);
     add_warp_group(t);
+    add_barriers(t);
+    add_tensor_copies(t);
     return t;
   }();
   return known;
@@ -43,10 +46,11 @@ void begin(Warp& w, const Program& p, Machine& machine, uint32_t number, Grid si
   w.lanes = {};
   w.products.clear();
   w.committed = 0;
+  w.seen.clear();
   w.number = number;
   w.epoch = 0;
   w.live = ALL;
-  w.waits = false;
+  w.waits = w.polls = false;
   for (const Constant& c : p.constants)
     for (int l = 0; l < LANES; ++l) w.lane(c.reg)[l] = c.value;
   const uint32_t known[] = {0,      0,      0,     uint32_t(p.threads), 1, 1, at.x, at.y, at.z,
@@ -77,7 +81,8 @@ Group* next_group(Warp& w) {
 }
 bool of_all_lanes(const Instruction& i) { return strstr(i.name, "sync") != nullptr; }
 
-// Runs a warp until it waits at a barrier, has ended, or has done so many instructions.
+// Runs a warp until it waits at a barrier or for an mbarrier, has ended, or has done so many
+// instructions.
 void advance(Warp& w, const Program& p, uint64_t most) {
   const Instruction* i = nullptr;
   try {
@@ -99,7 +104,7 @@ void advance(Warp& w, const Program& p, uint64_t most) {
       if (mask) i->run(w, *i, mask);
       const uint32_t rest = g->mask & ~mask;
       const int after = g->at + 1;
-      if (w.flow == ONWARD || w.flow == BARRIER) {
+      if (w.flow == ONWARD || w.flow == BARRIER || w.flow == POLL) {
         g->at = after;
       } else {
         if (w.flow == EXIT) w.live &= ~mask;
@@ -114,8 +119,8 @@ void advance(Warp& w, const Program& p, uint64_t most) {
       }
       if (w.groups.size() > 1)
         for (Group& other : w.groups) other.parked = false;
-      if (w.flow == BARRIER) {
-        w.waits = true;
+      if (w.flow == BARRIER || w.flow == POLL) {
+        (w.flow == POLL ? w.polls : w.waits) = true;
         return;
       }
     }
@@ -124,17 +129,23 @@ void advance(Warp& w, const Program& p, uint64_t most) {
   }
 }
 
-void run_block(std::vector<Warp>& warps, const Program& p, Shared& shared, std::mt19937* random) {
+void run_block(std::vector<Warp>& warps, const Program& p, Shared& shared, Barriers& barriers,
+               std::mt19937* random) {
   for (;;) {
     std::vector<Warp*> ready;
     size_t live = 0;
+    bool polls = false;
     for (Warp& w : warps) {
       live += w.live != 0;
-      if (w.live && !w.waits) ready.push_back(&w);
+      w.polls = w.polls && w.polled == barriers.clock;
+      polls |= w.polls;
+      if (w.live && !w.waits && !w.polls) ready.push_back(&w);
     }
-    if (!live) return;
+    if (!live) return barriers.check_none_in_flight();
     if (ready.empty()) {
+      if (polls) fail("all warps wait, some for an mbarrier whose phase never ends");
       ++shared.epoch;
+      share_what_is_seen(warps);
       for (Warp& w : warps) w.waits = false;
     } else if (random) {
       advance(*ready[(*random)() % ready.size()], p, 1 + (*random)() % 64);
@@ -193,6 +204,7 @@ int ptx_launch(const ptx::Program* p, const uint32_t* grid, uint32_t shared_byte
   std::vector<uint32_t> order(size_t(size.x) * size.y * size.z);
   for (size_t b = 0; b < order.size(); ++b) order[b] = uint32_t(b);
   if (seed) std::shuffle(order.begin(), order.end(), random);
+  const uint32_t elected = seed ? uint32_t(random() % ptx::LANES) : 0;
   ptx::Global global;
   global.give(begins, ends, spans);
   std::vector<ptx::Warp> warps(size_t(p->threads) / ptx::LANES);
@@ -200,10 +212,12 @@ int ptx_launch(const ptx::Program* p, const uint32_t* grid, uint32_t shared_byte
     const ptx::Grid at{b % size.x, b / size.x % size.y, b / size.x / size.y};
     try {
       ptx::Shared shared(shared_bytes, warps.size());
-      ptx::Machine machine{parameters, &global, &shared, b, parameter_bytes};
+      ptx::Barriers barriers(shared);
+      ptx::Machine machine{parameters, &global, &shared,         &barriers,
+                           &warps,     b,       parameter_bytes, elected};
       for (size_t w = 0; w < warps.size(); ++w)
         ptx::begin(warps[w], *p, machine, uint32_t(w), size, at);
-      ptx::run_block(warps, *p, shared, seed ? &random : nullptr);
+      ptx::run_block(warps, *p, shared, barriers, seed ? &random : nullptr);
     } catch (const ptx::Fault& fault) {
       snprintf(error, size_t(room), "block (%u, %u, %u), %s", at.x, at.y, at.z, fault.what());
       return 1;

@@ -4,7 +4,9 @@
 //
 // Not modelled: time; the order in which tensor cores add (here a product's sum is rounded once);
 // registers of a product of a warp group before its wait; order between blocks beyond none at all;
-// what the assembler makes of the PTX. Tensor copies, mbarriers, clusters and atomics are refused.
+// what the assembler makes of the PTX; a wait for an mbarrier that gives up before its phase is
+// over; whether copies see an mbarrier that has just been made, for which Triton has no fence.
+// Clusters, and atomics but a maximum in global memory, are refused.
 #pragma once
 #include <array>
 #include <cstdarg>
@@ -43,7 +45,7 @@ struct Instruction {
   const int* at;  // operands
 };
 // What an instruction does besides changing registers and memory.
-enum Flow { ONWARD, BRANCH, EXIT, BARRIER };
+enum Flow { ONWARD, BRANCH, EXIT, BARRIER, POLL };
 using Table = std::unordered_map<std::string, Instruction::Run>;
 
 // A copy to shared memory between its issue and the wait for it.
@@ -87,13 +89,15 @@ struct Matrix {
     return at ^ (at >> 7 & (width / 16 - 1)) << 4;
   }
 };
-// An operand of a product of a warp group: so many rows from one on, and what was read of it.
+// An operand of a product of a warp group: so many rows from one on, and what was read of it, all
+// of it between two addresses.
 struct InShared {
   Matrix from;
   uint32_t row, count;
   const char* name;
   void (*read)(Warp&, InShared&, float*);
   std::vector<uint32_t> bits;
+  uint32_t begin = ~0u, end = 0;
 };
 // A product of a warp group between its issue and the wait for it.
 struct Product {
@@ -108,6 +112,7 @@ struct Group {
 
 struct Shared;
 struct Global;
+struct Barriers;
 struct Machine;
 struct Warp {
   Machine* machine;
@@ -115,11 +120,13 @@ struct Warp {
   std::vector<Group> groups;
   std::array<Lane, LANES> lanes;
   std::vector<Product> products;
-  size_t committed = 0;  // groups of products
+  size_t committed = 0;        // groups of products
+  std::vector<uint32_t> seen;  // phases of every mbarrier, by number, that are over
+  uint64_t polled;             // when it last waited for an mbarrier in vain
   uint32_t number, epoch, live;
   Flow flow;
   int to;
-  bool waits;
+  bool waits, polls;
 
   uint64_t* lane(int reg) { return &file[size_t(reg) * LANES]; }
 };

@@ -15,9 +15,9 @@ struct Global {
   };
   struct Region {
     uint64_t begin, end;
-    std::vector<uint32_t> writer, reader;  // block + 1, 0 for none
+    std::vector<uint32_t> writer, reader;  // block + 1, 0 for none, or ATOMIC
   };
-  static constexpr uint32_t SEVERAL = ~0u;
+  static constexpr uint32_t SEVERAL = ~0u, ATOMIC = ~0u - 1;
   std::vector<Span> spans;
   std::vector<Region> regions;
   size_t last = 0;
@@ -38,8 +38,8 @@ struct Global {
       r.reader.assign(r.end - r.begin, 0);
     }
   }
-  Region& find(uint64_t at, size_t size, const char* name) {
-    if (at % size) fail("%s: address not a multiple of %zu bytes", name, size);
+  Region& find(uint64_t at, size_t size, const char* name, size_t alignment) {
+    if (at % alignment) fail("%s: address not a multiple of %zu bytes", name, alignment);
     for (size_t i = 0; i < spans.size(); ++i) {
       const Span& s = spans[(last + i) % spans.size()];
       if (s.begin <= at && at + size <= s.end) {
@@ -54,9 +54,11 @@ struct Global {
     }
     fail("%s outside of all tensors, by %ld bytes", name, nearest);
   }
-  void read(void* to, uint64_t at, size_t size, uint32_t block, const char* name) {
-    Region& r = find(at, size, name);
+  void read(void* to, uint64_t at, size_t size, uint32_t block, const char* name,
+            size_t alignment = 0) {
+    Region& r = find(at, size, name, alignment ? alignment : size);
     for (uint64_t i = at - r.begin; i < at - r.begin + size; ++i) {
+      if (r.writer[i] == ATOMIC) fail("%s reads what is changed by atomics", name);
       if (r.writer[i] && r.writer[i] != block + 1)
         fail("%s reads what block %u has written", name, r.writer[i] - 1);
       uint32_t& reader = r.reader[i];
@@ -65,8 +67,9 @@ struct Global {
     memcpy(to, (const void*)at, size);
   }
   void write(uint64_t at, const void* from, size_t size, uint32_t block, const char* name) {
-    Region& r = find(at, size, name);
+    Region& r = find(at, size, name, size);
     for (uint64_t i = at - r.begin; i < at - r.begin + size; ++i) {
+      if (r.writer[i] == ATOMIC) fail("%s writes what is changed by atomics", name);
       if (r.writer[i] && r.writer[i] != block + 1)
         fail("%s writes what block %u has written", name, r.writer[i] - 1);
       if (r.reader[i] && r.reader[i] != block + 1)
@@ -74,6 +77,15 @@ struct Global {
       r.writer[i] = block + 1;
     }
     memcpy((void*)at, from, size);
+  }
+  // What blocks change by atomics alone belongs to all of them.
+  void share(uint64_t at, size_t size, const char* name) {
+    Region& r = find(at, size, name, size);
+    for (uint64_t i = at - r.begin; i < at - r.begin + size; ++i) {
+      if (r.reader[i] || (r.writer[i] && r.writer[i] != ATOMIC))
+        fail("%s of what is read or written without atomics", name);
+      r.writer[i] = ATOMIC;
+    }
   }
 };
 
@@ -84,20 +96,23 @@ struct Shared {
   struct Byte {
     uint32_t written = 0, written_warp = 0, read = 0, read_warp = 0;  // epochs
     uint16_t writer = NOBODY, reader = NOBODY, reader_warp = NOBODY;
-    bool in_flight = false;
-    uint64_t stored = 0;  // when, by an ordinary store
+    bool in_flight = false, reserved = false;  // reserved: for an mbarrier
+    uint32_t barrier = 0, phase = 0;           // mbarrier + 1 whose phase brought it, or 0
+    uint64_t stored = 0, loaded = 0;           // when, by an ordinary store or load
+    uint16_t loader = 0;                       // and by which warp
   };
   std::vector<unsigned char> data;
   std::vector<Byte> bytes;
   uint32_t epoch = 0;
   uint64_t clock = 0;
-  std::vector<uint64_t> fenced;  // when each warp last had a fence between ordinary stores and
-                                 // what products of warp groups read
+  std::vector<uint64_t> fenced;  // when each warp last had a fence between ordinary accesses and
+                                 // those of products of warp groups and of tensor copies
 
   Shared(uint32_t size, size_t warps)
       : data(size, 0xff), bytes(size), fenced(warps) {}  // NaN in every float type
-  void inside(uint64_t at, size_t size, const char* name) const {
-    if (at % size) fail("%s: shared address %lu not a multiple of %zu", name, at, size);
+  void inside(uint64_t at, size_t size, const char* name, size_t alignment = 0) const {
+    if (!alignment) alignment = size;
+    if (at % alignment) fail("%s: shared address %lu not a multiple of %zu", name, at, alignment);
     if (at + size > data.size()) fail("%s past the %zu bytes of shared", name, data.size());
   }
   void read(const Warp& w, int lane, void* to, uint64_t at, size_t size, const char* name) {
@@ -105,6 +120,7 @@ struct Shared {
     const uint16_t thread = uint16_t(w.number * LANES + lane);
     for (Byte* b = &bytes[at]; b != &bytes[at] + size; ++b) {
       if (b->in_flight) fail("%s reads what a copy is still writing", name);
+      check_seen(w, *b, name);
       if (b->writer != thread && b->writer != NOBODY && b->written == epoch &&
           (b->writer / LANES != w.number || b->written_warp == w.epoch))
         fail("%s: no barrier after the write by thread %u", name, b->writer);
@@ -120,14 +136,15 @@ struct Shared {
     }
     memcpy(to, &data[at], size);
   }
-  void write(const Warp& w, int lane, uint64_t at, const void* from, size_t size,
-             const char* name) {
-    inside(at, size, name);
+  void write(const Warp& w, int lane, uint64_t at, const void* from, size_t size, const char* name,
+             size_t alignment = 0) {
+    inside(at, size, name, alignment);
     const uint16_t thread = uint16_t(w.number * LANES + lane);
     const unsigned char* values = (const unsigned char*)from;
     for (size_t i = 0; i < size; ++i) {
       Byte& b = bytes[at + i];
       if (b.in_flight) fail("%s writes what a copy is still writing", name);
+      check_seen(w, b, name);
       if (b.writer != thread && b.writer != NOBODY && b.written == epoch &&
           (b.writer / LANES != w.number || b.written_warp == w.epoch) && data[at + i] != values[i])
         fail("%s: no barrier after the write by thread %u", name, b.writer);
@@ -136,6 +153,7 @@ struct Shared {
         fail("%s: no barrier after a read", name);
       b.writer = thread;
       b.stored = 0;
+      b.barrier = 0;
       b.written = epoch;
       b.written_warp = w.epoch;
     }
@@ -145,14 +163,50 @@ struct Shared {
     ++clock;
     for (size_t i = 0; i < size; ++i) bytes[at + i].stored = clock;
   }
+  void mark_loaded(const Warp& w, uint64_t at, size_t size) {
+    ++clock;
+    for (size_t i = 0; i < size; ++i) {
+      bytes[at + i].loaded = clock;
+      bytes[at + i].loader = uint16_t(w.number);
+    }
+  }
   void fence(const Warp& w) { fenced[w.number] = ++clock; }
-  // Products read past ordinary stores that no fence of the storing or the reading warp follows.
+  // Products and copies pass ordinary stores that no fence of the storing or of their own warp
+  // follows.
   void check_fence(const Warp& w, uint64_t at, size_t size, const char* name) const {
     for (size_t i = 0; i < size; ++i) {
       const Byte& b = bytes[at + i];
       if (b.stored && std::max(fenced[b.writer / LANES], fenced[w.number]) < b.stored)
         fail("%s: no proxy fence after the store by thread %u", name, b.writer);
     }
+  }
+  // Likewise a copy over what was loaded.
+  void check_fence_of_loads(const Warp& w, uint64_t at, size_t size, const char* name) const {
+    for (size_t i = 0; i < size; ++i) {
+      const Byte& b = bytes[at + i];
+      if (std::max(fenced[b.loader], fenced[w.number]) < b.loaded)
+        fail("%s: no proxy fence after a load by warp %u", name, unsigned(b.loader));
+    }
+  }
+  // What tensor copies bring is there for those who have seen that phase of their mbarrier end.
+  void land(uint64_t at, const unsigned char* values, size_t size, uint32_t barrier,
+            uint32_t phase) {
+    for (size_t i = 0; i < size; ++i) {
+      Byte& b = bytes[at + i];
+      b.in_flight = false;
+      b.writer = NOBODY;
+      b.barrier = barrier + 1;
+      b.phase = phase;
+    }
+    memcpy(&data[at], values, size);
+  }
+  void check_seen(const Warp& w, const Byte& b, const char* name) const {
+    if (b.reserved) fail("%s of an mbarrier's memory", name);
+    if (b.barrier && (w.seen.size() < b.barrier || w.seen[b.barrier - 1] <= b.phase))
+      fail("%s: no wait for the copy that wrote it", name);
+  }
+  void reserve(uint64_t at, size_t size, bool reserved) {
+    for (size_t i = 0; i < size; ++i) bytes[at + i].reserved = reserved;
   }
   void fly(uint64_t at, size_t size, bool in_flight) {
     for (size_t i = 0; i < size; ++i) bytes[at + i].in_flight = in_flight;
@@ -163,6 +217,8 @@ struct Machine {
   const unsigned char* parameters;
   Global* global;
   Shared* shared;
-  uint32_t block, parameter_bytes;
+  Barriers* barriers;
+  std::vector<Warp>* warps;
+  uint32_t block, parameter_bytes, elected;  // elected: the lane that is, whoever is asked
 };
 }  // namespace ptx

@@ -22,7 +22,8 @@ void load(Warp& w, const Instruction& i, uint32_t mask) {
       if constexpr (SPACE == GLOBAL)
         m.global->read(values, base[l] + offset, sizeof values, m.block, i.name);
       else
-        m.shared->read(w, l, values, uint32_t(base[l]) + offset, sizeof values, i.name);
+        m.shared->read(w, l, values, uint32_t(base[l]) + offset, sizeof values, i.name),
+            m.shared->mark_loaded(w, uint32_t(base[l]) + offset, sizeof values);
       for (int n = 0; n < N; ++n) w.lane(i.at[n])[l] = put(values[n]);
     });
   }
@@ -83,14 +84,30 @@ inline void copy_wait(Warp& w, const Instruction& i, uint32_t mask) {
   });
 }
 
+// The value before, and the larger one in its place.
+template <class T>
+void atomic_max(Warp& w, const Instruction& i, uint32_t mask) {
+  each(mask, [&](int l) {
+    const uint64_t at = w.lane(i.at[1])[l] + uint64_t(int64_t(i.at[2]));
+    w.machine->global->share(at, sizeof(T), i.name);
+    T& value = *reinterpret_cast<T*>(at);
+    const T before = value;
+    value = std::max(before, get<T>(w.lane(i.at[3])[l]));
+    w.lane(i.at[0])[l] = put(before);
+  });
+}
+
 // Lane i names row i of N 8x8 matrices of 16 bits; a lane gets elements (lane / 4, lane % 4 * 2 +
 // 0..1) of each, or those of the transpose.
 template <int N, bool TRANSPOSED>
 void load_matrix(Warp& w, const Instruction& i, uint32_t mask) {
   whole(w, mask, i);
   uint16_t rows[N * 8][8];
-  for (int r = 0; r < N * 8; ++r)
-    w.machine->shared->read(w, r, rows[r], uint32_t(w.lane(i.at[N])[r]) + i.at[N + 1], 16, i.name);
+  for (int r = 0; r < N * 8; ++r) {
+    const uint32_t at = uint32_t(w.lane(i.at[N])[r]) + i.at[N + 1];
+    w.machine->shared->read(w, r, rows[r], at, 16, i.name);
+    w.machine->shared->mark_loaded(w, at, 16);
+  }
   for (int n = 0; n < N; ++n)
     for (int l = 0; l < LANES; ++l) {
       uint32_t pair[2];
@@ -153,6 +170,7 @@ inline void add_memory(Table& t) {
   t["ld.shared.s32"] = load<SHARED, uint32_t, 1>;
   t["ld.param.s32"] = load<PARAMETER, uint32_t, 1>;
   t["cp.async.ca.shared.global"] = t["cp.async.cg.shared.global"] = copy_async<16>;
+  t["atom.global.gpu.acq_rel.max.s32"] = atomic_max<int32_t>;
   t["cp.async.commit_group"] = copy_commit;
   t["cp.async.wait_group"] = copy_wait;
   add_matrix<1>(t);

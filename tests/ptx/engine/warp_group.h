@@ -17,7 +17,11 @@ void read_again(Warp& w, InShared& o, float* to) {
     const uint32_t at = o.from.address(o.row + n / K, n % K, SIZE);
     w.machine->shared->read(w, int(n / K % LANES), &bits, at, SIZE, o.name);
     w.machine->shared->check_fence(w, at, SIZE, o.name);
-    if (first) o.bits.push_back(bits);
+    if (first) {
+      o.bits.push_back(bits);
+      o.begin = std::min(o.begin, at);
+      o.end = std::max(o.end, at + SIZE);
+    }
     if (o.bits[n] != bits) fail("%s: shared memory changed before the wait", o.name);
     if (to) to[n] = decoded<TYPE>(bits, 0);
   }

@@ -25,6 +25,15 @@ inline void warp_barrier(Warp& w, const Instruction& i, uint32_t mask) {
   if (uint32_t(w.lane(i.at[0])[0]) != w.live) fail("%s of some lanes", i.name);
   ++w.epoch;
 }
+// Any lane, but always the same one.
+inline void elect(Warp& w, const Instruction& i, uint32_t mask) {
+  whole(w, mask, i);
+  if (mask != ALL || uint32_t(w.lane(i.at[2])[0]) != ALL) fail("%s of some lanes", i.name);
+  for (uint32_t l = 0; l < LANES; ++l) {
+    w.lane(i.at[0])[l] = w.machine->elected;
+    w.lane(i.at[1])[l] = l == w.machine->elected;
+  }
+}
 // Which lane a lane reads, and from where on that is itself: with all lanes in one segment.
 template <class F>
 void shuffle(Warp& w, const Instruction& i, uint32_t mask, F source) {
@@ -108,6 +117,7 @@ inline void add_warp(Table& t) {
   t["ret"] = leave;
   t["bar.sync"] = barrier;
   t["bar.warp.sync"] = warp_barrier;
+  t["elect.sync"] = elect;
   t["shfl.sync.bfly.b32"] = shuffle_xor;
   t["shfl.sync.idx.b32"] = shuffle_from;
   t["redux.sync.max.s32"] = extreme_of_lanes<int32_t, true>;
