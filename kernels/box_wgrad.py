@@ -99,6 +99,9 @@ def _add_boxes(
     BOXES_Y: tl.constexpr = (CONV_H + BOX_H - 1) // BOX_H
     BLOCKS: tl.constexpr = (C_OUT + BLOCK - 1) // BLOCK
     image_blocks = tl.cdiv(samples, IMAGES)
+    # without any box too no division is by 0, see box_forward
+    down = tl.maximum(1, down)
+    across = tl.maximum(1, across)
     for number in range(begin, end):
         block = number // (down * across) % image_blocks
         y = box_y + number // across % down

@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-from engine import Fault
 from host_runs import on_host
 from levels import Case, Truth, draw_boxes, integers, permuted, truth
 from shapes import SHAPES, Shape, drawn, results, run
@@ -105,16 +104,21 @@ _ALL_PADDING = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(
-    raises=Fault, strict=True,
-    reason="box_forward works out the first copies' taps even where there are none, and divides by "
-    "their number: LLVM then takes it for more than 0, and copies are made that nobody waits for",
-)  # fmt: skip
 @pytest.mark.parametrize("name", _ALL_PADDING)
 def test_boxes_that_meet_no_tap_are_not_copied(name):
     case = drawn(_ALL_PADDING[name], torch.bfloat16)
     dy = case.gradient()
     exact(run(case, dy, CAPABILITY, Tiles(), boxes=True), truth(case, dy))
+
+
+@pytest.mark.parametrize("name", ["pool 1", "pool 3", "linear", "no row of the first branch"])
+def test_outputs_whose_sums_are_cut_into_parts(name, monkeypatch):
+    monkeypatch.setattr(box_forward, "_parts", lambda *_: 4)
+    case, launches = drawn(BOXES[name], torch.bfloat16), []
+    dy = case.gradient()
+    got = run(case, dy, CAPABILITY, Tiles(), boxes=True, launches=launches)
+    exact(got, truth(case, dy))
+    assert "box_sum_kernel" in {launch.kernel.__name__ for launch in launches}
 
 
 def test_sums_in_parts(monkeypatch):
