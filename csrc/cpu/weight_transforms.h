@@ -44,13 +44,13 @@ static inline void filter_gradient(const Vec* u, Vec (&taps)[kTaps<F>]) {
 }
 
 // Output o counts lanes over all slots, each padded to whole vectors; null for a padding lane.
-LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const Scalar* weight, int64_t o,
+LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const void* const* weights, int64_t o,
                                      int64_t c) {
   const LevelShape& s = p.shape;
   const int64_t slot = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
   if (slot >= s.slots || co >= s.out_channels) return nullptr;
-  const int64_t filter = p.rows.branch_of[slot] * s.out_channels + co;
-  return weight + (filter * s.in_channels + c) * s.filter * s.filter;
+  const Scalar* weight = static_cast<const Scalar*>(weights[p.rows.branch_of[slot]]);
+  return weight + (co * s.in_channels + c) * s.filter * s.filter;
 }
 
 // The taps of kLanes filters, one filter per lane; filter(lane) gives its address, or null.
@@ -86,12 +86,12 @@ LASEM_INLINE void store_taps(const Vec (&taps)[kTaps<F>], Scalar* to, int64_t st
 
 // One input channel of one panel: to [batch][depth][kPanel], batches `batch_stride` apart.
 template <class F>
-static inline void pack_channel(const LevelPlan& p, const Scalar* weight, int64_t panel, int64_t c,
-                                Scalar* to, int64_t batch_stride) {
+static inline void pack_channel(const LevelPlan& p, const void* const* weights, int64_t panel,
+                                int64_t c, Scalar* to, int64_t batch_stride) {
   const int64_t channels = p.shape.in_channels;
   for (int64_t h = 0; h < kPanel; h += kLanes) {
     Vec taps[kTaps<F>];
-    load_taps<F>([&](int64_t lane) { return filter_of(p, weight, panel * kPanel + h + lane, c); },
+    load_taps<F>([&](int64_t lane) { return filter_of(p, weights, panel * kPanel + h + lane, c); },
                  taps);
     if constexpr (F::kDirect) {
       for (int64_t t = 0; t < kTaps<F>; ++t) store(to + (t * channels + c) * kPanel + h, taps[t]);
@@ -106,12 +106,12 @@ static inline void pack_channel(const LevelPlan& p, const Scalar* weight, int64_
 
 // packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
 template <class F>
-static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
+static void pack(const LevelPlan& p, const void* const* weights, Scalar* packed, int64_t begin,
                  int64_t end) {
   const int64_t channels = p.shape.in_channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / channels, c = item % channels;
-    pack_channel<F>(p, weight, panel, c, packed + panel * p.batches * p.depth * kPanel,
+    pack_channel<F>(p, weights, panel, c, packed + panel * p.batches * p.depth * kPanel,
                     p.weight_batch);
   }
 }
@@ -143,10 +143,10 @@ static inline void pack_back_output(const LevelPlan& p, const Scalar* w, int64_t
 
 // packed [depth panel][batch][output][kPanel]; one item is one output.
 template <class F>
-static void pack_back(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
+static void pack_back(const LevelPlan& p, const void* const* weights, Scalar* packed, int64_t begin,
                       int64_t end) {
   for (int64_t o = begin; o < end; ++o) {
-    const Scalar* w = filter_of(p, weight, o, 0);
+    const Scalar* w = filter_of(p, weights, o, 0);
     for (int64_t panel = 0; panel < p.depth_panels; ++panel)
       pack_back_output<F>(p, w, panel, packed + (panel * p.batches * p.out_stride + o) * kPanel,
                           p.out_stride * kPanel);
@@ -160,18 +160,17 @@ LASEM_INLINE void store_weight_grad(const LevelPlan& p, const LevelBackward& arg
   const LevelShape& s = p.shape;
   const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
   const int64_t co = vector % p.branch_vectors * kLanes;
-  Scalar* to = static_cast<Scalar*>(args.dweight) +
-               ((branch * s.out_channels + co) * s.in_channels + c) * kTaps<F>;
+  Scalar* to = static_cast<Scalar*>(args.dweights[branch]) + (co * s.in_channels + c) * kTaps<F>;
   store_taps<F>(taps, to, s.in_channels * kTaps<F>, at_most(kLanes, s.out_channels - co));
 }
 
 LASEM_INLINE void store_bias_grad(const LevelPlan& p, const LevelBackward& args, int64_t vector,
                                   Vec sum) {
+  if (!args.dbiases) return;
   const LevelShape& s = p.shape;
   const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
   const int64_t co = vector % p.branch_vectors * kLanes;
-  store_some(static_cast<Scalar*>(args.dbias) + branch * s.out_channels + co, sum,
-             s.out_channels - co);
+  store_some(static_cast<Scalar*>(args.dbiases[branch]) + co, sum, s.out_channels - co);
 }
 
 // Sums the tasks' partial gradients in task order; one item is one input channel of one vector of
