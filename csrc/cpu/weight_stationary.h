@@ -136,7 +136,7 @@ static void input_grad_panel(const LevelPlan& p, const LevelBackward& args, Scal
     const int64_t last = at_most(first + p.back_panels, p.out_panels);
     const int64_t begin = first * kPanel, end = at_most(last * kPanel, p.out_vectors * kLanes);
     for (int64_t o = begin; o < end; ++o)
-      pack_back_output<F>(p, filter_of(p, args.weights, o, 0), panel, w + (o - begin) * kPanel,
+      pack_back_output<F>(p, filter_of(p, args.weights, o), panel, w + (o - begin) * kPanel,
                           batch_stride);
     for (int64_t b = 0; b < p.batches; ++b)
       for_blocks(p, [&](const LevelClass& of, int64_t index) {
