@@ -46,19 +46,23 @@ def every_row(x, weight):
 
 def level(x, weight, bias, *sizes):
     """The full level [P, G, N, h, w, Co] and its code; see test_level_rows.py for other lists."""
-    outputs = level_op(x, weight, bias, *every_row(x, weight), None, None, *sizes, True, False)
+    parameters, rows = (list(weight), list(bias)), every_row(x, weight)
+    outputs = level_op(x, *parameters, *rows, None, None, *sizes, True, False)
     return tuple(t.unflatten(0, (x.shape[0], weight.shape[0])) for t in outputs)
 
 
 def level_backward(dy, x, code, weight, *sizes):
-    rows = (*every_row(x, weight), None)
-    return level_backward_op(dy.flatten(0, 1), x, code.flatten(0, 1), weight, *rows, *sizes)
+    """dx, and the branches' dweight and dbias as one tensor each."""
+    dy, code, rows = dy.flatten(0, 1), code.flatten(0, 1), every_row(x, weight)
+    dx, *grads = level_backward_op(dy, x, code, list(weight), *rows, None, *sizes, True)
+    return dx, *map(torch.stack, grads)
 
 
 def full_level(x, weight, bias, **sizes):
     """The autograd function on the full level, [P, G, N, h, w, Co]."""
     parents, branches = every_row(x, weight)
-    y = ops.winograd_level(x, weight, bias, parents=parents, branches=branches, **sizes)
+    rows = {"parents": parents, "branches": branches}
+    y = ops.winograd_level(x, list(weight), list(bias), **rows, **sizes)
     return y.unflatten(0, (x.shape[0], weight.shape[0]))
 
 
@@ -266,21 +270,26 @@ def test_gradcheck(algorithm, pool, pool_pad, size):
 def test_opcheck_of_levels(dtype, filter_size, tile):
     torch.manual_seed(0)
     x = torch.randn(2, 2, 6, 7, 5, dtype=dtype)
-    weight = torch.randn(2, 3, 5, filter_size, filter_size, dtype=dtype)
-    bias = torch.randn(2, 3, dtype=dtype)
+    weights = [torch.randn(3, 5, filter_size, filter_size, dtype=dtype) for _ in range(2)]
+    biases = [torch.randn(3, dtype=dtype) for _ in range(2)]
     padding = filter_size // 2
     rows = torch.tensor([1, 0, 0]), torch.tensor([1, 0, 1])
     height, width = (n + 2 * padding - filter_size + 1 for n in x.shape[2:4])
     skip = torch.randn(2, 2, height, width, 3, dtype=dtype), torch.tensor([1, 0, 1])
     for tail in ((*skip, padding, 2, 0, 3, 3, tile, True, True),
                  (None, None, padding, 2, 0, 3, 3, tile, True, False)):  # fmt: skip
-        torch.library.opcheck(level_op, (x, weight, bias, *rows, *tail))
-        y, code = level_op(x, weight, bias, *rows, *tail)
+        torch.library.opcheck(level_op, (x, weights, [], *rows, *tail))
+        torch.library.opcheck(level_op, (x, weights, biases, *rows, *tail))
+        y, code = level_op(x, weights, biases, *rows, *tail)
     dy = torch.randn_like(y)
-    for need_dx, live in ((True, None), (False, torch.tensor([True, False, True]))):
+    for needs, live in (
+        ((True, True), None),
+        ((True, False), None),
+        ((False, True), torch.tensor([True, False, True])),
+    ):
         torch.library.opcheck(
             level_backward_op,
-            (dy, x, code, weight, *rows, live, padding, 2, 0, tile, need_dx),
+            (dy, x, code, weights, *rows, live, padding, 2, 0, tile, *needs),
         )
         torch.library.opcheck(
             torch.ops.lasem_fast.winograd_level_skip_backward.default,
@@ -458,8 +467,8 @@ def test_the_tile_of_fewest_products_is_the_default(filter_size, side, tile):
 
 GOOD = {
     "x": torch.zeros(1, 2, 6, 6, 8),
-    "weight": torch.zeros(2, 4, 8, 3, 3),
-    "bias": torch.zeros(2, 4),
+    "weights": [torch.zeros(4, 8, 3, 3)] * 2,
+    "biases": [torch.zeros(4)] * 2,
     "parents": torch.zeros(2, dtype=torch.int64),
     "branches": torch.arange(2),
     "skip": None,
@@ -481,12 +490,27 @@ GOOD = {
         ("x", torch.zeros(2, 6, 6, 8), "x must have shape"),
         ("x", torch.zeros(1, 2, 6, 6, 8, dtype=torch.int64), "float32 or float64"),
         ("x", torch.zeros(1, 2, 6, 8, 6).transpose(3, 4), "x must be contiguous"),
-        ("weight", torch.zeros(2, 4, 8, 7, 7), "weight must have filters of 3 x 3 or 5 x 5, got 7"),
-        ("weight", torch.zeros(2, 4, 8, 5, 3), "weight must have shape"),
-        ("weight", torch.zeros(2, 4, 8, 5, 5), "tile must be 2 for filters of 5 x 5, got 4"),
-        ("weight", torch.zeros(2, 4, 7, 3, 3), "weight must have shape"),
-        ("weight", torch.zeros(2, 4, 8, 3, 3, dtype=torch.float64), "weight must have dtype"),
-        ("bias", torch.zeros(2, 5), "bias must have shape"),
+        ("weights", [], "weights must have at least one branch"),
+        ("weights", [torch.zeros(4, 8, 9)] * 2, r"weights\[0\] must have shape \(Co, C, R, R\)"),
+        ("weights", [torch.zeros(4, 8, 7, 7)] * 2, r"weights\[0\] must have filters .*, got 7"),
+        ("weights", [torch.zeros(4, 8, 5, 3)] * 2, r"weights\[0\] must have shape"),
+        ("weights", [torch.zeros(4, 8, 5, 5)] * 2, "tile must be 2 for filters of 5 x 5, got 4"),
+        ("weights", [torch.zeros(4, 7, 3, 3)] * 2, r"weights\[0\] must have shape"),
+        ("weights", [torch.zeros(4, 8, 3, 3).double()] * 2, r"weights\[0\] must have dtype"),
+        (
+            "weights",
+            [torch.zeros(4, 8, 3, 3), torch.zeros(5, 8, 3, 3)],
+            r"weights\[1\] must have shape \(4, 8, 3, 3, \), got \(5, 8, 3, 3, \)",
+        ),
+        (
+            "weights",
+            [torch.zeros(4, 8, 3, 3), torch.zeros(4, 8, 3, 3).transpose(2, 3)],
+            r"weights\[1\] must be contiguous",
+        ),
+        ("weights", [torch.zeros(0, 8, 3, 3)] * 2, "weights must have at least one output"),
+        ("biases", [torch.zeros(4)], "biases must be none or one for each of the 2 branches, got"),
+        ("biases", [torch.zeros(5)] * 2, r"biases\[0\] must have shape"),
+        ("biases", [torch.zeros(4), torch.zeros(4).double()], r"biases\[1\] must have dtype"),
         ("parents", torch.zeros(2), "parents must have dtype"),
         ("parents", torch.zeros(1, 2).long(), r"parents must have shape \(R,\), got 2 dim"),
         ("parents", torch.tensor([0, 1]), "parents must be from 0 to 0, got 1 for row 1"),
@@ -515,19 +539,19 @@ def test_level_errors(name, value, message):
 
 
 def test_backward_errors():
-    x, weight = GOOD["x"], GOOD["weight"]
+    x, weights = GOOD["x"], GOOD["weights"]
     y, code = level_op(*GOOD.values())
     rows = GOOD["parents"], GOOD["branches"]
     with pytest.raises(RuntimeError, match="dy must have shape"):
-        level_backward_op(y[:1], x, code, weight, *rows, None, 1, 2, 0, 4, True)
+        level_backward_op(y[:1], x, code, weights, *rows, None, 1, 2, 0, 4, True, True)
     with pytest.raises(RuntimeError, match="code must have dtype"):
-        level_backward_op(y, x, y, weight, *rows, None, 1, 2, 0, 4, True)
+        level_backward_op(y, x, y, weights, *rows, None, 1, 2, 0, 4, True, True)
     live = torch.ones(3, dtype=torch.bool)
     skip = torch.zeros(3, 2, 6, 6, 4)
     with pytest.raises(RuntimeError, match="skip_rows must be from 0 to 2, got 3 for row 1"):
         level_op(*{**GOOD, "skip": skip, "skip_rows": torch.tensor([0, 3])}.values())
     with pytest.raises(RuntimeError, match="live must have shape"):
-        level_backward_op(y, x, code, weight, *rows, live, 1, 2, 0, 4, True)
+        level_backward_op(y, x, code, weights, *rows, live, 1, 2, 0, 4, True, True)
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_the_rule_takes_the_way_of_fewest_products(filter_size, side, pool, tile
 
     def by(tile):
         return cpu_ops.winograd_level(
-            x, torch.stack(layer.weights), torch.stack(layer.biases),
+            x, layer.weights, layer.biases,
             parents=torch.tensor(FULL.parents), branches=torch.tensor(FULL.branches),
             padding=filter_size // 2, pool=pool, out_size=(out, out), tile=tile,
         )  # fmt: skip

@@ -38,6 +38,11 @@ def draw(seed, dtype):
     return (x, weight, bias), {"parents": rows[:, 0], "branches": rows[:, 1]}, sizes
 
 
+def winograd_level(x, weight, bias, **keywords):
+    """The operator on the branches of ``[G, Co, C, R, R]`` and ``[G, Co]``."""
+    return ops.winograd_level(x, list(weight), list(bias), **keywords)
+
+
 def reference(
     x, weight, bias, skip=None, *, parents, branches, padding, pool, out_size, tile=None,
     skip_rows=None, relu=True, relu_after=False,
@@ -74,10 +79,11 @@ def run(tensors, rows, sizes, dy=None, liveness=None):
     ops._cpu.poison_outputs(True)
     torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
     try:
-        y = ops.winograd_level(*leaves, **rows, **sizes, liveness=liveness)
+        y = winograd_level(*leaves, **rows, **sizes, liveness=liveness)
         if dy is None:
             dy = torch.randn_like(y)
-        return dy, (y.detach(), *torch.autograd.grad(y, leaves, dy))
+        read = [t for t in leaves if t.numel()]  # no biases are no leaf
+        return dy, (y.detach(), *torch.autograd.grad(y, read, dy))
     finally:
         ops._cpu.poison_outputs(False)
         torch.use_deterministic_algorithms(False)
@@ -189,7 +195,7 @@ def test_rows_that_are_not_live_take_no_part_in_the_backward(isa, schedule, seed
     kept = {name: values[live] for name, values in rows.items()}
     liveness = ops.Liveness()
     leaves = [t.clone().requires_grad_() for t in tensors]
-    y = ops.winograd_level(*leaves, **rows, **sizes, liveness=liveness)
+    y = winograd_level(*leaves, **rows, **sizes, liveness=liveness)
     liveness.live = live
     dy = torch.randn_like(y)
     dy[~live] = torch.nan
@@ -207,7 +213,7 @@ def test_what_only_dead_rows_use_is_not_read_in_the_backward(isa):
     rows["parents"][1] = 1
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     liveness = ops.Liveness(torch.tensor([True, False]))
-    y = ops.winograd_level(*leaves, **rows, **sizes, liveness=liveness)
+    y = winograd_level(*leaves, **rows, **sizes, liveness=liveness)
     for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y)):
         assert gradient.isfinite().all() and gradient[0].any() and not gradient[1].any()
 
@@ -220,12 +226,28 @@ def test_no_rows(isa):
     assert not any(g.any() for g in gradients)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_biases_are_zeros(schedule, seed):
+    (x, weight, bias), rows, sizes = draw(seed, torch.float32)
+    dy, (*want, _) = run((x, weight, torch.zeros_like(bias)), rows, sizes)
+    _, got = run((x, weight, bias[:0]), rows, sizes, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_branches_have_gradients_of_their_own():
+    (x, weight, bias), rows, sizes = draw(0, torch.float32)
+    weights, biases = ([t.clone().requires_grad_() for t in ts] for ts in (weight, bias))
+    ops.winograd_level(x, weights, biases, **rows, **sizes).sum().backward()
+    for leaf in (*weights, *biases):
+        assert leaf.grad.untyped_storage().nbytes() == leaf.grad.nbytes
+
+
 def test_more_branches_than_an_integer_has_bits():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 1, 3, 3, 2).double(), torch.randn(70, 3, 2, 3, 3).double()
     bias = torch.randn(70, 3).double()
     rows = {"parents": torch.tensor([0, 1, 0, 1]), "branches": torch.tensor([69, 69, 2, 65])}
-    y = ops.winograd_level(x, weight, bias, **rows, padding=1)
+    y = winograd_level(x, weight, bias, **rows, padding=1)
     want = reference(x, weight, bias, **rows, padding=1, pool=1, out_size=(3, 3))
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
 
@@ -257,7 +279,7 @@ def test_skips_in_float64_equal_pytorch(schedule, seed):
     ops._cpu.poison_outputs(True)
     try:
         named = {} if skip is None else {"skip": leaves[3]}
-        y = ops.winograd_level(*leaves[:3], **named, **rows, **sizes, **tail)
+        y = winograd_level(*leaves[:3], **named, **rows, **sizes, **tail)
         dy = torch.randn_like(y)
         got = torch.autograd.grad(y, leaves, dy)
     finally:
@@ -291,7 +313,7 @@ def test_ties_are_broken_as_in_pytorch(isa, seed):
     skip, tail = draw_tail(seed, tensors, rows, sizes, like=small_integers)
     leaves = [t.clone().requires_grad_() for t in (*tensors, *([] if skip is None else [skip]))]
     named = {} if skip is None else {"skip": leaves[3]}
-    y = ops.winograd_level(*leaves[:3], **named, **rows, **sizes, **tail)
+    y = winograd_level(*leaves[:3], **named, **rows, **sizes, **tail)
     want = reference(*leaves, **rows, **sizes, **tail)
     assert torch.equal(y, want)
     dy = torch.randint(-3, 4, y.shape).float()
@@ -313,7 +335,7 @@ def test_nan_passes_every_tail(isa, schedule, relu, relu_after, pool, bad):
     sizes = {"padding": 1, "pool": pool, "out_size": (n, n), "relu": relu, "relu_after": relu_after}
     for added in (skip, None) if bad == "x" else (skip,):
         want = reference(x, weight, bias, added, **rows, **sizes).isnan()
-        y = ops.winograd_level(x, weight, bias, skip=added, **rows, **sizes)
+        y = winograd_level(x, weight, bias, skip=added, **rows, **sizes)
         assert want.any() and y[want].isnan().all()
 
 
@@ -323,7 +345,7 @@ def test_rows_that_are_not_live_give_their_skip_nothing(isa):
     rows = {"parents": torch.tensor([0, 1, 1]), "branches": torch.tensor([0, 0, 1])}
     skip = torch.randn(3, 1, 4, 4, 9, requires_grad=True)
     liveness = ops.Liveness()
-    y = ops.winograd_level(x, weight, bias, **rows, padding=1, skip=skip, liveness=liveness)
+    y = winograd_level(x, weight, bias, **rows, padding=1, skip=skip, liveness=liveness)
     dy = torch.randn_like(y)
     (all_of_it,) = torch.autograd.grad(y, skip, dy, retain_graph=True)
     assert torch.equal(all_of_it, dy)

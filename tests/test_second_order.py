@@ -92,8 +92,9 @@ def test_a_level(pool, pool_pad, size, tail):
 
     def level(x, weight, bias, skip=None):
         sizes = {"padding": 1, "pool": pool, "pool_pad": pool_pad, "out_size": size}
+        parameters = list(weight), list(bias)
         return ops.winograd_level(
-            x, weight, bias, **rows, **sizes, skip=skip, **keywords, liveness=liveness
+            x, *parameters, **rows, **sizes, skip=skip, **keywords, liveness=liveness
         )
 
     if liveness.live is None:  # else the gradient is not that of the outputs
@@ -106,6 +107,17 @@ def test_a_level(pool, pool_pad, size, tail):
 
 
 @needs_kernels
+def test_a_level_without_biases():
+    x, row = torch.randn(1, 1, 4, 4, 2).double().requires_grad_(), torch.tensor([0])
+    weight = torch.randn(2, 2, 3, 3).double().requires_grad_()
+
+    def level(x, weight):
+        return ops.winograd_level(x, [weight], [], parents=row, branches=row, padding=1)
+
+    assert torch.autograd.gradgradcheck(level, (x, weight))
+
+
+@needs_kernels
 def test_a_heads_linear_layer():
     shapes = [(3, 4, 2), (5, 8), (5,)]
     leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -114,10 +126,10 @@ def test_a_heads_linear_layer():
 
 @needs_kernels
 def test_only_what_needs_a_gradient_gets_one():
-    x, weight, bias = torch.randn(1, 1, 4, 4, 2), torch.randn(1, 2, 2, 3, 3), torch.zeros(1, 2)
+    x, weight, bias = torch.randn(1, 1, 4, 4, 2), torch.randn(2, 2, 3, 3), torch.zeros(2)
     weight.requires_grad_()
     row = torch.tensor([0])
-    y = ops.winograd_level(x, weight, bias, parents=row, branches=row, padding=1)
+    y = ops.winograd_level(x, [weight], [bias], parents=row, branches=row, padding=1)
     (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
     grad.sum().backward()
     assert x.grad is None and bias.grad is None and weight.grad is not None

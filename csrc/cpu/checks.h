@@ -5,12 +5,13 @@
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
+#include <string_view>
 
 #include "stable_torch.h"
 
 namespace lasem_fast {
 
-inline void check_tensor(const torch::stable::Tensor& t, const char* name,
+inline void check_tensor(const torch::stable::Tensor& t, std::string_view name,
                          torch::headeronly::ScalarType dtype,
                          std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");

@@ -73,8 +73,10 @@ struct LevelPlan {
 // What stands behind the convolution, before the pool: ReLU (relu), a sum with a row of `skip`,
 // ReLU (relu_after). Without a skip the two ReLUs are one, which `relu` stands for.
 struct LevelForward {
-  const void *x, *weight, *bias, *skip;  // skip [S, N, conv_h, conv_w, Co], or null
-  const int64_t* skip_rows;              // of every row; null: its own number
+  const void *x, *skip;        // skip [S, N, conv_h, conv_w, Co], or null
+  const void* const* weights;  // of every branch, [Co, C, r, r]
+  const void* const* biases;   // of every branch, [Co]; null: there are none
+  const int64_t* skip_rows;    // of every row; null: its own number
   bool relu, relu_after;
   void *y, *packed;
   void* inputs;   // by_panel: V of all blocks
@@ -97,13 +99,14 @@ struct SkipBackward {
 };
 
 struct LevelBackward {
-  const void *dy, *x, *weight;
+  const void *dy, *x;
+  const void* const* weights;  // of every branch
   const uint8_t* code;
   void* dx;        // null when not wanted
   void* packed;    // transposed weights
   void* partial;   // [tasks][partial_size]
   uint8_t* wrote;  // [tasks][panels]: whether a task's partial holds anything for a panel
-  void *dweight, *dbias;
+  void *const *dweights, *const *dbiases;  // of every branch; dbiases null when not wanted
   int64_t tasks;
   // by_panel: of all blocks, V (later dV), dM, bias gradients [out_stride] and rows that take part
   void *inputs, *outputs, *bias_sums;
@@ -119,10 +122,11 @@ struct LevelKernels {
   void (*plan)(const LevelShape& shape, const LevelRows& rows, LevelClass* classes,
                int64_t class_count, int64_t threads, bool backward, Schedule schedule,
                LevelPlan* plan);
-  void (*pack)(const LevelPlan& plan, const void* weight, void* packed, int64_t begin, int64_t end);
+  void (*pack)(const LevelPlan& plan, const void* const* weights, void* packed, int64_t begin,
+               int64_t end);
   void (*forward)(const LevelPlan& plan, const LevelForward& args, void* scratch, int64_t begin,
                   int64_t end);
-  void (*pack_back)(const LevelPlan& plan, const void* weight, void* packed, int64_t begin,
+  void (*pack_back)(const LevelPlan& plan, const void* const* weights, void* packed, int64_t begin,
                     int64_t end);
   void (*backward)(const LevelPlan& plan, const LevelBackward& args, void* scratch, int64_t task,
                    int64_t begin, int64_t end);

@@ -293,8 +293,10 @@ static void block_outputs(const LevelPlan& p, const LevelForward& args, const Bl
     const int64_t vector = panel * 2 + h, slot = vector / p.branch_vectors;
     if (!block.unit->takes(slot)) continue;
     const int64_t co = vector % p.branch_vectors * kLanes, left = s.out_channels - co;
-    const Scalar* bias = static_cast<const Scalar*>(args.bias);
-    const Vec offset = load_some(bias + p.rows.branch_of[slot] * s.out_channels + co, left);
+    Vec offset = zero();
+    if (args.biases)
+      offset =
+          load_some(static_cast<const Scalar*>(args.biases[p.rows.branch_of[slot]]) + co, left);
     for (int64_t i = 0; i < block.units; ++i) {
       const Unit& u = block.unit[i];
       const int64_t column = s.out_channels, row = s.out_width * column;

@@ -37,11 +37,10 @@ static void with_algorithm(const LevelPlan& p, const Body& body) {
   body(Type<Direct<3>>{}, Int<3>{});
 }
 
-static void run_pack(const LevelPlan& p, const void* weight, void* packed, int64_t begin,
+static void run_pack(const LevelPlan& p, const void* const* weights, void* packed, int64_t begin,
                      int64_t end) {
   with_algorithm(p, [&](auto algorithm, auto) {
-    pack<typename decltype(algorithm)::type>(p, static_cast<const Scalar*>(weight),
-                                             static_cast<Scalar*>(packed), begin, end);
+    pack<typename decltype(algorithm)::type>(p, weights, static_cast<Scalar*>(packed), begin, end);
   });
 }
 
@@ -53,11 +52,11 @@ static void run_forward(const LevelPlan& p, const LevelForward& args, void* scra
   });
 }
 
-static void run_pack_back(const LevelPlan& p, const void* weight, void* packed, int64_t begin,
-                          int64_t end) {
+static void run_pack_back(const LevelPlan& p, const void* const* weights, void* packed,
+                          int64_t begin, int64_t end) {
   with_algorithm(p, [&](auto algorithm, auto) {
-    pack_back<typename decltype(algorithm)::type>(p, static_cast<const Scalar*>(weight),
-                                                  static_cast<Scalar*>(packed), begin, end);
+    pack_back<typename decltype(algorithm)::type>(p, weights, static_cast<Scalar*>(packed), begin,
+                                                  end);
   });
 }
 

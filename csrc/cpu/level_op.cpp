@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "checks.h"
 #include "cpu_dispatch.h"
@@ -23,26 +24,33 @@ constexpr int64_t kDirectChannels = 4;  // below, the transforms cost more than 
 
 std::atomic<Schedule> schedule{Schedule::kByShape};
 
+std::string branch_name(const char* list, int64_t branch) {
+  return std::string(list) + "[" + std::to_string(branch) + "]";
+}
+
 // The shape of a level before anything is known of its rows: a slot for every branch.
-LevelShape shape_of(const Tensor& x, const Tensor& weight, int64_t padding, int64_t pool,
-                    int64_t pool_pad, int64_t out_h, int64_t out_w, int64_t tile) {
+LevelShape shape_of(const Tensor& x, const std::vector<Tensor>& weights, int64_t padding,
+                    int64_t pool, int64_t pool_pad, int64_t out_h, int64_t out_w, int64_t tile) {
   check_float(x, "x");
   STD_TORCH_CHECK(x.dim() == 5, "x must have shape (P, N, H, W, C), got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(weight.dim() == 5, "weight must have shape (G, Co, C, R, R), got ", weight.dim(),
+  STD_TORCH_CHECK(!weights.empty(), "weights must have at least one branch");
+  const Tensor& first = weights[0];
+  STD_TORCH_CHECK(first.dim() == 4, "weights[0] must have shape (Co, C, R, R), got ", first.dim(),
                   " dimensions");
   LevelShape s{};
   s.parents = x.size(0), s.samples = x.size(1), s.height = x.size(2), s.width = x.size(3);
-  s.in_channels = x.size(4), s.slots = weight.size(0), s.out_channels = weight.size(1);
-  s.filter = weight.size(3);
+  s.in_channels = x.size(4), s.slots = static_cast<int64_t>(weights.size());
+  s.out_channels = first.size(0), s.filter = first.size(2);
   s.padding = padding, s.pool = pool, s.pool_pad = pool_pad;
   s.out_height = out_h, s.out_width = out_w;
   check_tensor(x, "x", x.scalar_type(), {s.parents, s.samples, s.height, s.width, s.in_channels});
   STD_TORCH_CHECK(s.filter == 3 || s.filter == 5,
-                  "weight must have filters of 3 x 3 or 5 x 5, got ", s.filter, " rows");
-  check_tensor(weight, "weight", x.scalar_type(),
-               {s.slots, s.out_channels, s.in_channels, s.filter, s.filter});
-  STD_TORCH_CHECK(s.in_channels > 0 && s.slots > 0 && s.out_channels > 0,
-                  "weight must have at least one branch, output and input channel");
+                  "weights[0] must have filters of 3 x 3 or 5 x 5, got ", s.filter, " rows");
+  for (int64_t i = 0; i < s.slots; ++i)
+    check_tensor(weights[i], branch_name("weights", i), x.scalar_type(),
+                 {s.out_channels, s.in_channels, s.filter, s.filter});
+  STD_TORCH_CHECK(s.in_channels > 0 && s.out_channels > 0,
+                  "weights must have at least one output and input channel");
   STD_TORCH_CHECK(padding >= 0 && padding < s.filter, "padding must be from 0 to ", s.filter - 1,
                   ", got ", padding);
   STD_TORCH_CHECK(pool >= 1 && pool <= 3, "pool must be 1, 2 or 3, got ", pool);
@@ -116,7 +124,7 @@ void forward_by_block(const LevelKernels& kernels, const LevelPlan& plan, LevelF
   const TaskScratch scratch(layout, tasks, plan.forward_scratch, scalar);
   args.packed = scratch.at(packed_at);
   for_filters(plan.shape, threads, plan.pack_items, [&](int64_t begin, int64_t end) {
-    kernels.pack(plan, args.weight, args.packed, begin, end);
+    kernels.pack(plan, args.weights, args.packed, begin, end);
   });
   for_items(tasks, plan.blocks, [&](int64_t task, int64_t block) {
     kernels.forward(plan, args, scratch.of(task), block, block + 1);
@@ -153,7 +161,7 @@ void backward_by_block(const LevelKernels& kernels, const LevelPlan& plan, Level
 
   if (args.dx)
     for_filters(plan.shape, threads, plan.pack_back_items, [&](int64_t begin, int64_t end) {
-      kernels.pack_back(plan, args.weight, args.packed, begin, end);
+      kernels.pack_back(plan, args.weights, args.packed, begin, end);
     });
   for_tasks(tasks, [&](int64_t task) {
     kernels.backward(plan, args, scratch.of(task), task, begins[task], begins[task + 1]);
@@ -196,6 +204,30 @@ void check_skip(const LevelShape& s, const Tensor& x, const std::optional<Tensor
   if (skip_rows) list_values(*skip_rows, "skip_rows", rows, count);
 }
 
+void check_biases(const LevelShape& s, const Tensor& x, const std::vector<Tensor>& biases) {
+  const auto count = static_cast<int64_t>(biases.size());
+  STD_TORCH_CHECK(count == 0 || count == s.slots, "biases must be none or one for each of the ",
+                  s.slots, " branches, got ", count);
+  for (int64_t i = 0; i < count; ++i)
+    check_tensor(biases[i], branch_name("biases", i), x.scalar_type(), {s.out_channels});
+}
+
+std::vector<const void*> addresses(const std::vector<Tensor>& tensors) {
+  std::vector<const void*> data;
+  for (const Tensor& t : tensors) data.push_back(t.const_data_ptr());
+  return data;
+}
+
+std::vector<void*> mutable_addresses(const std::vector<Tensor>& tensors) {
+  std::vector<void*> data;
+  for (const Tensor& t : tensors) data.push_back(t.mutable_data_ptr());
+  return data;
+}
+
+void zero(const Tensor& t) {
+  std::memset(t.mutable_data_ptr(), 0, static_cast<size_t>(t.numel()) * t.element_size());
+}
+
 // Zeroes row i of a contiguous tensor for each i.
 void zero_rows(const Tensor& t, const int64_t* begin, const int64_t* end) {
   if (t.numel() == 0) return;
@@ -218,14 +250,14 @@ bool force_schedule(const std::string& name) {
   return true;
 }
 
-std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                          const Tensor& parents, const Tensor& branches,
-                                          const std::optional<Tensor>& skip,
+std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>& biases, const Tensor& parents,
+                                          const Tensor& branches, const std::optional<Tensor>& skip,
                                           const std::optional<Tensor>& skip_rows, int64_t padding,
                                           int64_t pool, int64_t pool_pad, int64_t out_h,
                                           int64_t out_w, int64_t tile, bool relu, bool relu_after) {
-  LevelShape s = shape_of(x, weight, padding, pool, pool_pad, out_h, out_w, tile);
-  check_tensor(bias, "bias", x.scalar_type(), {s.slots, s.out_channels});
+  LevelShape s = shape_of(x, weights, padding, pool, pool_pad, out_h, out_w, tile);
+  check_biases(s, x, biases);
   RowLists rows(parents, branches, nullptr, s.parents, s.slots);
   check_skip(s, x, skip, skip_rows, rows.rows());
   const LevelKernels& kernels = kernels_for(x.scalar_type()).level;
@@ -238,9 +270,10 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
   LevelPlan plan;
   s.slots = rows.slots();
   plan_level(kernels, s, rows, threads, false, &plan);
+  const std::vector<const void*> weight_data = addresses(weights), bias_data = addresses(biases);
   LevelForward args{};
-  args.x = x.const_data_ptr(), args.weight = weight.const_data_ptr(),
-  args.bias = bias.const_data_ptr();
+  args.x = x.const_data_ptr(), args.weights = weight_data.data();
+  args.biases = biases.empty() ? nullptr : bias_data.data();
   args.y = y.mutable_data_ptr();
   args.code = static_cast<uint8_t*>(code.mutable_data_ptr());
   args.streams = streams(y);
@@ -253,48 +286,56 @@ std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight,
   return {y, code};
 }
 
-std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& code, const Tensor& weight,
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> winograd_level_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& code, const std::vector<Tensor>& weights,
     const Tensor& parents, const Tensor& branches, const std::optional<Tensor>& live,
-    int64_t padding, int64_t pool, int64_t pool_pad, int64_t tile, bool need_dx) {
+    int64_t padding, int64_t pool, int64_t pool_pad, int64_t tile, bool need_dx,
+    bool need_dbiases) {
   STD_TORCH_CHECK(dy.dim() == 5, "dy must have shape (R, N, out_h, out_w, Co), got ", dy.dim(),
                   " dimensions");
-  LevelShape s = shape_of(x, weight, padding, pool, pool_pad, dy.size(2), dy.size(3), tile);
+  LevelShape s = shape_of(x, weights, padding, pool, pool_pad, dy.size(2), dy.size(3), tile);
   RowLists rows(parents, branches, live ? &*live : nullptr, s.parents, s.slots);
   const auto out = {rows.rows(), s.samples, s.out_height, s.out_width, s.out_channels};
   check_tensor(dy, "dy", x.scalar_type(), out);
   check_tensor(code, "code", ScalarType::Byte, out);
   const LevelKernels& kernels = kernels_for(x.scalar_type()).level;
-  const int64_t none[] = {0}, bias_size[] = {s.slots, s.out_channels};
+  const int64_t none[] = {0}, bias_size[] = {s.out_channels};
   Tensor dx = need_dx ? new_output({s.parents, s.samples, s.height, s.width, s.in_channels},
                                    x.scalar_type(), x.element_size())
                       : torch::stable::new_empty(x, {none, 1});
-  Tensor dweight = torch::stable::empty_like(weight);
-  Tensor dbias = torch::stable::new_empty(weight, {bias_size, 2});
-
-  const auto& unused = rows.idle_branches;
-  zero_rows(dweight, unused.data(), unused.data() + unused.size());
-  zero_rows(dbias, unused.data(), unused.data() + unused.size());
+  std::vector<Tensor> dweights, dbiases;
+  for (const Tensor& weight : weights) {
+    dweights.push_back(torch::stable::empty_like(weight));
+    if (need_dbiases) dbiases.push_back(torch::stable::new_empty(weight, {bias_size, 1}));
+  }
+  for (int64_t branch : rows.idle_branches) {
+    zero(dweights[branch]);
+    if (need_dbiases) zero(dbiases[branch]);
+  }
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t* idle = rows.idle_parents.data();
   const int64_t idle_count = need_dx ? static_cast<int64_t>(rows.idle_parents.size()) : 0;
   for_ranges(std::min(threads, idle_count), idle_count,
              [&](int64_t begin, int64_t end) { zero_rows(dx, idle + begin, idle + end); });
-  if (!rows.any()) return {dx, dweight, dbias};
+  if (!rows.any()) return {dx, dweights, dbiases};
 
   s.slots = rows.slots();
   LevelPlan plan;
   plan_level(kernels, s, rows, threads, true, &plan);
+  const std::vector<const void*> weight_data = addresses(weights);
+  const std::vector<void*> dweight_data = mutable_addresses(dweights);
+  const std::vector<void*> dbias_data = mutable_addresses(dbiases);
   LevelBackward args{};
-  args.dy = dy.const_data_ptr(), args.x = x.const_data_ptr(), args.weight = weight.const_data_ptr();
+  args.dy = dy.const_data_ptr(), args.x = x.const_data_ptr(), args.weights = weight_data.data();
   args.code = static_cast<const uint8_t*>(code.const_data_ptr());
   args.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-  args.dweight = dweight.mutable_data_ptr(), args.dbias = dbias.mutable_data_ptr();
+  args.dweights = dweight_data.data();
+  args.dbiases = need_dbiases ? dbias_data.data() : nullptr;
   if (plan.by_panel)
     backward_by_panel(kernels, plan, args, threads, x.element_size());
   else
     backward_by_block(kernels, plan, args, rows, threads, x.element_size());
-  return {dx, dweight, dbias};
+  return {dx, dweights, dbiases};
 }
 
 Tensor winograd_level_skip_backward(const Tensor& dy, const Tensor& code,

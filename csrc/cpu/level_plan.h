@@ -208,7 +208,7 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.bias_at = p.by_window ? round_up(s.in_channels, kLanes) * outputs * s.filter * s.filter
                           : p.batches * p.depth * p.out_stride;
   p.partial_size = p.bias_at + p.out_stride;
-  p.finish_items = p.by_window ? outputs : p.out_vectors * s.in_channels;
+  p.finish_items = p.by_window ? outputs : p.out_panels * s.in_channels;
   p.backward_scratch = in_size + out_size + round_up(2 * s.in_channels, kLanes) + p.window_scratch;
   if (p.by_panel) {
     const int64_t square = kPanel * kPanel;

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "stable_torch.h"
 
@@ -16,17 +17,17 @@ using torch::stable::Tensor;
 // their shape. False: no such name.
 bool force_schedule(const std::string& name);
 
-std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                                          const Tensor& parents, const Tensor& branches,
-                                          const std::optional<Tensor>& skip,
+std::tuple<Tensor, Tensor> winograd_level(const Tensor& x, const std::vector<Tensor>& weights,
+                                          const std::vector<Tensor>& biases, const Tensor& parents,
+                                          const Tensor& branches, const std::optional<Tensor>& skip,
                                           const std::optional<Tensor>& skip_rows, int64_t padding,
                                           int64_t pool, int64_t pool_pad, int64_t out_h,
                                           int64_t out_w, int64_t tile, bool relu, bool relu_after);
 
-std::tuple<Tensor, Tensor, Tensor> winograd_level_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& code, const Tensor& weight,
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> winograd_level_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& code, const std::vector<Tensor>& weights,
     const Tensor& parents, const Tensor& branches, const std::optional<Tensor>& live,
-    int64_t padding, int64_t pool, int64_t pool_pad, int64_t tile, bool need_dx);
+    int64_t padding, int64_t pool, int64_t pool_pad, int64_t tile, bool need_dx, bool need_dbiases);
 
 Tensor winograd_level_skip_backward(const Tensor& dy, const Tensor& code,
                                     const std::optional<Tensor>& skip_rows,

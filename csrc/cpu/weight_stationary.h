@@ -35,7 +35,7 @@ static void forward_panel(const LevelPlan& p, const LevelForward& args, Scalar* 
   const int64_t channels = p.shape.in_channels;
   Scalar* m = scratch + p.batches * p.weight_batch;
   for (int64_t c = 0; c < channels; ++c)
-    pack_channel<F>(p, static_cast<const Scalar*>(args.weight), panel, c, scratch, p.weight_batch);
+    pack_channel<F>(p, args.weights, panel, c, scratch, p.weight_batch);
   for_blocks(p, [&](const LevelClass& of, int64_t index) {
     if (place_of(of, panel) < 0) return;
     Block block;
@@ -136,8 +136,8 @@ static void input_grad_panel(const LevelPlan& p, const LevelBackward& args, Scal
     const int64_t last = at_most(first + p.back_panels, p.out_panels);
     const int64_t begin = first * kPanel, end = at_most(last * kPanel, p.out_vectors * kLanes);
     for (int64_t o = begin; o < end; ++o)
-      pack_back_output<F>(p, filter_of(p, static_cast<const Scalar*>(args.weight), o, 0), panel,
-                          w + (o - begin) * kPanel, batch_stride);
+      pack_back_output<F>(p, filter_of(p, args.weights, o), panel, w + (o - begin) * kPanel,
+                          batch_stride);
     for (int64_t b = 0; b < p.batches; ++b)
       for_blocks(p, [&](const LevelClass& of, int64_t index) {
         Scalar* vb = static_cast<Scalar*>(args.inputs) + index * p.in_size + b * in_batch(p, of);

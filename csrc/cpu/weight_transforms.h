@@ -43,25 +43,37 @@ static inline void filter_gradient(const Vec* u, Vec (&taps)[kTaps<F>]) {
     }
 }
 
-// Output o counts lanes over all slots, each padded to whole vectors; null for a padding lane.
-LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const Scalar* weight, int64_t o,
-                                     int64_t c) {
+// The filters of the first `count` lanes of a vector of outputs, `stride` elements apart.
+struct Filters {
+  const Scalar* first;
+  int64_t stride, count;
+};
+
+// Vectors of outputs are counted over all slots, each padded to whole vectors, and beyond them.
+LASEM_INLINE Filters filters_of(const LevelPlan& p, const void* const* weights, int64_t vector) {
   const LevelShape& s = p.shape;
-  const int64_t slot = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
-  if (slot >= s.slots || co >= s.out_channels) return nullptr;
-  const int64_t filter = p.rows.branch_of[slot] * s.out_channels + co;
-  return weight + (filter * s.in_channels + c) * s.filter * s.filter;
+  const int64_t slot = vector / p.branch_vectors, co = vector % p.branch_vectors * kLanes;
+  if (slot >= s.slots) return {nullptr, 0, 0};
+  const int64_t stride = s.in_channels * s.filter * s.filter;
+  const Scalar* weight = static_cast<const Scalar*>(weights[p.rows.branch_of[slot]]);
+  return {weight + co * stride, stride, at_most(kLanes, s.out_channels - co)};
 }
 
-// The taps of kLanes filters, one filter per lane; filter(lane) gives its address, or null.
-template <class F, class Filter>
-LASEM_INLINE void load_taps(const Filter& filter, Vec (&taps)[kTaps<F>]) {
+// The taps of kLanes filters `offset` elements on, one filter per lane, zero beyond `count`.
+template <class F>
+LASEM_INLINE void load_taps(const Filters& filters, int64_t offset, Vec (&taps)[kTaps<F>]) {
   for (int t = 0; t < kTaps<F>; t += kLanes) {
+    const auto load_lane = [&](int lane) {
+      return load_some(filters.first + offset + lane * filters.stride + t, kTaps<F> - t);
+    };
     Vec v[kLanes];
+    if (filters.count == kLanes) {
 #pragma GCC unroll 16
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const Scalar* w = filter(lane);
-      v[lane] = w ? load_some(w + t, kTaps<F> - t) : zero();
+      for (int lane = 0; lane < kLanes; ++lane) v[lane] = load_lane(lane);
+    } else {
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane)
+        v[lane] = lane < filters.count ? load_lane(lane) : zero();
     }
     transpose_square(v);
 #pragma GCC unroll 16
@@ -74,6 +86,12 @@ LASEM_INLINE void load_taps(const Filter& filter, Vec (&taps)[kTaps<F>]) {
 template <class F>
 LASEM_INLINE void store_taps(const Vec (&taps)[kTaps<F>], Scalar* to, int64_t stride, int64_t n) {
   for (int t = 0; t < kTaps<F>; t += kLanes) {
+    if (t + 1 == kTaps<F>) {  // one is left: scalars are stored faster than parts of vectors
+      Scalar last[kLanes];
+      store(last, taps[t]);
+      for (int64_t lane = 0; lane < n; ++lane) to[lane * stride + t] = last[lane];
+      break;
+    }
     Vec v[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) v[i] = t + i < kTaps<F> ? taps[t + i] : zero();
@@ -84,34 +102,44 @@ LASEM_INLINE void store_taps(const Vec (&taps)[kTaps<F>], Scalar* to, int64_t st
   }
 }
 
+// The vectors of a panel, batches `batch_stride` apart. Stored together: lines that lie so far
+// apart share few sets of the caches, and leave them before a second vector comes.
+template <class F>
+LASEM_INLINE void store_panel(const Vec (&u)[2][F::kSide * F::kSide], Scalar* to,
+                              int64_t batch_stride) {
+  for (int64_t b = 0; b < F::kSide * F::kSide; ++b) {
+    store(to + b * batch_stride, u[0][b]);
+    store(to + b * batch_stride + kLanes, u[1][b]);
+  }
+}
+
 // One input channel of one panel: to [batch][depth][kPanel], batches `batch_stride` apart.
 template <class F>
-static inline void pack_channel(const LevelPlan& p, const Scalar* weight, int64_t panel, int64_t c,
-                                Scalar* to, int64_t batch_stride) {
+static inline void pack_channel(const LevelPlan& p, const void* const* weights, int64_t panel,
+                                int64_t c, Scalar* to, int64_t batch_stride) {
   const int64_t channels = p.shape.in_channels;
-  for (int64_t h = 0; h < kPanel; h += kLanes) {
+  [[maybe_unused]] Vec u[2][F::kSide * F::kSide];
+  for (int64_t h = 0; h < 2; ++h) {
     Vec taps[kTaps<F>];
-    load_taps<F>([&](int64_t lane) { return filter_of(p, weight, panel * kPanel + h + lane, c); },
-                 taps);
+    load_taps<F>(filters_of(p, weights, panel * 2 + h), c * kTaps<F>, taps);
     if constexpr (F::kDirect) {
-      for (int64_t t = 0; t < kTaps<F>; ++t) store(to + (t * channels + c) * kPanel + h, taps[t]);
+      for (int64_t t = 0; t < kTaps<F>; ++t)
+        store(to + (t * channels + c) * kPanel + h * kLanes, taps[t]);
     } else {
-      Vec u[F::kSide * F::kSide];
-      filter_transform<F>(taps, u);
-      for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
-        store(to + b * batch_stride + c * kPanel + h, u[b]);
+      filter_transform<F>(taps, u[h]);
     }
   }
+  if constexpr (!F::kDirect) store_panel<F>(u, to + c * kPanel, batch_stride);
 }
 
 // packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
 template <class F>
-static void pack(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
+static void pack(const LevelPlan& p, const void* const* weights, Scalar* packed, int64_t begin,
                  int64_t end) {
   const int64_t channels = p.shape.in_channels;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / channels, c = item % channels;
-    pack_channel<F>(p, weight, panel, c, packed + panel * p.batches * p.depth * kPanel,
+    pack_channel<F>(p, weights, panel, c, packed + panel * p.batches * p.depth * kPanel,
                     p.weight_batch);
   }
 }
@@ -127,26 +155,31 @@ static inline void pack_back_output(const LevelPlan& p, const Scalar* w, int64_t
       to[lane] = w && k < p.depth ? w[k % channels * kTaps<F> + k / channels] : 0;
     }
   } else {
-    for (int64_t h = 0; h < kPanel; h += kLanes) {
-      const int64_t first = panel * kPanel + h;
-      Vec taps[kTaps<F>], u[F::kSide * F::kSide];
-      load_taps<F>(
-          [&](int64_t lane) {
-            return w && first + lane < channels ? w + (first + lane) * kTaps<F> : nullptr;
-          },
-          taps);
-      filter_transform<F>(taps, u);
-      for (int64_t b = 0; b < F::kSide * F::kSide; ++b) store(to + b * batch_stride + h, u[b]);
+    Vec u[2][F::kSide * F::kSide];
+    for (int64_t h = 0; h < 2; ++h) {
+      const int64_t first = panel * kPanel + h * kLanes;
+      const int64_t count = w ? at_least(0, at_most(kLanes, channels - first)) : 0;
+      Vec taps[kTaps<F>];
+      load_taps<F>({w, kTaps<F>, count}, first * kTaps<F>, taps);
+      filter_transform<F>(taps, u[h]);
     }
+    store_panel<F>(u, to, batch_stride);
   }
+}
+
+// The filter of output o, null for a padding lane.
+LASEM_INLINE const Scalar* filter_of(const LevelPlan& p, const void* const* weights, int64_t o) {
+  const Filters filters = filters_of(p, weights, o / kLanes);
+  const int64_t lane = o % kLanes;
+  return lane < filters.count ? filters.first + lane * filters.stride : nullptr;
 }
 
 // packed [depth panel][batch][output][kPanel]; one item is one output.
 template <class F>
-static void pack_back(const LevelPlan& p, const Scalar* weight, Scalar* packed, int64_t begin,
+static void pack_back(const LevelPlan& p, const void* const* weights, Scalar* packed, int64_t begin,
                       int64_t end) {
   for (int64_t o = begin; o < end; ++o) {
-    const Scalar* w = filter_of(p, weight, o, 0);
+    const Scalar* w = filter_of(p, weights, o);
     for (int64_t panel = 0; panel < p.depth_panels; ++panel)
       pack_back_output<F>(p, w, panel, packed + (panel * p.batches * p.out_stride + o) * kPanel,
                           p.out_stride * kPanel);
@@ -160,22 +193,20 @@ LASEM_INLINE void store_weight_grad(const LevelPlan& p, const LevelBackward& arg
   const LevelShape& s = p.shape;
   const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
   const int64_t co = vector % p.branch_vectors * kLanes;
-  Scalar* to = static_cast<Scalar*>(args.dweight) +
-               ((branch * s.out_channels + co) * s.in_channels + c) * kTaps<F>;
+  Scalar* to = static_cast<Scalar*>(args.dweights[branch]) + (co * s.in_channels + c) * kTaps<F>;
   store_taps<F>(taps, to, s.in_channels * kTaps<F>, at_most(kLanes, s.out_channels - co));
 }
 
 LASEM_INLINE void store_bias_grad(const LevelPlan& p, const LevelBackward& args, int64_t vector,
                                   Vec sum) {
+  if (!args.dbiases) return;
   const LevelShape& s = p.shape;
   const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
   const int64_t co = vector % p.branch_vectors * kLanes;
-  store_some(static_cast<Scalar*>(args.dbias) + branch * s.out_channels + co, sum,
-             s.out_channels - co);
+  store_some(static_cast<Scalar*>(args.dbiases[branch]) + co, sum, s.out_channels - co);
 }
 
-// Sums the tasks' partial gradients in task order; one item is one input channel of one vector of
-// outputs.
+// Sums the tasks' partial gradients in task order; one item is one input channel of one panel.
 template <class F>
 static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin, int64_t end) {
   const LevelShape& s = p.shape;
@@ -184,25 +215,33 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
   const auto sum_at = [&](int64_t panel, int64_t at) {
     Vec sum = zero();
     for (int64_t t = 0; t < args.tasks; ++t)
-      if (args.wrote[t * p.out_panels + panel])
-        sum = add(sum, load(partial + t * p.partial_size + at));
+      if (args.wrote[t * p.out_panels + panel]) {
+        const Scalar* from = partial + t * p.partial_size + at;
+        __builtin_prefetch(from + kPanel);  // of the next input channel
+        sum = add(sum, load(from));
+      }
     return sum;
   };
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t v = item / s.in_channels, c = item % s.in_channels;
-    const int64_t half = v % 2 * kLanes;
-    Vec taps[kTaps<F>];
-    if constexpr (F::kDirect) {
-      for (int64_t t = 0; t < kTaps<F>; ++t)
-        taps[t] = sum_at(v / 2, (v / 2 * p.depth + t * s.in_channels + c) * kPanel + half);
-    } else {
-      Vec u[F::kSide * F::kSide];
+    const int64_t panel = item / s.in_channels, c = item % s.in_channels;
+    const int64_t last = at_most(2, p.out_vectors - 2 * panel);
+    [[maybe_unused]] Vec u[2][F::kSide * F::kSide];
+    if constexpr (!F::kDirect)
       for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
-        u[b] = sum_at(v / 2, ((v / 2 * p.batches + b) * p.depth + c) * kPanel + half);
-      filter_gradient<F>(u, taps);
+        for (int64_t h = 0; h < 2; ++h)
+          u[h][b] = sum_at(panel, ((panel * p.batches + b) * p.depth + c) * kPanel + h * kLanes);
+    for (int64_t h = 0; h < last; ++h) {
+      const int64_t v = 2 * panel + h;
+      Vec taps[kTaps<F>];
+      if constexpr (F::kDirect) {
+        for (int64_t t = 0; t < kTaps<F>; ++t)
+          taps[t] = sum_at(panel, (panel * p.depth + t * s.in_channels + c) * kPanel + h * kLanes);
+      } else {
+        filter_gradient<F>(u[h], taps);
+      }
+      store_weight_grad<F>(p, args, v, c, taps);
+      if (c == 0) store_bias_grad(p, args, v, sum_at(panel, p.bias_at + v * kLanes));
     }
-    store_weight_grad<F>(p, args, v, c, taps);
-    if (c == 0) store_bias_grad(p, args, v, sum_at(v / 2, p.bias_at + v * kLanes));
   }
 }
 

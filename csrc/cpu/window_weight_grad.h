@@ -150,8 +150,8 @@ static void finish_windows(const LevelPlan& p, const LevelBackward& args, int64_
   for (int64_t o = begin; o < end; ++o) {
     const int64_t slot = o / (p.branch_vectors * kLanes), co = o % (p.branch_vectors * kLanes);
     if (co >= s.out_channels) continue;
-    const int64_t out = p.rows.branch_of[slot] * s.out_channels + co;
-    Scalar* dweight = static_cast<Scalar*>(args.dweight) + out * s.in_channels * taps;
+    const int64_t branch = p.rows.branch_of[slot];
+    Scalar* dweight = static_cast<Scalar*>(args.dweights[branch]) + co * s.in_channels * taps;
     for (int64_t channel = 0; channel < s.in_channels; ++channel)
       for (int64_t t = 0; t < taps; ++t) {
         const int64_t vector = channel / kLanes * outputs + o;
@@ -160,10 +160,11 @@ static void finish_windows(const LevelPlan& p, const LevelBackward& args, int64_
         for (int64_t task = 1; task < args.tasks; ++task) sum += from[task * p.partial_size];
         dweight[channel * taps + t] = sum;
       }
+    if (!args.dbiases) continue;
     const Scalar* from = partial + p.bias_at + o;
     Scalar sum = from[0];
     for (int64_t task = 1; task < args.tasks; ++task) sum += from[task * p.partial_size];
-    static_cast<Scalar*>(args.dbias)[out] = sum;
+    static_cast<Scalar*>(args.dbiases[branch])[co] = sum;
   }
 }
 

@@ -69,13 +69,10 @@ def _level(
             return None
         skip_data = skip.data.contiguous()
         skip_rows = None if skip.rows is None else index_tensor(skip.rows, x.device)
-    weight = torch.stack([w.contiguous() for w in layer.weights])
-    if layer.biases:
-        bias = torch.stack(layer.biases)
-    else:
-        bias = weight.new_zeros(weight.shape[:2])
     return cpu_ops.winograd_level(
-        x.contiguous(), weight, bias,
+        x.contiguous(),
+        [weight.contiguous() for weight in layer.weights],
+        [bias.contiguous() for bias in layer.biases],
         parents=index_tensor(level.parents, x.device),
         branches=index_tensor(level.positions, x.device),
         padding=padding, pool=pool.size, pool_pad=pool.padding, out_size=size,

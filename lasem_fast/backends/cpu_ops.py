@@ -7,6 +7,8 @@ it; then :func:`supported` is false, :func:`why_unsupported` says why, and the o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,14 +20,14 @@ _cpu, _why_no_extension = extension.load()
 
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
-    "winograd_level(Tensor x, Tensor weight, Tensor bias, Tensor parents, Tensor branches, "
+    "winograd_level(Tensor x, Tensor[] weights, Tensor[] biases, Tensor parents, Tensor branches, "
     "Tensor? skip, Tensor? skip_rows, int padding, int pool, int pool_pad, int out_h, int out_w, "
     "int tile, bool relu, bool relu_after) -> (Tensor, Tensor)"
 )
 _library.define(
-    "winograd_level_backward(Tensor dy, Tensor x, Tensor code, Tensor weight, Tensor parents, "
-    "Tensor branches, Tensor? live, int padding, int pool, int pool_pad, int tile, bool need_dx) "
-    "-> (Tensor, Tensor, Tensor)"
+    "winograd_level_backward(Tensor dy, Tensor x, Tensor code, Tensor[] weights, Tensor parents, "
+    "Tensor branches, Tensor? live, int padding, int pool, int pool_pad, int tile, bool need_dx, "
+    "bool need_dbiases) -> (Tensor, Tensor[], Tensor[])"
 )
 _library.define(
     "winograd_level_skip_backward(Tensor dy, Tensor code, Tensor? skip_rows, Tensor? live, "
@@ -53,17 +55,21 @@ _posterior_head_backward = torch.ops.lasem_fast.posterior_head_backward.default
 
 @torch.library.register_fake("lasem_fast::winograd_level", lib=_library)
 def _(
-    x, weight, bias, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h, out_w,
+    x, weights, biases, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h, out_w,
     tile, relu, relu_after,
 ):  # fmt: skip
-    size = (parents.shape[0], x.shape[1], out_h, out_w, weight.shape[1])
+    size = (parents.shape[0], x.shape[1], out_h, out_w, weights[0].shape[0])
     return x.new_empty(size), x.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("lasem_fast::winograd_level_backward", lib=_library)
-def _(dy, x, code, weight, parents, branches, live, padding, pool, pool_pad, tile, need_dx):
+def _(
+    dy, x, code, weights, parents, branches, live, padding, pool, pool_pad, tile, need_dx,
+    need_dbiases,
+):  # fmt: skip
     dx = torch.empty_like(x) if need_dx else x.new_empty((0,))
-    return dx, torch.empty_like(weight), weight.new_empty(weight.shape[:2])
+    dbiases = [w.new_empty(w.shape[:1]) for w in weights] if need_dbiases else []
+    return dx, [torch.empty_like(w) for w in weights], dbiases
 
 
 @torch.library.register_fake("lasem_fast::winograd_level_skip_backward", lib=_library)
@@ -138,15 +144,16 @@ class WinogradLevel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, skip, parents, branches, skip_rows, liveness, padding, pool, pool_pad,
-        out_h, out_w, tile, relu, relu_after,
+        ctx, x, skip, parents, branches, skip_rows, liveness, padding, pool, pool_pad, out_h, out_w,
+        tile, relu, relu_after, branch_count, *parameters,
     ):  # fmt: skip
+        weights, biases = list(parameters[:branch_count]), list(parameters[branch_count:])
         y, code = _level(
-            x, weight, bias, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h,
+            x, weights, biases, parents, branches, skip, skip_rows, padding, pool, pool_pad, out_h,
             out_w, tile, relu, relu_after,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, skip, code, parents, branches, skip_rows)
-        ctx.liveness = liveness
+        ctx.save_for_backward(x, skip, code, parents, branches, skip_rows, *parameters)
+        ctx.liveness, ctx.branch_count = liveness, branch_count
         ctx.sizes = padding, pool, pool_pad, tile
         # without a pool and a ReLU behind the sum, every output passes its gradient on to its skip
         ctx.skip_passes = pool == 1 and not relu_after and skip_rows is None
@@ -156,35 +163,45 @@ class WinogradLevel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _):
+        x, skip, code, parents, branches, skip_rows, *parameters = ctx.saved_tensors
         if dy is None:
-            return (None,) * 16
-        x, weight, bias, skip, code, *rows, skip_rows = ctx.saved_tensors
+            return (None,) * (15 + len(parameters))
         live = None if ctx.liveness is None else ctx.liveness.live
-        if second_order.wanted() and len(rows[0]):
-            inputs = x, weight, bias, skip
-            grads = WinogradLevel._plain_backward(ctx, dy, inputs, code, rows, skip_rows, live)
-            return *grads, *(None,) * 12
-        need_dx, need_dskip = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        dy = dy.contiguous()
-        dx, dweight, dbias = _level_backward(dy, x, code, weight, *rows, live, *ctx.sizes, need_dx)
+        rows = parents, branches
+        if second_order.wanted() and len(parents):
+            inputs = x, *parameters
+            dx, *grads, dskip = WinogradLevel._plain_backward(
+                ctx, dy, inputs, skip, code, rows, skip_rows, live
+            )
+            return dx, dskip, *(None,) * 13, *grads
+        need_dx, need_dskip = ctx.needs_input_grad[:2]
+        dy, weights = dy.contiguous(), parameters[: ctx.branch_count]
+        need_dbiases = len(parameters) > len(weights)
+        dx, dweights, dbiases = _level_backward(
+            dy, x, code, weights, *rows, live, *ctx.sizes, need_dx, need_dbiases
+        )
         dskip = None
         if need_dskip and ctx.skip_passes and live is None and dy.shape == skip.shape:
             dskip = dy
         elif need_dskip:
             skips, _, height, width, _ = skip.shape
             dskip = _skip_backward(dy, code, skip_rows, live, skips, height, width, *ctx.sizes[1:3])
-        return (dx if need_dx else None, dweight, dbias, dskip) + (None,) * 12
+        return dx if need_dx else None, dskip, *(None,) * 13, *dweights, *dbiases
 
     @staticmethod
-    def _plain_backward(ctx, dy, inputs, code, rows, skip_rows, live):
+    def _plain_backward(ctx, dy, inputs, skip, code, rows, skip_rows, live):
         padding, pool, pool_pad, _ = ctx.sizes
 
-        def convolve(x, weight, bias):
+        def convolve(x, *parameters):
+            weights, biases = parameters[: ctx.branch_count], parameters[ctx.branch_count :]
             images = x.flatten(0, 1).permute(0, 3, 1, 2)
-            return F.conv2d(images, weight.flatten(0, 1), bias.flatten(), padding=padding)
+            bias = torch.cat(biases) if biases else None
+            return F.conv2d(images, torch.cat(weights), bias, padding=padding)
 
         level = second_order.Level(*rows, skip_rows, live, code, pool, pool_pad)
-        return level.gradients(convolve, inputs[:3], inputs[3], ctx.needs_input_grad[:4], dy)
+        needs_dx, needs_dskip, *needed = ctx.needs_input_grad
+        needed = [needs_dx, *needed[13:], needs_dskip]
+        return level.gradients(convolve, inputs, skip, needed, dy)
 
 
 class ChannelsLastLinear(torch.autograd.Function):
@@ -262,8 +279,8 @@ def fewest_products(conv_size: tuple[int, int], filter_size: int) -> int:
 
 def winograd_level(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     *,
     parents: Tensor,
     branches: Tensor,
@@ -283,16 +300,17 @@ def winograd_level(
     With a skip, ``max_pool2d(relu_after(relu(conv2d(x, weight, bias)) + skip[skip_rows]))``; either
     ReLU may be there or not.
 
-    Row r is parent ``parents[r]`` through branch ``branches[r]``. Any pairs in any order will do:
+    Row r is parent ``parents[r]`` through branch ``branches[r]``: its weight is
+    ``weights[branches[r]]``, its bias likewise. Any pairs in any order will do:
     a parent is read once however many rows come from it, and not at all if none does, so that it
     may then hold anything. What no row uses has gradient 0.
 
     Args:
         x: ``[P, N, H, W, C]``, contiguous, float32 (float64: slow, for tests).
-        weight: ``[G, Co, C, R, R]`` with R = 3 or 5, one filter bank per branch.
-        bias: ``[G, Co]``.
+        weights: of every branch ``[Co, C, R, R]`` with R = 3 or 5, contiguous, of ``x``'s dtype.
+        biases: of every branch ``[Co]``, likewise; none at all: zeros.
         parents: int64 ``[R]`` on the CPU, rows of ``x``.
-        branches: int64 ``[R]`` on the CPU, rows of ``weight``; no (parent, branch) pair twice.
+        branches: int64 ``[R]`` on the CPU, of ``weights``; no (parent, branch) pair twice.
         padding: of the convolution, 0 to R - 1; its stride is 1.
         pool: window and stride of the pool, 1 (none), 2 or 3.
         pool_pad: padding before the first window, at most ``pool // 2``; never wins.
@@ -316,10 +334,10 @@ def winograd_level(
     Raises:
         RuntimeError: a shape, dtype or size that does not fit, naming the argument.
     """
-    x, weight, bias = _full_precision(x, weight, bias)
+    x, *parameters = _full_precision(x, *weights, *biases)
     if skip is not None:
         (skip,) = _full_precision(skip)
-    filter_size = weight.shape[-1]
+    filter_size = weights[0].shape[-1]
     conv_size = tuple(n + 2 * padding - filter_size + 1 for n in x.shape[2:4])
     if out_size is None:
         out_size = tuple((n + 2 * pool_pad - pool) // pool + 1 for n in conv_size)
@@ -328,8 +346,8 @@ def winograd_level(
     if skip_rows is not None:
         skip_rows = skip_rows.contiguous()
     return WinogradLevel.apply(
-        x, weight, bias, skip, parents.contiguous(), branches.contiguous(), skip_rows, liveness,
-        padding, pool, pool_pad, *out_size, tile, relu, relu_after,
+        x, skip, parents.contiguous(), branches.contiguous(), skip_rows, liveness, padding, pool,
+        pool_pad, *out_size, tile, relu, relu_after, len(weights), *parameters,
     )[0]  # fmt: skip
 
 
