@@ -109,8 +109,9 @@ class GatherLevel:
 class BoxLevel(GatherLevel):
     """The same with operands that are read in boxes (TMA): on sm_90, for products of 16 bits.
 
-    Two launches forward, three with a pool of 3 or a stride, and at most four backward. It does not
-    take what cannot be read so.
+    Two launches forward, one more each for a pool of 3, a stride, and a sum that is cut into parts;
+    at most four backward, five over rows that are put together. It does not take what cannot be
+    read so.
     """
 
     def why_not(self, layer: Layer, x: Tensor) -> str:
