@@ -30,7 +30,7 @@ test-experiments: $(VENV)/.ready
 test-interpreter: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter $(ARGS)
 
-QUICK_PTX = instructions tensor_copies planted_bugs
+QUICK_PTX = instructions tensor_copies planted_bugs boxes
 test-ahead-of-time: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/aot $(addprefix tests/ptx/test_,$(addsuffix .py,$(QUICK_PTX))) $(ARGS)
 

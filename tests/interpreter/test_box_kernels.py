@@ -43,7 +43,13 @@ from lasem_fast.search import dispatch
 HALVES = [torch.float16, torch.bfloat16]
 MODULES = {"forward": box_forward, "dgrad": box_dgrad, "wgrad": box_wgrad}
 GATHERING = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
-TILES = [(name, tile) for name, module in MODULES.items() for tile in module.TILES]
+# The largest and the smallest; of wgrad also one of three taps and one whose sides change places.
+# tests/ptx runs all of them as they are compiled.
+TILES = [
+    ("forward", box_forward.TILES[0]), ("forward", box_forward.TILES[-1]),
+    ("dgrad", box_dgrad.TILES[0]), ("dgrad", box_dgrad.TILES[-1]),
+    *(("wgrad", box_wgrad.TILES[i]) for i in (0, 3, 5, -1)),
+]  # fmt: skip
 
 
 def run(case: Case, dy, in_boxes=True, to_input=True, **tiles):
@@ -115,7 +121,7 @@ def test_exact_on_integers(seed, dtype, cut_sums):
 
 
 @pytest.mark.parametrize(("name", "tile"), TILES)
-def test_every_tile_is_exact(name, tile, cut_sums):
+def test_a_tile_is_exact(name, tile, cut_sums):
     # the widest tile looks at two blocks of columns, the second of which is ragged
     case = listed(out=72 if tile.columns > 64 else 24)
     dy = case.gradient()
@@ -143,9 +149,8 @@ def test_a_linear_layer_on_images_is_one_on_pixels(seed):
     assert counted.kernels["box_forward_kernel"] == 1
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("kernel", "pool", "relu"), [(1, 1, 1), (3, 1, 0), (3, 1, 1), (3, 3, 1)])
-def test_a_sum_that_is_cut_into_parts(kernel, pool, relu, dtype, monkeypatch):
+@pytest.mark.parametrize(("kernel", "pool", "relu"), [(1, 1, 1), (3, 1, 0), (3, 3, 1)])
+def test_a_sum_that_is_cut_into_parts(kernel, pool, relu, monkeypatch):
     """Of some taps and channels each; one of the parts has nothing to add."""
     monkeypatch.setattr(box_forward, "_parts", lambda *_: 4)
     torch.manual_seed(0)
@@ -154,7 +159,7 @@ def test_a_sum_that_is_cut_into_parts(kernel, pool, relu, dtype, monkeypatch):
     geometry = Geometry(1, 1, kernel // 2, kernel // 2, *size, pool, 0, *out, relu)
     case = Case(
         integers(3, 3, *size, 40), [integers(24, 40, kernel, kernel) for _ in "ab"],
-        [integers(24) for _ in "ab"] if relu else [], geometry, False, dtype,
+        [integers(24) for _ in "ab"] if relu else [], geometry, False, torch.float16,
         Rows((2, 0, 2), (1, 0, 0), 3),
     )  # fmt: skip
     dy = case.gradient()
