@@ -112,7 +112,7 @@ def _boxed_work(launch: Launch) -> tuple[float, float, float]:
     depth = a["DEPTH"]
     steps = a["KH"] * a["KW"] * _met(launch)
     if name == "box_forward_kernel":
-        steps *= _cdiv(a["C_IN"], depth)
+        steps *= _cdiv(a["C_IN"], depth) / a["PARTS"]
     else:
         steps *= a["BRANCHES"] * _cdiv(a["C_OUT"], depth)
     return steps, 2 * pixels * columns * depth, 2 * depth * (pixels + columns)

@@ -377,16 +377,18 @@ def box_wgrad(
     groups = kh * kw // taps
     grid = cdiv(channels, tile.rows), filters.branches * cdiv(channels_out, tile.columns)
     _, splits = _programs(tile, channels_out, channels, (kh, kw), rows.counts, box, sides)
-    one_part, has_live, says_spoilt = splits == 1, live is not None, spoilt is not None
+    one_part, has_live = splits == 1, live is not None
+    has_bias, says_spoilt = one_part and bool(dbiases), one_part and spoilt is not None
     size = (splits, filters.branches, channels_out, kh * kw * channels)
     parts = x.new_empty(0 if one_part else size, dtype=torch.float32)
-    dbias = dbiases or dweights  # the latter is never written
-    spoils = spoilt if says_spoilt else gradient.sources  # likewise
+    # parts stand where nothing is read or written
+    targets, bias_targets = dweights if one_part else [parts], dbiases if has_bias else [parts]
     with device_of(x):
         box_wgrad_kernel[(*grid, splits * groups)](
             described(x, (1, *box, tile.rows)), described(dz, (1, *box, tile.columns)),
             rows.by_branch, live.view(torch.uint8) if has_live else parts, gradient.sources,
-            parts, gradient.bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1], spoils,
+            parts, gradient.bias_parts if has_bias else parts, targets[0], targets[-1],
+            bias_targets[0], bias_targets[-1], spoilt if says_spoilt else parts,
             rows.counts[0], rows.counts[-1], samples, len(gradient.bias_parts),
             *dweights[0].stride(),
             BRANCHES=filters.branches, C_IN=channels, C_OUT=channels_out,
@@ -394,7 +396,7 @@ def box_wgrad(
             CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
             PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, CHANNELS=weights[0].shape[1],
             TAPS_DOWN=weights[0].shape[2], TAPS_ACROSS=weights[0].shape[3],
-            HAS_LIVE=has_live, HAS_BIAS=bool(dbiases),
+            HAS_LIVE=has_live, HAS_BIAS=has_bias,
             ALL_BOXES=reads(box, *sides, convolution=convolution) == boxes * kh * kw,
             ONE_PART=one_part, SAYS_SPOILT=says_spoilt,
             WIDE=max(parts.numel(), dweights[0].numel()) >= 2**31 - 2**16,

@@ -75,6 +75,13 @@ def test_boxes_of_one_pixel_meet_some_taps(kernel):
     assert found.flops == pytest.approx(2 * 16 * 128 * 16 * 64 * 64 * _filled(launch))
 
 
+def test_a_part_takes_its_share_of_the_steps():
+    """160 images of 4096 values in blocks of 64, to 64 outputs, in 16 parts."""
+    launch = box_launches.launches()["box_forward/64x1x1x64x128/in_parts"]
+    found = predict(launch, MachineCode(500, None, frozenset()), SMALL)
+    assert found.flops == 2 * 3 * 64 * 64 * 4096
+
+
 def _filled(launch) -> float:
     """How many times the channels a tile has."""
     a = launch.arguments
