@@ -169,19 +169,7 @@ def weigh_configurations(
     wait_for_others(EARLY)
     first = tl.program_id(0)
     if PAIR:
-        for config in range(first, n_configs, tl.num_programs(0)):
-            for start in range(0, n_samples, BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-                out = tl.cast(config, tl.int64) * grad_stride_c + n * grad_stride_n
-                for first_k in range(0, n_outputs, BLOCK_K):
-                    k = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
-                    inside = (n < n_samples)[:, None] & (k < n_outputs)[None, :]
-                    at = out[:, None] + (k * grad_stride_k)[None, :]
-                    nothing = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-                    _store_gradient(dlogits, rounded, at, nothing, inside, ROUNDS)
         logits += stride_m
-        dlogits += grad_stride_m
-        rounded += grad_stride_m
     largest = tl.full((BLOCK_C,), -float("inf"), tl.float64)
     for start in range(0, n_configs, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -232,6 +220,8 @@ def weigh_configurations(
             there = n < n_samples
             row = logits + c * stride_c + n * stride_n
             out = c * grad_stride_c + n * grad_stride_n
+            if PAIR:
+                out += grad_stride_m
             label = tl.zeros((BLOCK_N,), tl.int64)
             row_top = tl.zeros((BLOCK_N,), tl.float32)
             log_mass = tl.zeros((BLOCK_N,), tl.float32)
@@ -254,6 +244,18 @@ def weigh_configurations(
                 grad = tl.where(scale > 0, scale * residual, 0.0)
                 at = out[:, None] + (k * grad_stride_k)[None, :]
                 _store_gradient(dlogits, rounded, at, grad, inside, ROUNDS)
+    if PAIR:
+        # the E-step's have no gradient
+        for config in range(first, n_configs, tl.num_programs(0)):
+            for start in range(0, n_samples, BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+                out = tl.cast(config, tl.int64) * grad_stride_c + n * grad_stride_n
+                for first_k in range(0, n_outputs, BLOCK_K):
+                    k = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
+                    inside = (n < n_samples)[:, None] & (k < n_outputs)[None, :]
+                    at = out[:, None] + (k * grad_stride_k)[None, :]
+                    nothing = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                    _store_gradient(dlogits, rounded, at, nothing, inside, ROUNDS)
 
 
 def posterior_head(
