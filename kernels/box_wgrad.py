@@ -19,6 +19,7 @@ from torch import Tensor
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_gradient import Gradient
 from lasem_fast.kernels.boxes import (
+    ADDING,
     Box,
     Convolution,
     Taps,
@@ -48,8 +49,6 @@ TILES = (
 )
 # Output values of a thread that leave registers for the rest, where there are three sums.
 _MOST_OF_THREE = 32
-# Nanoseconds that adding up takes for each byte of the parts.
-_SUM = 0.0006
 # Parts of a bias that are read at once where there is no second launch.
 _BIAS_PARTS = 32
 # Rows of a product of a warp group: with fewer, the two sides change places.
@@ -298,7 +297,7 @@ def chosen(
             programs=programs * splits,
             steps=max(counts) * boxes / prod(kernel) / splits,
             bytes=2 * tile.depth * (tile.rows * taps + tile.columns),
-            besides=_SUM * 4 * splits * weights if splits > 1 else 0.0,
+            besides=ADDING * 4 * splits * weights if splits > 1 else 0.0,
         )
 
     tiles = fitting(TILES, channels, channels_out, max(counts) * prod(size))

@@ -28,6 +28,8 @@ _ALIGNMENT = 16
 # until a step's boxes are there, and more for each of their bytes; bytes that a multiprocessor
 # reads in one; and programs that it runs at a time.
 _LATENCY, _PER_BYTE, _READ, _RESIDENT = 100.0, 0.007, 75.0, 2
+# Nanoseconds that adding up takes for each byte of the parts.
+ADDING = 0.0006
 # How many times fewer reads make up for pixels that do not lie side by side.
 _WORTH_NARROW_BOXES = 8 / 7
 # Of the forward and of the gradient of the input: rows are a box's pixels.
