@@ -44,7 +44,7 @@ HALVES = [torch.float16, torch.bfloat16]
 MODULES = {"forward": box_forward, "dgrad": box_dgrad, "wgrad": box_wgrad}
 GATHERING = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
 # The largest and the smallest; of wgrad also one of three taps and one whose sides change places.
-# tests/ptx runs all of them as they are compiled.
+# tests/ptx/test_tiles.py runs all of them as they are compiled.
 TILES = [
     ("forward", box_forward.TILES[0]), ("forward", box_forward.TILES[-1]),
     ("dgrad", box_dgrad.TILES[0]), ("dgrad", box_dgrad.TILES[-1]),

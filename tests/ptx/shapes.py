@@ -159,3 +159,10 @@ def results(truth: Truth) -> dict[str, Tensor]:
         several = value if isinstance(value, tuple) else (value,)
         found |= {f"{name}[{i}]": tensor for i, tensor in enumerate(several)}
     return found
+
+
+def exact(got: Truth, want: Truth) -> None:
+    """Every sum is exact, so that only one result is right, rounded once to the dtype at hand."""
+    right = results(want)
+    for key, value in results(got).items():
+        assert torch.equal(value, right[key].to(value.dtype)), key

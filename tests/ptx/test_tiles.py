@@ -5,12 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from levels import truth
-from shapes import CAPABILITIES, PRECISIONS, SHAPES, drawn, results, run
+from shapes import CAPABILITIES, PRECISIONS, SHAPES, Shape, drawn, exact, run
 
 from lasem_fast.backends.triton_level_op import Tiles
-from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
+from lasem_fast.kernels import (
+    box_dgrad,
+    box_forward,
+    box_wgrad,
+    level_dgrad,
+    level_forward,
+    level_wgrad,
+)
+from lasem_fast.kernels.level_rows import Rows
 
 MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
+IN_BOXES = {"forward": box_forward, "dgrad": box_dgrad, "wgrad": box_wgrad}
 
 
 def tiles():
@@ -29,6 +38,21 @@ def test_every_tile_is_exact(name, tile, precision, capability):
     dtype, tf32 = PRECISIONS[precision]
     case = drawn(SHAPES["72 channels, skip"], dtype)
     dy = case.gradient()
-    got = results(run(case, dy, capability, Tiles(**{name: tile}), tf32=tf32))
-    for key, want in results(truth(case, dy)).items():
-        assert torch.equal(got[key], want.to(got[key].dtype)), key
+    exact(run(case, dy, capability, Tiles(**{name: tile}), tf32=tf32), truth(case, dy))
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"), [(name, tile) for name, module in IN_BOXES.items() for tile in module.TILES]
+)
+def test_every_tile_that_reads_boxes_is_exact(name, tile, monkeypatch):
+    """The last blocks of pixels and of columns are ragged; wgrad also in two parts."""
+    shape = Shape(72, 136, (5, 6), 2 - (name == "dgrad"), rows=Rows((2, 0, 2), (1, 0, 0), 3),
+                  live=(True, False, True))  # fmt: skip
+    if name == "dgrad":
+        shape = shape._replace(channels=136, out=72)
+    case = drawn(shape, torch.bfloat16)
+    dy = case.gradient()
+    want = truth(case, dy)
+    for parts in (1, 2) if name == "wgrad" else (1,):
+        monkeypatch.setattr(box_wgrad, "splits_of", lambda *_, parts=parts: parts)
+        exact(run(case, dy, 90, Tiles(**{name: tile}), boxes=True), want)
