@@ -20,7 +20,15 @@ from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_pool import box_pool
 from lasem_fast.kernels.box_sum import box_sum, parts_of
 from lasem_fast.kernels.boxes import TILES as TILES
-from lasem_fast.kernels.boxes import Box, Convolution, Taps, Work, described, met_taps, reads, tiled
+from lasem_fast.kernels.boxes import (
+    Box,
+    Convolution,
+    Taps,
+    described,
+    met_taps,
+    tiled,
+    work_of,
+)
 from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, device_of, needs_int64
 from lasem_fast.kernels.level_rows import Tables
@@ -276,10 +284,5 @@ def _parts(
     """Into how many parts sums are cut: what has a pool or a skip behind it is not."""
     if has_more:
         return 1
-    boxes = prod(box.counts(*size))
-    work = Work(
-        programs=rows * boxes * cdiv(columns, tile.columns),
-        steps=reads(box, *size, convolution=taps) / boxes * cdiv(channels, tile.depth),
-        bytes=2 * (tile.rows + tile.columns) * tile.depth,
-    )
+    work = work_of(tile, box, rows, size, columns, channels, taps)
     return parts_of(work, rows * prod(size) * columns)

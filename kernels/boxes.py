@@ -180,6 +180,20 @@ def cheapest(tiles: Sequence[Tile], work: Callable[[Tile], Work]) -> Tile:
     return min(tiles, key=lambda tile: work(tile).time)
 
 
+def work_of(
+    tile: Tile, box: Box, rows: int, size: tuple[int, int, int], columns: int, channels: int,
+    convolution: Convolution, sums: int = 1,
+) -> Work:  # fmt: skip
+    """What a product on boxes has to do with a tile and its box, see :func:`tiled`."""
+    boxes = prod(box.counts(*size))
+    taps = reads(box, *size, convolution=convolution) / boxes
+    return Work(
+        programs=rows * boxes * cdiv(columns, tile.columns),
+        steps=taps * sums * cdiv(channels, tile.depth),
+        bytes=2 * (tile.rows + tile.columns) * tile.depth,
+    )
+
+
 @cache
 def tiled(
     rows: int, size: tuple[int, int, int], columns: int, channels: int, convolution: Convolution,
@@ -201,14 +215,7 @@ def tiled(
         return box_for(tile.rows, *size, least=least, convolution=convolution)
 
     def work(tile: Tile) -> Work:
-        box = box_of(tile)
-        boxes = prod(box.counts(*size))
-        taps = reads(box, *size, convolution=convolution) / boxes
-        return Work(
-            programs=rows * boxes * cdiv(columns, tile.columns),
-            steps=taps * sums * cdiv(channels, tile.depth),
-            bytes=2 * (tile.rows + tile.columns) * tile.depth,
-        )
+        return work_of(tile, box_of(tile), rows, size, columns, channels, convolution, sums)
 
     tiles = fitting(TILES, rows * prod(size), columns, channels)
     tile = tile or cheapest(tiles, work)
