@@ -5,6 +5,7 @@ As :mod:`lasem_fast.kernels.level_dgrad`, from the gradient of the convolution a
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -14,16 +15,11 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.boxes import TILES as TILES
-from lasem_fast.kernels.boxes import Convolution, Taps, described, met_taps, tiled
+from lasem_fast.kernels.boxes import Convolution, Taps, met_taps, tiled
 from lasem_fast.kernels.early_launch import early, wait_for_others
+from lasem_fast.kernels.launches import KEPT, Launch
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
-from lasem_fast.kernels.level_geometry import (
-    SHUT,
-    Geometry,
-    device_of,
-    needs_int64,
-    skip_buffer,
-)
+from lasem_fast.kernels.level_geometry import SHUT, Geometry, passes_int32, skip_buffer
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv
 
@@ -170,8 +166,27 @@ def box_dgrad(
     """
     dx = dz.new_empty(x_shape, dtype=dtype)
     dskip = skip_buffer(dy, rows, geometry, skip_dtype)
-    parents, samples, height, width, channels = x_shape
-    channels_out, (kh, kw) = filters.channels_out, filters.kernel
+    live = code if live is None else live.view(torch.uint8)  # never read where there is none
+    launch = _launch(
+        tuple(x_shape), filters.branches, filters.channels_out, filters.kernel, geometry,
+        tuple(dy.shape), live is not code, carried is not None, skip_dtype is not None,
+        tuple(rows.by_skip.shape), tile, dz.device,
+    )  # fmt: skip
+    launch(
+        dz, filters.data, rows.by_parent, live, dx if carried is None else carried, dx, dy, code,
+        rows.by_skip, dskip,
+    )  # fmt: skip
+    return dx, dskip
+
+
+@lru_cache(KEPT)
+def _launch(
+    x: tuple[int, ...], branches: int, channels_out: int, kernel: tuple[int, int],
+    geometry: Geometry, dy: tuple[int, ...], has_live: bool, has_carried: bool, has_skip: bool,
+    by_skip: tuple[int, int], tile: Tile | None, device: torch.device,
+) -> Launch:  # fmt: skip
+    parents, samples, height, width, channels = x
+    kh, kw = kernel
     size = samples, height, width
     taps = Convolution(
         Taps(kh, geometry.pad_h - kh + 1, geometry.conv_h),
@@ -179,32 +194,26 @@ def box_dgrad(
     )
 
     tile, box, all_taps = tiled(
-        parents, size, channels, channels_out, taps, sums=filters.branches, tile=tile
+        parents, size, channels, channels_out, taps, sums=branches, tile=tile
     )
     lines = parents * prod(size)
     boxes, column_tiles = parents * prod(box.counts(*size)), cdiv(channels, tile.columns)
-    has_skip = skip_dtype is not None
-    skip_pixels = dskip.numel() // channels_out if has_skip else 0
+    skip_pixels = by_skip[0] * samples * geometry.conv_h * geometry.conv_w if has_skip else 0
     if has_skip:
         column_tiles = max(column_tiles, cdiv(channels_out, tile.columns))
-    live = code if live is None else live.view(torch.uint8)  # never read where there is none
-    has_live = live is not code
-    with device_of(dz):
-        box_dgrad_kernel[boxes + cdiv(skip_pixels, tile.rows), column_tiles](
-            described(dz, (1, *box, tile.depth)),
-            described(filters.data, (tile.depth, 1, tile.columns)),
-            rows.by_parent, live, dx if carried is None else carried, dx, dy, code,
-            rows.by_skip, dskip, boxes, *rows.by_skip.shape, samples,
-            BRANCHES=filters.branches, C_IN=channels, C_OUT=channels_out,
-            HEIGHT=height, WIDTH=width, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-            OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
-            POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
-            HAS_LIVE=has_live, HAS_CARRIED=carried is not None, HAS_SKIP=has_skip,
-            SKIP_HAS_CODE=geometry.skip_has_code, SHUT=SHUT,
-            ALL_TAPS=all_taps,
-            WIDE=needs_int64((dx, dy, dskip), lines, skip_pixels), IMAGES=box.images,
-            BOX_H=box.height, BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, **early(dz),
-        )  # fmt: skip
-    return dx, dskip
+    return Launch(
+        box_dgrad_kernel, (boxes + cdiv(skip_pixels, tile.rows), column_tiles),
+        (boxes, *by_skip, samples),
+        blocks=((1, *box, tile.depth), (tile.depth, 1, tile.columns)),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out,
+        HEIGHT=height, WIDTH=width, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
+        PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
+        POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
+        HAS_LIVE=has_live, HAS_CARRIED=has_carried, HAS_SKIP=has_skip,
+        SKIP_HAS_CODE=geometry.skip_has_code, SHUT=SHUT,
+        ALL_TAPS=all_taps,
+        WIDE=passes_int32(prod(x), prod(dy), skip_pixels * channels_out, lines),
+        IMAGES=box.images, BOX_H=box.height, BOX_W=box.width, COLUMNS=tile.columns,
+        DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(device),
+    )  # fmt: skip

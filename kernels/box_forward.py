@@ -8,8 +8,9 @@ programs are cut.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,13 +25,13 @@ from lasem_fast.kernels.boxes import (
     Box,
     Convolution,
     Taps,
-    described,
     met_taps,
     tiled,
     work_of,
 )
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, device_of, needs_int64
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, passes_int32, reach
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv
 
@@ -237,46 +238,68 @@ def box_forward(
         )
         z, _ = box_forward(x, filters, biases, skip, rows, whole, tile)
         return box_pool(z, geometry)
-    columns, (kh, kw) = filters.channels_out, filters.kernel
-    _, samples, height, width, channels = x.shape
-    shape = len(rows.by_branch), samples, geometry.out_h, geometry.out_w, columns
-    pool = geometry.pool
+    added = x if skip is None else skip  # never read where there is none
+    biased = biases or [x]  # likewise
+    work = _work(
+        tuple(x.shape), filters.branches, filters.channels_out, filters.kernel, rows.counts,
+        geometry, bool(biases), None if skip is None else tuple(skip.shape), added.stride(), tile,
+        x.device,
+    )  # fmt: skip
+    y, parts = x.new_empty(work.y), x.new_empty(work.parts, dtype=torch.float32)
+    code = x.new_empty(work.code, dtype=torch.uint8)
+    work.launch(x, filters.data, biased[0], biased[-1], added, rows.by_branch, y, code, parts)
+    if work.cut > 1:
+        return box_sum(parts, biases, rows, filters.branches, bool(geometry.relu), x.dtype)
+    return y, code
+
+
+class _Work(NamedTuple):
+    """The launch, the shapes of what it writes, and the number of its parts."""
+
+    launch: Launch
+    y: tuple[int, ...]
+    code: tuple[int, ...]
+    parts: tuple[int, ...]
+    cut: int
+
+
+@lru_cache(KEPT)
+def _work(
+    x: tuple[int, ...], branches: int, columns: int, kernel: tuple[int, int],
+    counts: tuple[int, ...], geometry: Geometry, has_bias: bool, skip: tuple[int, ...] | None,
+    skip_strides: tuple[int, ...], tile: Tile | None, device: torch.device,
+) -> _Work:  # fmt: skip
+    _, samples, height, width, channels = x
+    (kh, kw), pool, rows = kernel, geometry.pool, sum(counts)
+    shape = rows, samples, geometry.out_h, geometry.out_w, columns
     size = samples, geometry.out_h * pool, geometry.out_w * pool
     taps = Convolution(
         Taps(kh, -geometry.pad_h, height), Taps(kw, -geometry.pad_w, width), -geometry.pool_pad
     )
 
-    tile, box, all_taps = tiled(shape[0], size, columns, channels, taps, least=pool, tile=tile)
-    boxes, lines = prod(box.counts(*size)), shape[0] * prod(size)
-    cut = _parts(shape[0], size, columns, channels, taps, tile, box, pool > 1 or skip is not None)
+    tile, box, all_taps = tiled(rows, size, columns, channels, taps, least=pool, tile=tile)
+    boxes, lines = prod(box.counts(*size)), rows * prod(size)
+    cut = _parts(rows, size, columns, channels, taps, tile, box, pool > 1 or skip is not None)
     whole, parts = (shape, (0,)) if cut == 1 else ((0,), (cut, *shape))
-    y, parts = x.new_empty(whole), x.new_empty(parts, dtype=torch.float32)
-    code = x.new_empty(whole if geometry.has_code else (0,), dtype=torch.uint8)
-    added = x if skip is None else skip  # never read where there is none
-    biased = biases or [x]  # likewise
-    with device_of(x):
-        box_forward_kernel[shape[0] * boxes, cdiv(columns, tile.columns), cut](
-            described(x, (1, *box, tile.depth)),
-            described(filters.data, (tile.columns, 1, tile.depth)),
-            biased[0], biased[-1], added, rows.by_branch, y, code, parts, rows.counts[0],
-            samples, *added.stride(),
-            BRANCHES=filters.branches, C_IN=channels, C_OUT=columns, HEIGHT=height, WIDTH=width,
-            CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-            OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, POOL=pool, POOL_PAD=geometry.pool_pad,
-            RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
-            HAS_BIAS=bool(biases), HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
-            ALL_TAPS=all_taps, PARTS=cut,
-            WIDE=needs_int64((y, parts, added), lines), IMAGES=box.images, BOX_H=box.height,
-            BOX_W=box.width, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, **early(x),
-        )  # fmt: skip
-    if cut > 1:
-        return box_sum(parts, biases, rows, filters.branches, bool(geometry.relu), x.dtype)
-    return y, code
+    code = whole if geometry.has_code else (0,)
+    launch = Launch(
+        box_forward_kernel, (rows * boxes, cdiv(columns, tile.columns), cut),
+        (counts[0], samples, *skip_strides),
+        blocks=((1, *box, tile.depth), (tile.columns, 1, tile.depth)),
+        BRANCHES=branches, C_IN=channels, C_OUT=columns, HEIGHT=height, WIDTH=width,
+        CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
+        PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, POOL=pool, POOL_PAD=geometry.pool_pad,
+        RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
+        HAS_BIAS=has_bias, HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
+        ALL_TAPS=all_taps, PARTS=cut,
+        WIDE=passes_int32(prod(whole), prod(parts), reach(skip or x, skip_strides), lines),
+        IMAGES=box.images, BOX_H=box.height, BOX_W=box.width, COLUMNS=tile.columns,
+        DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(device),
+    )  # fmt: skip
+    return _Work(launch, whole, code, parts, cut)
 
 
-@cache
 def _parts(
     rows: int, size: tuple[int, int, int], columns: int, channels: int, taps: Convolution,
     tile: Tile, box: Box, has_more: bool,

@@ -7,6 +7,8 @@ is read as it is.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from lasem_fast.kernels.boxes import Box
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import Geometry, device_of, needs_int64
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import Geometry, passes_int32
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, cdiv
 
@@ -136,28 +139,51 @@ def box_gradient(
         box, columns: sides of the blocks; at most ``MOST_COLUMNS``.
         live: bool ``[R]``: other rows count as ``dy`` = 0 and are not read; None: all are.
     """
-    samples, channels = dy.shape[1], dy.shape[-1]
-    dz = dy
-    if geometry.has_code:
-        dz = dy.new_empty((len(dy), samples, geometry.conv_h, geometry.conv_w, channels))
+    has_live = live is not None
+    work = _work(
+        tuple(dy.shape), branches, rows.counts, len(rows.by_parent), geometry, box, columns,
+        has_live, dy.device,
+    )  # fmt: skip
+    dz = dy.new_empty(work.dz) if geometry.has_code else dy
+    bias_parts = dy.new_empty(work.bias_parts, dtype=torch.float32)
+    sources = dy.new_empty(work.sources, dtype=torch.int32)
+    spoilt = dy.new_empty(1, dtype=torch.int32)
+    work.launch(
+        dy, code, rows.by_branch, live.view(torch.uint8) if has_live else code, dz, bias_parts,
+        sources, spoilt,
+    )  # fmt: skip
+    return Gradient(dz, bias_parts, sources, spoilt, box, columns)
+
+
+class _Work(NamedTuple):
+    """The launch, and the shapes of what it writes."""
+
+    launch: Launch
+    dz: tuple[int, ...]
+    bias_parts: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
+@lru_cache(KEPT)
+def _work(
+    dy: tuple[int, ...], branches: int, counts: tuple[int, ...], parents: int, geometry: Geometry,
+    box: Box, columns: int, has_live: bool, device: torch.device,
+) -> _Work:  # fmt: skip
+    rows, samples, *_, channels = dy
     images, down, across = box.counts(samples, geometry.conv_h, geometry.conv_w)
     per_row, blocks = images * down * across, cdiv(channels, columns)
-    most = max(rows.counts) * per_row
+    most = max(counts) * per_row
     each = max(1, most * branches * blocks // _PROGRAMS)
     parts = cdiv(most, each)
-    bias_parts = dy.new_empty((parts, branches, channels), dtype=torch.float32)
-    sources = dy.new_empty((len(dy) * per_row, blocks, 2), dtype=torch.int32)
-    spoilt = dy.new_empty(1, dtype=torch.int32)
-    has_live = live is not None
-    with device_of(dy):
-        box_gradient_kernel[parts * branches, blocks](
-            dy, code, rows.by_branch, live.view(torch.uint8) if has_live else code,
-            dz, bias_parts, sources, spoilt, rows.counts[0], rows.counts[-1], len(dy),
-            len(rows.by_parent), each, samples,
-            BRANCHES=branches, C_OUT=channels, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-            OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
-            POOL_PAD=geometry.pool_pad, HAS_CODE=geometry.has_code, HAS_LIVE=has_live,
-            WIDE=needs_int64((dz, dy), sources.numel() + parts), IMAGES=box.images,
-            BOX_H=box.height, BOX_W=box.width, COLUMNS=columns, num_warps=8, **early(dy),
-        )  # fmt: skip
-    return Gradient(dz, bias_parts, sources, spoilt, box, columns)
+    dz = rows, samples, geometry.conv_h, geometry.conv_w, channels
+    sources = rows * per_row, blocks, 2
+    launch = Launch(
+        box_gradient_kernel, (parts * branches, blocks),
+        (counts[0], counts[-1], rows, parents, each, samples),
+        BRANCHES=branches, C_OUT=channels, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
+        POOL_PAD=geometry.pool_pad, HAS_CODE=geometry.has_code, HAS_LIVE=has_live,
+        WIDE=passes_int32(prod(dz), prod(dy), prod(sources) + parts), IMAGES=box.images,
+        BOX_H=box.height, BOX_W=box.width, COLUMNS=columns, num_warps=8, **early(device),
+    )  # fmt: skip
+    return _Work(launch, dz, (parts, branches, channels), sources)

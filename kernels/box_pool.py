@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import CLOSED, Geometry, device_of, needs_int64
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import CLOSED, Geometry, passes_int32
 from lasem_fast.kernels.level_tiles import cdiv
 
 _ROWS, _MOST_COLUMNS = 32, 64
@@ -65,15 +69,20 @@ def box_pool(z: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """
     shape = (*z.shape[:2], geometry.out_h, geometry.out_w, z.shape[-1])
     y, code = z.new_empty(shape), z.new_empty(shape, dtype=torch.uint8)
-    channels = z.shape[-1]
-    windows = y.numel() // channels
-    columns = min(_MOST_COLUMNS, triton.next_power_of_2(channels))
-    with device_of(z):
-        box_pool_kernel[cdiv(windows, _ROWS), cdiv(channels, columns)](
-            z, y, code, windows, C_OUT=channels, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-            OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
-            POOL_PAD=geometry.pool_pad, RELU=bool(geometry.relu), CLOSED=CLOSED,
-            WIDE=needs_int64((z, y), windows + _ROWS), ROWS=_ROWS, COLUMNS=columns,
-            num_warps=4, **early(z),
-        )  # fmt: skip
+    _launch(tuple(z.shape), geometry, z.device)(z, y, code)
     return y, code
+
+
+@lru_cache(KEPT)
+def _launch(z: tuple[int, ...], geometry: Geometry, device: torch.device) -> Launch:
+    images, channels = z[0] * z[1], z[-1]
+    windows = images * geometry.out_h * geometry.out_w
+    columns = min(_MOST_COLUMNS, triton.next_power_of_2(channels))
+    return Launch(
+        box_pool_kernel, (cdiv(windows, _ROWS), cdiv(channels, columns)), (windows,),
+        C_OUT=channels, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, POOL=geometry.pool,
+        POOL_PAD=geometry.pool_pad, RELU=bool(geometry.relu), CLOSED=CLOSED,
+        WIDE=passes_int32(prod(z), windows * channels, windows + _ROWS), ROWS=_ROWS,
+        COLUMNS=columns, num_warps=4, **early(device),
+    )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from math import prod
 
 import torch
 import triton
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from lasem_fast.kernels.boxes import ADDING, Work
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import CLOSED, device_of, needs_int64
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import CLOSED, passes_int32
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -97,17 +99,27 @@ def box_sum(
         ``[R, N, H, W, Co]`` and its code, as
         :func:`~lasem_fast.kernels.level_forward.level_forward` gives them.
     """
-    shape, channels = parts.shape[1:], parts.shape[-1]
+    shape = parts.shape[1:]
     y = parts.new_empty(shape, dtype=dtype)
     code = parts.new_empty(shape if relu else (0,), dtype=torch.uint8)
-    lines = y[0].numel() // channels
-    columns = min(_MOST_COLUMNS, triton.next_power_of_2(channels))
     biased = biases or [parts]  # never read
-    with device_of(parts):
-        box_sum_kernel[len(y) * cdiv(lines, _LINES), cdiv(channels, columns)](
-            parts, biased[0], biased[-1], rows.by_branch, y, code, rows.counts[0], lines, y.numel(),
-            BRANCHES=branches, C_OUT=channels, PARTS=len(parts), HAS_BIAS=bool(biases), RELU=relu,
-            CLOSED=CLOSED, WIDE=needs_int64((parts,), parts.numel()), LINES=_LINES,
-            COLUMNS=columns, num_warps=4, **early(parts),
-        )  # fmt: skip
+    launch = _launch(tuple(parts.shape), branches, rows.counts[0], bool(biases), relu, parts.device)
+    launch(parts, biased[0], biased[-1], rows.by_branch, y, code)
     return y, code
+
+
+@lru_cache(KEPT)
+def _launch(
+    parts: tuple[int, ...], branches: int, count0: int, has_bias: bool, relu: bool,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    cut, rows, *image, channels = parts
+    lines, size = prod(image), rows * prod(image) * channels
+    columns = min(_MOST_COLUMNS, triton.next_power_of_2(channels))
+    return Launch(
+        box_sum_kernel, (rows * cdiv(lines, _LINES), cdiv(channels, columns)),
+        (count0, lines, size),
+        BRANCHES=branches, C_OUT=channels, PARTS=cut, HAS_BIAS=has_bias, RELU=relu,
+        CLOSED=CLOSED, WIDE=passes_int32(cut * size), LINES=_LINES, COLUMNS=columns,
+        num_warps=4, **early(device),
+    )  # fmt: skip

@@ -8,8 +8,9 @@ parts in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,11 +27,11 @@ from lasem_fast.kernels.boxes import (
     Work,
     box_for,
     cheapest,
-    described,
     reads,
 )
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import Geometry, device_of, gradient_buffers
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import Geometry, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
 from lasem_fast.kernels.level_wgrad import splits_of, sum_parts, summed
@@ -368,42 +369,66 @@ def box_wgrad(
     """
     dweights = gradient_buffers(weights)
     dbiases = [torch.empty_like(bias) for bias in biases]
-    channels_out, channels, (kh, kw) = filters.channels_out, filters.channels, filters.kernel
-    dz, box, samples = gradient.dz, gradient.box, x.shape[1]
-    sides = samples, geometry.conv_h, geometry.conv_w
-    boxes, convolution = prod(box.counts(*sides)), _convolution(x.shape, geometry, (kh, kw))
-    taps = _taps(tile, kw)
-    groups = kh * kw // taps
-    grid = cdiv(channels, tile.rows), filters.branches * cdiv(channels_out, tile.columns)
-    _, splits = _programs(tile, channels_out, channels, (kh, kw), rows.counts, box, sides)
-    one_part, has_live = splits == 1, live is not None
-    has_bias, says_spoilt = one_part and bool(dbiases), one_part and spoilt is not None
-    size = (splits, filters.branches, channels_out, kh * kw * channels)
-    parts = x.new_empty(0 if one_part else size, dtype=torch.float32)
+    has_live = live is not None
+    work = _work(
+        tuple(x.shape), filters.branches, filters.channels_out, filters.kernel,
+        tuple(weights[0].shape), dweights[0].stride(), rows.counts, geometry, gradient.box,
+        gradient.columns, len(gradient.bias_parts), bool(biases), has_live, spoilt is not None,
+        tile, x.device,
+    )  # fmt: skip
+    parts = x.new_empty(work.parts, dtype=torch.float32)
     # parts stand where nothing is read or written
-    targets, bias_targets = dweights if one_part else [parts], dbiases if has_bias else [parts]
-    with device_of(x):
-        box_wgrad_kernel[(*grid, splits * groups)](
-            described(x, (1, *box, tile.rows)), described(dz, (1, *box, tile.columns)),
-            rows.by_branch, live.view(torch.uint8) if has_live else parts, gradient.sources,
-            parts, gradient.bias_parts if has_bias else parts, targets[0], targets[-1],
-            bias_targets[0], bias_targets[-1], spoilt if says_spoilt else parts,
-            rows.counts[0], rows.counts[-1], samples, len(gradient.bias_parts),
-            *dweights[0].stride(),
-            BRANCHES=filters.branches, C_IN=channels, C_OUT=channels_out,
-            HEIGHT=x.shape[2], WIDTH=x.shape[3],
-            CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, CHANNELS=weights[0].shape[1],
-            TAPS_DOWN=weights[0].shape[2], TAPS_ACROSS=weights[0].shape[3],
-            HAS_LIVE=has_live, HAS_BIAS=has_bias,
-            ALL_BOXES=reads(box, *sides, convolution=convolution) == boxes * kh * kw,
-            ONE_PART=one_part, SAYS_SPOILT=says_spoilt,
-            WIDE=max(parts.numel(), dweights[0].numel()) >= 2**31 - 2**16,
-            IMAGES=box.images, BOX_H=box.height, BOX_W=box.width,
-            ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=gradient.columns,
-            TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps, BIAS_PARTS=_BIAS_PARTS,
-            num_warps=tile.warps, num_stages=tile.stages, **early(x),
-        )  # fmt: skip
-        if not one_part:
-            sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)
+    targets = dweights if work.one_part else [parts]
+    bias_targets = dbiases if work.one_part and dbiases else [parts]
+    work.launch(
+        x, gradient.dz, rows.by_branch, live.view(torch.uint8) if has_live else parts,
+        gradient.sources, parts, gradient.bias_parts, targets[0], targets[-1], bias_targets[0],
+        bias_targets[-1], spoilt if work.one_part and spoilt is not None else parts,
+    )  # fmt: skip
+    if not work.one_part:
+        sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)
     return dweights, dbiases
+
+
+class _Work(NamedTuple):
+    """The launch, the shape of the parts that it writes, and whether it writes gradients."""
+
+    launch: Launch
+    parts: tuple[int, ...]
+    one_part: bool
+
+
+@lru_cache(KEPT)
+def _work(
+    x: tuple[int, ...], branches: int, channels_out: int, kernel: tuple[int, int],
+    weight: tuple[int, ...], strides: tuple[int, ...], counts: tuple[int, ...],
+    geometry: Geometry, box: Box, block: int, bias_parts: int, has_bias: bool, has_live: bool,
+    asks_spoilt: bool, tile: Tile, device: torch.device,
+) -> _Work:  # fmt: skip
+    _, samples, height, width, channels = x
+    kh, kw = kernel
+    sides = samples, geometry.conv_h, geometry.conv_w
+    boxes, convolution = prod(box.counts(*sides)), _convolution(x, geometry, kernel)
+    taps = _taps(tile, kw)
+    grid = cdiv(channels, tile.rows), branches * cdiv(channels_out, tile.columns)
+    _, splits = _programs(tile, channels_out, channels, kernel, counts, box, sides)
+    one_part = splits == 1
+    parts = (0,) if one_part else (splits, branches, channels_out, kh * kw * channels)
+    launch = Launch(
+        box_wgrad_kernel, (*grid, splits * kh * kw // taps),
+        (counts[0], counts[-1], samples, bias_parts, *strides),
+        blocks=((1, *box, tile.rows), (1, *box, tile.columns)),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out, HEIGHT=height, WIDTH=width,
+        CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
+        PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, CHANNELS=weight[1],
+        TAPS_DOWN=weight[2], TAPS_ACROSS=weight[3],
+        HAS_LIVE=has_live, HAS_BIAS=one_part and has_bias,
+        ALL_BOXES=reads(box, *sides, convolution=convolution) == boxes * kh * kw,
+        ONE_PART=one_part, SAYS_SPOILT=one_part and asks_spoilt,
+        WIDE=max(prod(parts), prod(weight)) >= 2**31 - 2**16,
+        IMAGES=box.images, BOX_H=box.height, BOX_W=box.width,
+        ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=block,
+        TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps, BIAS_PARTS=_BIAS_PARTS,
+        num_warps=tile.warps, num_stages=tile.stages, **early(device),
+    )  # fmt: skip
+    return _Work(launch, parts, one_part)

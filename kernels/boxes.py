@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lasem_fast.kernels.box_form import RUN
 from lasem_fast.kernels.level_geometry import Geometry
@@ -222,11 +221,6 @@ def tiled(
     box = box_of(tile)
     met = reads(box, *size, convolution=convolution)
     return tile, box, met == prod(box.counts(*size)) * every
-
-
-def described(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
-    """A tensor as a kernel copies blocks of it."""
-    return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def why_not(

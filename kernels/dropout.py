@@ -87,6 +87,7 @@ def dropout(
             x, mask.view(torch.uint8), mask if places is None else places, y, rows, first, samples,
             *x.stride(), scale,
             HEIGHT=height, WIDTH=width, CHANNELS=channels, HALF=half, IN_PLACES=places is not None,
-            WIDE=needs_int64((x, y), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4, **early(x),
+            WIDE=needs_int64((x, y), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4,
+            **early(x.device),
         )  # fmt: skip
     return y

@@ -12,7 +12,6 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 _VARIABLE = "LASEM_FAST_PDL"
@@ -25,13 +24,13 @@ def wait_for_others(EARLY: tl.constexpr):
         gdc_wait()
 
 
-def early(x: Tensor) -> dict[str, bool]:
-    """What a launch on the tensor's device is told about it.
+def early(device: torch.device) -> dict[str, bool]:
+    """What a launch on a device is told about it.
 
     Raises:
         ValueError: ``LASEM_FAST_PDL`` is neither 0 nor 1.
     """
-    if not x.is_cuda or not _is_wanted(x.device):
+    if device.type != "cuda" or not _is_wanted(device):
         return {"EARLY": False}
     return {"EARLY": True, "launch_pdl": True}
 

@@ -306,7 +306,7 @@ def level_dgrad(
             PRECISION="tf32" if tf32 else "ieee",
             WIDE=needs_int64((dy, dx, dskip, *weights), max(lines, skip_pixels) + tile.rows),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, **early(dy),
+            num_warps=tile.warps, num_stages=tile.stages, **early(dy.device),
         )  # fmt: skip
     return dx, dskip
 

@@ -221,7 +221,7 @@ def level_forward(
             PRECISION="tf32" if tf32 else "ieee",
             WIDE=needs_int64((x, y, added, *weights), size[0] + tile.rows),
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, **early(x),
+            num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
         )  # fmt: skip
     return y, code
 

@@ -68,10 +68,18 @@ def output_shape(
 
 def needs_int64(tensors: Iterable[Tensor], *counts: int) -> bool:
     """Whether an element's offset, or one of the counts, may pass the range of 32 bits."""
-    # Lanes beyond the end count too: a block is never larger than 2^12.
-    limit = 2**31 - 2**12
-    spans = (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors)
-    return max(*spans, *counts) >= limit
+    return passes_int32(*(reach(t.shape, t.stride()) for t in tensors), *counts)
+
+
+def passes_int32(*counts: int) -> bool:
+    """Whether one of the counts, or what a block reaches beyond it, may pass 32 bits."""
+    # a block is never larger than 2^12
+    return max(counts) >= 2**31 - 2**12
+
+
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """The offset of a tensor's last element."""
+    return sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def same_strides(weights: list[Tensor]) -> list[Tensor]:

@@ -8,7 +8,8 @@ launch adds up the parts in a fixed order.
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
+from math import prod
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lasem_fast.kernels.division import divided, divisor
 from lasem_fast.kernels.early_launch import early, wait_for_others
+from lasem_fast.kernels.launches import KEPT, Launch
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     device_of,
@@ -358,7 +360,7 @@ def _launch(
         MOST_ROWS=_MOST_ROWS, PRECISION="tf32" if tf32 else "ieee",
         WIDE=needs_int64((x, dy, *targets), pixels + splits * tile.depth),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, **early(x),
+        num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
     )  # fmt: skip
 
 
@@ -379,19 +381,32 @@ def sum_parts(
         dbiases: one contiguous ``[Co]`` per branch, or none; written.
         spoilt: int32 ``[1]``, 0: becomes 1 where a weight's gradient is NaN; None: nobody asks.
     """
-    channels_out, channels, kh, kw = dweights[0].shape
-    branches = len(dweights)
-    together = min(_MOST_PARTS, triton.next_power_of_2(len(parts)))
-    block = _SUMMED // together
-    blocks = cdiv(branches * dweights[0].numel(), block)
-    blocks += cdiv(branches * channels_out, _BIAS_BLOCK) if dbiases else 0
     dbias = dbiases or dweights  # the latter is never written
-    level_wgrad_sum_kernel[blocks,](
+    launch = _sum_launch(
+        len(parts), len(bias_parts), len(dweights), tuple(dweights[0].shape),
+        dweights[0].stride(), parts.shape[-1], bool(dbiases), spoilt is not None, parts.device,
+    )  # fmt: skip
+    launch(
         parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
-        parts if spoilt is None else spoilt, len(parts), len(bias_parts), *dweights[0].stride(),
-        BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw, LINE=parts.shape[-1],
-        HAS_BIAS=bool(dbiases), SAYS_SPOILT=spoilt is not None, BLOCK=block, PARTS=together,
-        BIAS_BLOCK=_BIAS_BLOCK, BIAS_PARTS=_BIAS_PARTS, num_warps=4, **early(parts),
+        parts if spoilt is None else spoilt,
+    )  # fmt: skip
+
+
+@lru_cache(KEPT)
+def _sum_launch(
+    parts: int, bias_parts: int, branches: int, weight: tuple[int, ...],
+    strides: tuple[int, ...], line: int, has_bias: bool, says_spoilt: bool, device: torch.device,
+) -> Launch:  # fmt: skip
+    channels_out, channels, kh, kw = weight
+    together = min(_MOST_PARTS, triton.next_power_of_2(parts))
+    block = _SUMMED // together
+    blocks = cdiv(branches * prod(weight), block)
+    blocks += cdiv(branches * channels_out, _BIAS_BLOCK) if has_bias else 0
+    return Launch(
+        level_wgrad_sum_kernel, (blocks,), (parts, bias_parts, *strides),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw, LINE=line,
+        HAS_BIAS=has_bias, SAYS_SPOILT=says_spoilt, BLOCK=block, PARTS=together,
+        BIAS_BLOCK=_BIAS_BLOCK, BIAS_PARTS=_BIAS_PARTS, num_warps=4, **early(device),
     )  # fmt: skip
 
 

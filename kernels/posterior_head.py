@@ -292,7 +292,7 @@ def posterior_head(
         logits, target, log_prior, wins, initial, score, log_likelihood, nll, m_nll,
         samples, outputs, *strides, *target_strides, precision, constant,
         LIKELIHOOD=likelihood, PRIOR=prior.value, BLOCK_N=block_n, BLOCK_K=block_k,
-        **early(logits),
+        **early(logits.device),
     )  # fmt: skip
     weigh_configurations[(min(configs, _MOST_PROGRAMS),)](
         logits, target, score, m_nll if paired else nll, wins, posterior, loss, dlogits, rounded,
@@ -300,6 +300,6 @@ def posterior_head(
         LIKELIHOOD=likelihood, COUNT=wins is not None, PAIR=paired, ROUNDS=rounds,
         BLOCK_C=min(triton.next_power_of_2(configs), _LONGEST), BLOCK_N=block_n, BLOCK_K=block_k,
         # those with which the compiler neither runs out of registers nor keeps to too few
-        num_warps=4 if likelihood == GAUSSIAN.value else 2, **early(logits),
+        num_warps=4 if likelihood == GAUSSIAN.value else 2, **early(logits.device),
     )  # fmt: skip
     return log_likelihood, posterior, nll, loss, dlogits, rounded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import BoxForm
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import Geometry, device_of, needs_int64
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import Geometry, passes_int32, reach
 from lasem_fast.kernels.level_tiles import cdiv
 
 # Elements of a program.
@@ -62,17 +64,27 @@ def unfolded(
         dtype: of the result.
     """
     columns = x.new_empty(form.x_shape, dtype=dtype)
-    line, kh, kw = form.channels, *kernel
-    pixels = prod(form.x_shape[:-1])
-    block = min(_MOST_COLUMNS, triton.next_power_of_2(line))
-    with device_of(x):
-        unfolded_kernel[cdiv(pixels, _BLOCK // block), cdiv(line, block)](
-            x, columns, pixels, x.shape[1], *x.stride(),
-            C_IN=x.shape[4], HEIGHT=x.shape[2], WIDTH=x.shape[3],
-            CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
-            STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, LINE=line,
-            WIDE=needs_int64((x, columns), pixels), ROWS=_BLOCK // block, COLUMNS=block,
-            num_warps=8, **early(x),
-        )  # fmt: skip
+    launch = _launch(tuple(x.shape), x.stride(), kernel, geometry, form.x_shape, x.device)
+    launch(x, columns)
     return columns
+
+
+@lru_cache(KEPT)
+def _launch(
+    x: tuple[int, ...], strides: tuple[int, ...], kernel: tuple[int, int], geometry: Geometry,
+    columns: tuple[int, ...], device: torch.device,
+) -> Launch:  # fmt: skip
+    *_, line = columns
+    kh, kw = kernel
+    pixels = prod(columns[:-1])
+    block = min(_MOST_COLUMNS, triton.next_power_of_2(line))
+    return Launch(
+        unfolded_kernel, (cdiv(pixels, _BLOCK // block), cdiv(line, block)),
+        (pixels, x[1], *strides),
+        C_IN=x[4], HEIGHT=x[2], WIDTH=x[3],
+        CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
+        STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
+        PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, LINE=line,
+        WIDE=passes_int32(reach(x, strides), prod(columns), pixels),
+        ROWS=_BLOCK // block, COLUMNS=block, num_warps=8, **early(device),
+    )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
 
 import torch
 import triton
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import BoxForm, Filters
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import device_of, same_strides
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import same_strides
 from lasem_fast.kernels.level_tiles import cdiv
 
 _BLOCK = 1024
@@ -49,14 +52,25 @@ def weight_copies(weights: Sequence[Tensor], dtype: torch.dtype, form: BoxForm) 
         form: of the level.
     """
     weights = same_strides(list(weights))
-    channels_out, channels, kh, kw = weights[0].shape
-    taps = form.kernel[0] * form.kernel[1]
-    rows = len(weights) * channels_out
-    copy = weights[0].new_empty((rows, taps, form.channels), dtype=dtype)
-    with device_of(copy):
-        weight_copies_kernel[cdiv(copy.numel(), _BLOCK),](
-            weights[0], weights[-1], copy, *weights[0].stride(),
-            BRANCHES=len(weights), C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw,
-            LINE=taps * form.channels, BLOCK=_BLOCK, num_warps=4, **early(copy),
-        )  # fmt: skip
+    shape, launch = _launch(
+        len(weights), tuple(weights[0].shape), weights[0].stride(), form.kernel, form.channels,
+        weights[0].device,
+    )  # fmt: skip
+    copy = weights[0].new_empty(shape, dtype=dtype)
+    launch(weights[0], weights[-1], copy)
     return Filters(copy, len(weights), form.kernel)
+
+
+@lru_cache(KEPT)
+def _launch(
+    branches: int, weight: tuple[int, ...], strides: tuple[int, ...], kernel: tuple[int, int],
+    channels: int, device: torch.device,
+) -> tuple[tuple[int, ...], Launch]:  # fmt: skip
+    """The copy's shape, and what makes it."""
+    channels_out, channels_in, kh, kw = weight
+    shape = branches * channels_out, prod(kernel), channels
+    return shape, Launch(
+        weight_copies_kernel, (cdiv(prod(shape), _BLOCK),), strides,
+        BRANCHES=branches, C_IN=channels_in, C_OUT=channels_out, KH=kh, KW=kw,
+        LINE=prod(kernel) * channels, BLOCK=_BLOCK, num_warps=4, **early(device),
+    )  # fmt: skip
