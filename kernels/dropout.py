@@ -6,13 +6,17 @@ seeds drop the same values whatever evaluates the head.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.level_geometry import device_of, needs_int64
+from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.level_geometry import passes_int32, reach
 from lasem_fast.kernels.level_tiles import cdiv
 
 # what the output's first half holds, if it has one
@@ -77,17 +81,26 @@ def dropout(
     Returns:
         ``[rows, N, H, W, C]``, or twice as many rows, contiguous.
     """
-    samples, height, width, channels = x.shape[1:]
     y = x.new_empty((rows if half == ALONE.value else 2 * rows, *x.shape[1:]))
-    values = rows * samples * height * width * channels
-    if values == 0:
+    if rows * x[0].numel() == 0:
         return y
-    with device_of(x):
-        dropout_kernel[cdiv(values, _BLOCK),](
-            x, mask.view(torch.uint8), mask if places is None else places, y, rows, first, samples,
-            *x.stride(), scale,
-            HEIGHT=height, WIDTH=width, CHANNELS=channels, HALF=half, IN_PLACES=places is not None,
-            WIDE=needs_int64((x, y), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4,
-            **early(x.device),
-        )  # fmt: skip
+    launch = _launch(
+        tuple(x.shape), x.stride(), rows, first, scale, half, places is not None, x.device
+    )
+    launch(x, mask.view(torch.uint8), mask if places is None else places, y)
     return y
+
+
+@lru_cache(KEPT)
+def _launch(
+    x: tuple[int, ...], strides: tuple[int, ...], rows: int, first: int, scale: float, half: int,
+    in_places: bool, device: torch.device,
+) -> Launch:  # fmt: skip
+    _, samples, height, width, channels = x
+    values = rows * prod(x[1:])
+    return Launch(
+        dropout_kernel, (cdiv(values, _BLOCK),), (rows, first, samples, *strides, scale),
+        HEIGHT=height, WIDTH=width, CHANNELS=channels, HALF=half, IN_PLACES=in_places,
+        WIDE=passes_int32(reach(x, strides), 2 * values + _BLOCK), BLOCK=_BLOCK, num_warps=4,
+        **early(device),
+    )  # fmt: skip

@@ -8,17 +8,21 @@ that share a row of the skip.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
+from lasem_fast.kernels.launches import KEPT, Launch
 from lasem_fast.kernels.level_geometry import (
     SHUT,
     Geometry,
-    device_of,
-    needs_int64,
+    passes_int32,
+    reach,
     same_strides,
     skip_buffer,
 )
@@ -227,18 +231,6 @@ def level_dgrad_kernel(
         )  # fmt: skip
 
 
-def candidates(
-    x_shape: tuple[int, ...],
-    weights: list[Tensor],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    tf32: bool,
-) -> list[Tile]:
-    """The tiles that fit a level, in table order; arguments as in :func:`level_dgrad`."""
-    tiles = FMA_TILES if dtype == torch.float32 and not tf32 else TENSOR_CORE_TILES
-    return fitting(tiles, *_product(x_shape, weights, geometry))
-
-
 def level_dgrad(
     dy: Tensor,
     code: Tensor,
@@ -279,44 +271,53 @@ def level_dgrad(
     dskip = skip_buffer(dy, rows, geometry, skip_dtype)
     if dx.numel() == 0 and dskip.numel() == 0:
         return dx, dskip
-    lines, columns, _ = _product(x_shape, weights, geometry)
-    tile = tile or default(candidates(x_shape, weights, geometry, dy.dtype, tf32), lines, columns)
-    channels_out, channels, kh, kw = weights[0].shape
-    has_skip = skip_dtype is not None
-    input_tiles, column_tiles = cdiv(lines, tile.rows), cdiv(columns, tile.columns)
-    skip_pixels = dskip.numel() // channels_out if has_skip else 0
-    if has_skip:
-        column_tiles = max(column_tiles, cdiv(channels_out, tile.columns))
     live = code if live is None else live.view(torch.uint8)  # never read where there is none
-    has_live = live is not code
-    with device_of(dy):
-        level_dgrad_kernel[input_tiles + cdiv(skip_pixels, tile.rows), column_tiles](
-            dy, code, weights[0], weights[-1], rows.by_parent, rows.by_skip,
-            live, dx if carried is None else carried, dx, dskip,
-            x_shape[0], input_tiles, *rows.by_skip.shape, x_shape[1], *weights[0].stride(),
-            BRANCHES=len(weights), C_IN=channels, C_OUT=channels_out,
-            HEIGHT=x_shape[2], WIDTH=x_shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-            OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
-            STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
-            POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
-            HAS_CODE=geometry.has_code, HAS_LIVE=has_live, HAS_CARRIED=carried is not None,
-            HAS_SKIP=has_skip, SKIP_HAS_CODE=geometry.skip_has_code, SHUT=SHUT,
-            COVERS=geometry.covers(x_shape, weights[0].shape),
-            PRECISION="tf32" if tf32 else "ieee",
-            WIDE=needs_int64((dy, dx, dskip, *weights), max(lines, skip_pixels) + tile.rows),
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, **early(dy.device),
-        )  # fmt: skip
+    launch = _launch(
+        tuple(dy.shape), tuple(x_shape), len(weights), tuple(weights[0].shape),
+        weights[0].stride(), geometry, live is not code, carried is not None,
+        skip_dtype is not None, tuple(rows.by_skip.shape), dy.dtype, tf32, tile, dy.device,
+    )  # fmt: skip
+    launch(
+        dy, code, weights[0], weights[-1], rows.by_parent, rows.by_skip, live,
+        dx if carried is None else carried, dx, dskip,
+    )  # fmt: skip
     return dx, dskip
 
 
-def _product(
-    x_shape: tuple[int, ...], weights: list[Tensor], geometry: Geometry
-) -> tuple[int, int, int]:
-    """Rows and columns of the matrix product, and how deep a tap of one branch is."""
-    parents, samples, height, width, channels = x_shape
-    terms = weights[0].shape[0]
-    if geometry.covers(x_shape, weights[0].shape):
-        return parents * samples, height * width * channels, terms
-    return parents * samples * height * width, channels, terms
+@lru_cache(KEPT)
+def _launch(
+    dy: tuple[int, ...], x: tuple[int, ...], branches: int, weight: tuple[int, ...],
+    strides: tuple[int, ...], geometry: Geometry, has_live: bool, has_carried: bool,
+    has_skip: bool, by_skip: tuple[int, int], dtype: torch.dtype, tf32: bool, tile: Tile | None,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    parents, samples, height, width, _ = x
+    channels_out, channels, kh, kw = weight
+    covers = geometry.covers(x, weight)
+    lines, columns = parents * samples * height * width, channels
+    if covers:
+        lines, columns = parents * samples, height * width * channels
+    if tile is None:
+        tiles = FMA_TILES if dtype == torch.float32 and not tf32 else TENSOR_CORE_TILES
+        tile = default(fitting(tiles, lines, columns, channels_out), lines, columns)
+    input_tiles, column_tiles = cdiv(lines, tile.rows), cdiv(columns, tile.columns)
+    skip_pixels = by_skip[0] * samples * geometry.conv_h * geometry.conv_w if has_skip else 0
+    if has_skip:
+        column_tiles = max(column_tiles, cdiv(channels_out, tile.columns))
+    offsets = prod(dy), prod(x), skip_pixels * channels_out, reach(weight, strides)
+    return Launch(
+        level_dgrad_kernel, (input_tiles + cdiv(skip_pixels, tile.rows), column_tiles),
+        (parents, input_tiles, *by_skip, samples, *strides),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out,
+        HEIGHT=height, WIDTH=width, CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
+        STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
+        PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
+        POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
+        HAS_CODE=geometry.has_code, HAS_LIVE=has_live, HAS_CARRIED=has_carried,
+        HAS_SKIP=has_skip, SKIP_HAS_CODE=geometry.skip_has_code, SHUT=SHUT, COVERS=covers,
+        PRECISION="tf32" if tf32 else "ieee",
+        WIDE=passes_int32(*offsets, max(lines, skip_pixels) + tile.rows),
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, **early(device),
+    )  # fmt: skip

@@ -8,20 +8,24 @@ the last before the pool, so that both are one comparison.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
+from lasem_fast.kernels.launches import KEPT, Launch
 from lasem_fast.kernels.level_geometry import (
     CLOSED,
     SHUT,
     Geometry,
-    device_of,
     is_ragged,
-    needs_int64,
-    output_shape,
+    passes_int32,
+    reach,
     same_strides,
 )
 from lasem_fast.kernels.level_rows import Tables
@@ -151,18 +155,6 @@ def level_forward_kernel(
         tl.store(code + at, winner, mask=keep)
 
 
-def candidates(
-    rows: int, x: Tensor, weights: list[Tensor], geometry: Geometry, dtype: torch.dtype, tf32: bool
-) -> list[Tile]:
-    """The tiles that fit a level of ``rows``, in table order; see :func:`level_forward`."""
-    tiles = RAGGED_TILES if is_ragged(x) else TENSOR_CORE_TILES
-    if dtype == torch.float32 and not tf32:
-        tiles = FMA_TILES
-    if geometry.pool > 1:
-        tiles = [tile for tile in tiles if tile.accumulators <= MOST_POOLED]
-    return fitting(tiles, *_product(rows, x, weights, geometry))
-
-
 def level_forward(
     x: Tensor,
     weights: list[Tensor],
@@ -194,46 +186,73 @@ def level_forward(
         neither ReLU nor pool.
     """
     weights = same_strides(weights)
-    shape = output_shape(len(rows.by_branch), x, weights, geometry)
-    y = x.new_empty(shape, dtype=dtype)
-    code = x.new_empty(shape if geometry.has_code else (0,), dtype=torch.uint8)
-    if y.numel() == 0:
-        return y, code
-    size = _product(shape[0], x, weights, geometry)
-    tile = tile or default(candidates(shape[0], x, weights, geometry, dtype, tf32), *size[:2])
-    pixels = geometry.out_h * geometry.out_w * x.shape[1]
-    tiles = sum(cdiv(count * pixels, tile.rows) for count in rows.counts)
-    channels, kh, kw = weights[0].shape[1:]
     added = x if skip is None else skip  # never read where there is none
-    with device_of(x):
-        level_forward_kernel[tiles, cdiv(shape[-1], tile.columns)](
-            x, weights[0], weights[-1], *_biases(weights, biases), added, rows.by_branch, y, code,
-            rows.counts[0], rows.counts[-1], x.shape[1], size[2],
-            *x.stride(), *weights[0].stride(), *added.stride(),
-            BRANCHES=len(weights), C_IN=channels, C_OUT=shape[-1],
-            HEIGHT=x.shape[2], WIDTH=x.shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-            OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
-            STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
-            PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
-            POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
-            RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
-            HAS_BIAS=bool(biases), HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
-            PRECISION="tf32" if tf32 else "ieee",
-            WIDE=needs_int64((x, y, added, *weights), size[0] + tile.rows),
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
-        )  # fmt: skip
+    work = _work(
+        tuple(x.shape), x.stride(), len(weights), tuple(weights[0].shape), weights[0].stride(),
+        bool(biases), None if skip is None else tuple(skip.shape), added.stride(), rows.counts,
+        geometry, dtype, tf32, tile, x.device,
+    )  # fmt: skip
+    y = x.new_empty(work.shape, dtype=dtype)
+    code = x.new_empty(work.shape if geometry.has_code else (0,), dtype=torch.uint8)
+    if work.launch is not None:
+        biased = biases or weights  # never read where there is none
+        work.launch(
+            x, weights[0], weights[-1], biased[0], biased[-1], added, rows.by_branch, y, code
+        )
     return y, code
 
 
-def _biases(weights: list[Tensor], biases: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A bias per branch; where there is none, something that is never read."""
-    return (biases[0], biases[-1]) if biases else (weights[0], weights[-1])
+class _Work(NamedTuple):
+    """The output's shape, and the launch, if there is anything to be done."""
+
+    shape: tuple[int, ...]
+    launch: Launch | None
 
 
-def _product(
-    rows: int, x: Tensor, weights: list[Tensor], geometry: Geometry
-) -> tuple[int, int, int]:
-    """Rows, columns and depth of the matrix products of all branches, one below the other."""
-    pixels = rows * x.shape[1] * geometry.out_h * geometry.out_w
-    return pixels, weights[0].shape[0], weights[0][0].numel()
+@lru_cache(KEPT)
+def _work(
+    x: tuple[int, ...], x_strides: tuple[int, ...], branches: int, weight: tuple[int, ...],
+    strides: tuple[int, ...], has_bias: bool, skip: tuple[int, ...] | None,
+    skip_strides: tuple[int, ...], counts: tuple[int, ...], geometry: Geometry,
+    dtype: torch.dtype, tf32: bool, tile: Tile | None, device: torch.device,
+) -> _Work:  # fmt: skip
+    channels_out, channels, kh, kw = weight
+    shape = sum(counts), x[1], geometry.out_h, geometry.out_w, channels_out
+    if 0 in shape:
+        return _Work(shape, None)
+    pixels, depth = geometry.out_h * geometry.out_w * x[1], channels * kh * kw
+    # of the products of all branches, one below the other
+    size = shape[0] * pixels, channels_out, depth
+    if tile is None:
+        tile = default(_fitting(size, is_ragged(x, x_strides), geometry, dtype, tf32), *size[:2])
+    tiles = sum(cdiv(count * pixels, tile.rows) for count in counts)
+    offsets = reach(x, x_strides), prod(shape), reach(skip or x, skip_strides)
+    launch = Launch(
+        level_forward_kernel, (tiles, cdiv(channels_out, tile.columns)),
+        (counts[0], counts[-1], x[1], depth, *x_strides, *strides, *skip_strides),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out,
+        HEIGHT=x[2], WIDTH=x[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
+        STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
+        PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
+        POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
+        RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
+        HAS_BIAS=has_bias, HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
+        PRECISION="tf32" if tf32 else "ieee",
+        WIDE=passes_int32(*offsets, reach(weight, strides), size[0] + tile.rows),
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, **early(device),
+    )  # fmt: skip
+    return _Work(shape, launch)
+
+
+def _fitting(
+    size: tuple[int, int, int], ragged: bool, geometry: Geometry, dtype: torch.dtype, tf32: bool
+) -> list[Tile]:
+    """The tiles that fit a product of rows, columns and depth, in table order."""
+    tiles = RAGGED_TILES if ragged else TENSOR_CORE_TILES
+    if dtype == torch.float32 and not tf32:
+        tiles = FMA_TILES
+    if geometry.pool > 1:
+        tiles = [tile for tile in tiles if tile.accumulators <= MOST_POOLED]
+    return fitting(tiles, *size)

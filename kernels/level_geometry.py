@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,15 +66,10 @@ def output_shape(
     return rows, x.shape[1], geometry.out_h, geometry.out_w, weights[0].shape[0]
 
 
-def needs_int64(tensors: Iterable[Tensor], *counts: int) -> bool:
-    """Whether an element's offset, or one of the counts, may pass the range of 32 bits."""
-    return passes_int32(*(reach(t.shape, t.stride()) for t in tensors), *counts)
-
-
-def passes_int32(*counts: int) -> bool:
-    """Whether one of the counts, or what a block reaches beyond it, may pass 32 bits."""
+def passes_int32(*offsets: int) -> bool:
+    """Whether one of the offsets, or what a block reaches beyond it, may pass 32 bits."""
     # a block is never larger than 2^12
-    return max(counts) >= 2**31 - 2**12
+    return max(offsets) >= 2**31 - 2**12
 
 
 def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -89,9 +84,9 @@ def same_strides(weights: list[Tensor]) -> list[Tensor]:
     return [weight.contiguous() for weight in weights]
 
 
-def is_ragged(x: Tensor) -> bool:
-    """Whether the channels of ``x`` have to be read one by one, not in runs of 8."""
-    return x.stride(-1) != 1 or x.shape[-1] % 8 != 0
+def is_ragged(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether channels, the last dimension, have to be read one by one, not in runs of 8."""
+    return strides[-1] != 1 or shape[-1] % 8 != 0
 
 
 def gradient_buffers(weights: list[Tensor]) -> list[Tensor]:
@@ -108,8 +103,3 @@ def skip_buffer(dy: Tensor, rows: Tables, geometry: Geometry, dtype: torch.dtype
         return dy.new_empty(0)
     shape = (len(rows.by_skip), dy.shape[1], geometry.conv_h, geometry.conv_w, dy.shape[-1])
     return dy.new_empty(shape, dtype=dtype)
-
-
-def device_of(x: Tensor) -> torch.cuda.device_of:
-    """A context in which kernels run on the tensor's device, on its current stream."""
-    return torch.cuda.device_of(x)

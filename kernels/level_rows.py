@@ -35,6 +35,14 @@ class Rows:
     skips: tuple[int, ...] = ()
     skip_width: int = 0
 
+    def __post_init__(self) -> None:
+        # lists of hundreds of rows are looked up several times per level
+        numbers = self.parents, self.branches, self.width, self.skips, self.skip_width
+        object.__setattr__(self, "_hash", hash(numbers))
+
+    def __hash__(self) -> int:
+        return self._hash
+
     @classmethod
     def full(cls, width: int, branches: int) -> Rows:
         """Every one of ``width`` parents through every branch, branch innermost."""

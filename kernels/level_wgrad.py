@@ -21,10 +21,10 @@ from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.launches import KEPT, Launch
 from lasem_fast.kernels.level_geometry import (
     Geometry,
-    device_of,
     gradient_buffers,
     is_ragged,
-    needs_int64,
+    passes_int32,
+    reach,
 )
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv, fitting
@@ -229,21 +229,6 @@ def level_wgrad_sum_kernel(
         tl.store(dbias, bias.to(dbias0.dtype.element_ty), mask=used)
 
 
-def candidates(
-    rows: Tables,
-    x: Tensor,
-    weights: list[Tensor],
-    geometry: Geometry,
-    dtype: torch.dtype,
-    tf32: bool,
-) -> list[Tile]:
-    """The tiles that fit a level, in table order; ``dtype`` is that of ``dy``."""
-    tiles = TENSOR_CORE_TILES if dtype != torch.float32 else TF32_TILES if tf32 else FMA_TILES
-    if is_ragged(x) and tiles is not FMA_TILES:
-        tiles = RAGGED_TF32_TILES if tf32 else RAGGED_TILES
-    return fitting(tiles, *_product(rows, x, weights, geometry))
-
-
 def level_wgrad(
     dy: Tensor,
     code: Tensor,
@@ -278,11 +263,10 @@ def level_wgrad(
     dbiases = [torch.empty_like(bias) for bias in biases]
     if weights[0].numel() == 0:
         return dweights, [dbias.zero_() for dbias in dbiases]
-    lines, columns, pixels = _product(rows, x, weights, geometry)
-    # the largest tile that fits: the splits fill the GPU
-    tile = tile or candidates(rows, x, weights, geometry, dy.dtype, tf32)[0]
-    column_tiles = len(weights) * cdiv(columns, tile.columns)
-    splits = splits_of(cdiv(lines, tile.rows) * column_tiles, pixels // tile.depth)
+    tile, splits = _parts(
+        tuple(x.shape), x.stride(), len(weights), tuple(weights[0].shape), rows.counts, geometry,
+        dy.dtype, tf32, tile,
+    )  # fmt: skip
     channels_out, channels, kh, kw = weights[0].shape
     targets = [dweight.unsqueeze(0) for dweight in dweights]
     bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
@@ -292,11 +276,30 @@ def level_wgrad(
         bias_parts = x.new_empty(size[:3] if biases else (0,), dtype=torch.float32)
         targets = [parts[:, b].permute(0, 1, 4, 2, 3) for b in range(len(weights))]
         bias_targets = [bias_parts[:, b] for b in range(len(biases))]
-    with device_of(x):
-        _launch(dy, code, x, rows, geometry, targets, bias_targets, tile, tf32, live=live)
-        if splits > 1:
-            sum_parts(parts.flatten(3), bias_parts, dweights, dbiases)
+    _fill(dy, code, x, rows, geometry, targets, bias_targets, tile, tf32, live=live)
+    if splits > 1:
+        sum_parts(parts.flatten(3), bias_parts, dweights, dbiases)
     return dweights, dbiases
+
+
+@lru_cache(KEPT)
+def _parts(
+    x: tuple[int, ...], x_strides: tuple[int, ...], branches: int, weight: tuple[int, ...],
+    counts: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, tf32: bool,
+    tile: Tile | None,
+) -> tuple[Tile, int]:  # fmt: skip
+    """The tile, if it is not given, and the number of parts that sums are cut into."""
+    # of a branch's product, the deepest of them
+    lines, columns = prod(weight[1:]), weight[0]
+    pixels = max(counts) * x[1] * geometry.conv_h * geometry.conv_w
+    if tile is None:
+        tiles = TENSOR_CORE_TILES if dtype != torch.float32 else TF32_TILES if tf32 else FMA_TILES
+        if is_ragged(x, x_strides) and tiles is not FMA_TILES:
+            tiles = RAGGED_TF32_TILES if tf32 else RAGGED_TILES
+        # the largest that fits: the parts fill the GPU
+        tile = fitting(tiles, lines, columns, pixels)[0]
+    column_tiles = branches * cdiv(columns, tile.columns)
+    return tile, splits_of(cdiv(lines, tile.rows) * column_tiles, pixels // tile.depth)
 
 
 def mend_wgrad(
@@ -316,14 +319,16 @@ def mend_wgrad(
         dweights, dbiases: written, one ``[Co, C, KH, KW]`` and one ``[Co]`` (or none) per branch.
         dy, code, x, rows, geometry: as in :func:`level_wgrad`.
     """
-    tile = candidates(rows, x, dweights, geometry, dy.dtype, tf32=False)[0]
+    tile, _ = _parts(
+        tuple(x.shape), x.stride(), len(dweights), tuple(dweights[0].shape), rows.counts, geometry,
+        dy.dtype, False, None,
+    )  # fmt: skip
     targets = [dweight.unsqueeze(0) for dweight in dweights]
     bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
-    with device_of(x):
-        _launch(dy, code, x, rows, geometry, targets, bias_targets, tile, tf32=False, spoilt=spoilt)
+    _fill(dy, code, x, rows, geometry, targets, bias_targets, tile, False, spoilt=spoilt)
 
 
-def _launch(
+def _fill(
     dy: Tensor,
     code: Tensor,
     x: Tensor,
@@ -338,29 +343,49 @@ def _launch(
     spoilt: Tensor | None = None,
 ) -> None:
     """Fills ``[S, Co, C, KH, KW]`` and ``[S, Co]`` (or none) per branch with S parts of sums."""
-    splits, *shape = targets[0].shape
-    lines, columns, pixels = _product(rows, x, [target[0] for target in targets], geometry)
-    has_bias, has_live, if_spoilt = bool(bias_targets), live is not None, spoilt is not None
-    bias_targets = bias_targets or targets  # never written
-    level_wgrad_kernel[cdiv(lines, tile.rows), len(targets) * cdiv(columns, tile.columns), splits](
+    has_live, if_spoilt = live is not None, spoilt is not None
+    biased = bias_targets or targets  # never written where there is none
+    launch = _launch(
+        tuple(dy.shape), tuple(x.shape), x.stride(), len(targets), tuple(targets[0].shape),
+        targets[0].stride(), biased[0].stride(0), rows.counts, geometry, bool(bias_targets),
+        has_live, if_spoilt, tile, tf32, x.device,
+    )  # fmt: skip
+    launch(
         # the latter are never read
         x, dy, code, rows.by_branch, live.view(torch.uint8) if has_live else code,
-        spoilt if if_spoilt else code,
-        targets[0], targets[-1], bias_targets[0], bias_targets[-1],
-        rows.counts[0], rows.counts[-1], _rows_at_once(tile, x, geometry),
-        x.shape[1], *divisor(x.shape[1]),
-        *x.stride(), *targets[0].stride(), bias_targets[0].stride(0),
-        BRANCHES=len(targets), C_IN=shape[1], C_OUT=shape[0],
-        HEIGHT=x.shape[2], WIDTH=x.shape[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
-        OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=shape[2], KW=shape[3],
+        spoilt if if_spoilt else code, targets[0], targets[-1], biased[0], biased[-1],
+    )  # fmt: skip
+
+
+@lru_cache(KEPT)
+def _launch(
+    dy: tuple[int, ...], x: tuple[int, ...], x_strides: tuple[int, ...], branches: int,
+    target: tuple[int, ...], strides: tuple[int, ...], bias_stride: int,
+    counts: tuple[int, ...], geometry: Geometry, has_bias: bool, has_live: bool,
+    if_spoilt: bool, tile: Tile, tf32: bool, device: torch.device,
+) -> Launch:  # fmt: skip
+    splits, channels_out, channels, kh, kw = target
+    samples = x[1]
+    pixels = max(counts) * samples * geometry.conv_h * geometry.conv_w
+    grid = cdiv(channels * kh * kw, tile.rows), branches * cdiv(channels_out, tile.columns), splits
+    offsets = reach(x, x_strides), prod(dy), reach(target, strides)
+    return Launch(
+        level_wgrad_kernel, grid,
+        (
+            counts[0], counts[-1], _rows_at_once(tile, samples, geometry), samples,
+            *divisor(samples), *x_strides, *strides, bias_stride,
+        ),
+        BRANCHES=branches, C_IN=channels, C_OUT=channels_out,
+        HEIGHT=x[2], WIDTH=x[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
+        OUT_H=geometry.out_h, OUT_W=geometry.out_w, KH=kh, KW=kw,
         STRIDE_H=geometry.stride_h, STRIDE_W=geometry.stride_w,
         PAD_H=geometry.pad_h, PAD_W=geometry.pad_w,
         POOL=geometry.pool, POOL_PAD=geometry.pool_pad,
         HAS_CODE=geometry.has_code, HAS_BIAS=has_bias, HAS_LIVE=has_live, IF_SPOILT=if_spoilt,
         MOST_ROWS=_MOST_ROWS, PRECISION="tf32" if tf32 else "ieee",
-        WIDE=needs_int64((x, dy, *targets), pixels + splits * tile.depth),
+        WIDE=passes_int32(*offsets, pixels + splits * tile.depth),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, **early(x.device),
+        num_warps=tile.warps, num_stages=tile.stages, **early(device),
     )  # fmt: skip
 
 
@@ -410,14 +435,6 @@ def _sum_launch(
     )  # fmt: skip
 
 
-def _product(
-    rows: Tables, x: Tensor, weights: list[Tensor], geometry: Geometry
-) -> tuple[int, int, int]:
-    """Rows, columns and depth of a branch's matrix product, the deepest of them."""
-    pixels = max(rows.counts) * x.shape[1] * geometry.conv_h * geometry.conv_w
-    return weights[0][0].numel(), weights[0].shape[0], pixels
-
-
 @cache
 def splits_of(programs: int, steps: int) -> int:
     """In how many parts a sum of so many steps is cut, none of them very short.
@@ -431,7 +448,7 @@ def splits_of(programs: int, steps: int) -> int:
     )
 
 
-def _rows_at_once(tile: Tile, x: Tensor, geometry: Geometry) -> int:
+def _rows_at_once(tile: Tile, samples: int, geometry: Geometry) -> int:
     """How many rows are passed over together: as few as make steps that are mostly full."""
-    pixels = max(1, x.shape[1] * geometry.conv_h * geometry.conv_w)
+    pixels = max(1, samples * geometry.conv_h * geometry.conv_w)
     return min(_MOST_ROWS, cdiv(_STEPS * tile.depth, pixels))

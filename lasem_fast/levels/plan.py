@@ -47,6 +47,11 @@ class Level:
         object.__setattr__(self, "is_full", len(self) == self.width * len(used) and (
             self.parents == tuple(p for p in range(self.width) for _ in used)
         ))  # fmt: skip
+        # levels of hundreds of rows are looked up at every step
+        object.__setattr__(self, "_hash", hash((self.parents, self.branches, self.width)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __len__(self) -> int:
         return len(self.parents)

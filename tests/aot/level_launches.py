@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from unittest import mock
 
 import torch
 from torch import Tensor
+from wide_offsets import wide_offsets
 
 from bench.compiling import Launch, recorded
 from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
@@ -105,8 +105,7 @@ def _level(
     lives = _meta(len(rows), dtype=torch.bool) if live else None
     with ExitStack() as stack:
         if wide:
-            for module in _MODULES.values():
-                stack.enter_context(mock.patch.object(module, "needs_int64", return_value=True))
+            stack.enter_context(wide_offsets())
         started = stack.enter_context(recorded())
         if kind == "forward":
             level_forward.level_forward(

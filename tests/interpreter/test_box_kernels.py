@@ -14,6 +14,7 @@ from levels import Case, draw_boxes, draw_rows, integers, permuted, truth
 from oracle import brute_force
 from test_level_kernels import assert_exact
 from torch import nn
+from wide_offsets import wide_offsets
 
 import lasem_fast as lf
 from lasem_fast.backends import box_level_op, triton_linear_head
@@ -331,13 +332,12 @@ def test_a_carried_gradient_is_added():
     assert torch.equal(dx, (truth(case, dy).dx + carried).half())
 
 
-def test_64_bit_offsets_give_the_same_bits(monkeypatch):
+def test_64_bit_offsets_give_the_same_bits():
     case = listed().with_values(torch.randn)
     dy = torch.randn(case.gradient().shape)
     narrow = run(case, dy)
-    for module in (box_forward, box_dgrad):
-        monkeypatch.setattr(module, "needs_int64", lambda *_: True)
-    assert_exact(run(case, dy), narrow)
+    with wide_offsets():
+        assert_exact(run(case, dy), narrow)
 
 
 # How much further from float64 than the other kernels a level may be: sums in another order.

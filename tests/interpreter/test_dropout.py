@@ -9,6 +9,7 @@ import pytest
 import torch
 from launches import launches
 from torch import nn
+from wide_offsets import wide_offsets
 
 import lasem_fast as lf
 from lasem_fast.backends import triton_scores
@@ -77,11 +78,12 @@ def test_what_overflows_and_is_dropped_is_zero():
     assert y.flatten().tolist() == [torch.inf, 0]
 
 
-def test_64_bit_offsets_give_the_same_bits(monkeypatch):
+def test_64_bit_offsets_give_the_same_bits():
     x, mask = _images(), torch.rand(3 * 60) < 0.5
     narrow = kernels.dropout(x, mask, None, 3, 0, 2.0, kernels.CALM.value)
-    monkeypatch.setattr(kernels, "needs_int64", lambda *_: True)
-    assert torch.equal(kernels.dropout(x, mask, None, 3, 0, 2.0, kernels.CALM.value), narrow)
+    with wide_offsets():
+        wide = kernels.dropout(x, mask, None, 3, 0, 2.0, kernels.CALM.value)
+    assert torch.equal(wide, narrow)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from levels import Case, Truth, draw, integers, listed, truth, usual
+from wide_offsets import wide_offsets
 
 from lasem_fast.kernels import level_dgrad, level_forward, level_geometry, level_wgrad
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry
@@ -204,21 +205,21 @@ def test_a_bad_sample_stays_alone(bad, pool):
         assert torch.equal(ours, theirs)
 
 
-def test_64_bit_offsets_give_the_same_bits(monkeypatch):
+def test_64_bit_offsets_give_the_same_bits():
     case = listed().with_values(torch.randn)
     dy = torch.randn(case.gradient().shape)
     narrow = run(case, dy)
-    for module in MODULES.values():
-        monkeypatch.setattr(module, "needs_int64", lambda *_: True)
-    assert_exact(run(case, dy), narrow)
+    with wide_offsets():
+        assert_exact(run(case, dy), narrow)
 
 
 def test_when_offsets_need_64_bits():
-    meta = torch.empty(2**20, 2**10, device="meta")
-    assert not level_geometry.needs_int64([meta, meta], 2**30)
-    assert level_geometry.needs_int64([torch.empty(2**21, 2**10, device="meta")], 1)
-    assert level_geometry.needs_int64([meta.expand(2, -1, -1)], 2**31)
-    assert not level_geometry.needs_int64([meta.expand(2**12, -1, -1)], 1)
+    last = level_geometry.reach((2**20, 2**10), (2**10, 1))
+    assert last == 2**30 - 1
+    assert not level_geometry.passes_int32(last, last, 2**30)
+    assert level_geometry.passes_int32(level_geometry.reach((2**21, 2**10), (2**10, 1)))
+    assert level_geometry.passes_int32(last, 2**31)
+    assert level_geometry.reach((2**12, 2**20, 2**10), (0, 2**10, 1)) == last
 
 
 def test_the_same_bits_every_time():

@@ -9,10 +9,11 @@ import torch
 from host_runs import on_host
 from levels import Case, Truth, draw_boxes, integers, permuted, truth
 from shapes import SHAPES, Shape, drawn, exact, results, run
+from wide_offsets import wide_offsets
 
 from lasem_fast.backends import box_level_op
 from lasem_fast.backends.triton_level_op import Tiles, level
-from lasem_fast.kernels import box_dgrad, box_forward, box_gradient, unfolded
+from lasem_fast.kernels import box_forward, box_gradient, unfolded
 from lasem_fast.kernels.box_form import box_form
 from lasem_fast.kernels.boxes import Box
 from lasem_fast.kernels.level_geometry import Geometry
@@ -220,12 +221,11 @@ def test_what_is_read_of_a_box_without_a_gradient():
     assert got.spoilt.tolist() == [0]
 
 
-def test_64_bit_offsets_give_the_same_bits(monkeypatch):
+def test_64_bit_offsets_give_the_same_bits():
     case = drawn(BOXES["skip"], torch.bfloat16)
     dy = case.gradient()
-    for module in (box_forward, box_dgrad, box_gradient):
-        monkeypatch.setattr(module, "needs_int64", lambda *_: True)
-    exact(run(case, dy, CAPABILITY, Tiles(), boxes=True), truth(case, dy))
+    with wide_offsets():
+        exact(run(case, dy, CAPABILITY, Tiles(), boxes=True), truth(case, dy))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
