@@ -5,7 +5,6 @@ As :mod:`lasem_fast.kernels.level_dgrad`, from the gradient of the convolution a
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -17,7 +16,7 @@ from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.boxes import TILES as TILES
 from lasem_fast.kernels.boxes import Convolution, Taps, met_taps, tiled
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
 from lasem_fast.kernels.level_geometry import SHUT, Geometry, passes_int32, skip_buffer
 from lasem_fast.kernels.level_rows import Tables
@@ -179,7 +178,7 @@ def box_dgrad(
     return dx, dskip
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(
     x: tuple[int, ...], branches: int, channels_out: int, kernel: tuple[int, int],
     geometry: Geometry, dy: tuple[int, ...], has_live: bool, has_carried: bool, has_skip: bool,

@@ -8,7 +8,6 @@ programs are cut.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from lasem_fast.kernels.boxes import (
     work_of,
 )
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, passes_int32, reach
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv
@@ -263,7 +262,7 @@ class _Work(NamedTuple):
     cut: int
 
 
-@lru_cache(KEPT)
+@kept
 def _work(
     x: tuple[int, ...], branches: int, columns: int, kernel: tuple[int, int],
     counts: tuple[int, ...], geometry: Geometry, has_bias: bool, skip: tuple[int, ...] | None,

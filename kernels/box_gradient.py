@@ -7,7 +7,6 @@ is read as it is.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from lasem_fast.kernels.boxes import Box
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import Geometry, passes_int32
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, cdiv
@@ -164,7 +163,7 @@ class _Work(NamedTuple):
     sources: tuple[int, ...]
 
 
-@lru_cache(KEPT)
+@kept
 def _work(
     dy: tuple[int, ...], branches: int, counts: tuple[int, ...], parents: int, geometry: Geometry,
     box: Box, columns: int, has_live: bool, device: torch.device,

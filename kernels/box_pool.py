@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -11,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import CLOSED, Geometry, passes_int32
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -73,7 +72,7 @@ def box_pool(z: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     return y, code
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(z: tuple[int, ...], geometry: Geometry, device: torch.device) -> Launch:
     images, channels = z[0] * z[1], z[-1]
     windows = images * geometry.out_h * geometry.out_w

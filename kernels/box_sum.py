@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from math import prod
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lasem_fast.kernels.boxes import ADDING, Work
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import CLOSED, passes_int32
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import cdiv
@@ -108,7 +108,7 @@ def box_sum(
     return y, code
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(
     parts: tuple[int, ...], branches: int, count0: int, has_bias: bool, relu: bool,
     device: torch.device,

@@ -8,7 +8,6 @@ parts in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from lasem_fast.kernels.boxes import (
     reads,
 )
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import Geometry, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
@@ -274,7 +273,7 @@ def box_wgrad_kernel(
             _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
 
 
-@cache
+@kept
 def chosen(
     channels_out: int, channels: int, kernel: tuple[int, int], counts: tuple[int, ...],
     x_shape: tuple[int, ...], geometry: Geometry, tile: Tile | None = None,
@@ -398,7 +397,7 @@ class _Work(NamedTuple):
     one_part: bool
 
 
-@lru_cache(KEPT)
+@kept
 def _work(
     x: tuple[int, ...], branches: int, channels_out: int, kernel: tuple[int, int],
     weight: tuple[int, ...], strides: tuple[int, ...], counts: tuple[int, ...],

@@ -7,7 +7,6 @@ same shape, shifted, so that a program computes no address but a box's corner.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.box_form import RUN
+from lasem_fast.kernels.launches import kept
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv, fitting
 
@@ -101,7 +101,7 @@ class Convolution(NamedTuple):
     begin: int = 0
 
 
-@cache
+@kept
 def box_for(
     pixels: int, samples: int, height: int, width: int, least: int = 1,
     convolution: Convolution | None = None,
@@ -193,7 +193,7 @@ def work_of(
     )
 
 
-@cache
+@kept
 def tiled(
     rows: int, size: tuple[int, int, int], columns: int, channels: int, convolution: Convolution,
     sums: int = 1, least: int = 1, tile: Tile | None = None,

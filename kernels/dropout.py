@@ -6,7 +6,6 @@ seeds drop the same values whatever evaluates the head.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import passes_int32, reach
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -91,7 +90,7 @@ def dropout(
     return y
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(
     x: tuple[int, ...], strides: tuple[int, ...], rows: int, first: int, scale: float, half: int,
     in_places: bool, device: torch.device,

@@ -8,7 +8,6 @@ that share a row of the skip.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import (
     SHUT,
     Geometry,
@@ -284,7 +283,7 @@ def level_dgrad(
     return dx, dskip
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(
     dy: tuple[int, ...], x: tuple[int, ...], branches: int, weight: tuple[int, ...],
     strides: tuple[int, ...], geometry: Geometry, has_live: bool, has_carried: bool,

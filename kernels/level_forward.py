@@ -8,7 +8,6 @@ the last before the pool, so that both are one comparison.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import (
     CLOSED,
     SHUT,
@@ -209,7 +208,7 @@ class _Work(NamedTuple):
     launch: Launch | None
 
 
-@lru_cache(KEPT)
+@kept
 def _work(
     x: tuple[int, ...], x_strides: tuple[int, ...], branches: int, weight: tuple[int, ...],
     strides: tuple[int, ...], has_bias: bool, skip: tuple[int, ...] | None,

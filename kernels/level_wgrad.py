@@ -8,7 +8,7 @@ launch adds up the parts in a fixed order.
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import cache, lru_cache
+from functools import cache
 from math import prod
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lasem_fast.kernels.division import divided, divisor
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,
@@ -282,7 +282,7 @@ def level_wgrad(
     return dweights, dbiases
 
 
-@lru_cache(KEPT)
+@kept
 def _parts(
     x: tuple[int, ...], x_strides: tuple[int, ...], branches: int, weight: tuple[int, ...],
     counts: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, tf32: bool,
@@ -357,7 +357,7 @@ def _fill(
     )  # fmt: skip
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(
     dy: tuple[int, ...], x: tuple[int, ...], x_strides: tuple[int, ...], branches: int,
     target: tuple[int, ...], strides: tuple[int, ...], bias_stride: int,
@@ -417,7 +417,7 @@ def sum_parts(
     )  # fmt: skip
 
 
-@lru_cache(KEPT)
+@kept
 def _sum_launch(
     parts: int, bias_parts: int, branches: int, weight: tuple[int, ...],
     strides: tuple[int, ...], line: int, has_bias: bool, says_spoilt: bool, device: torch.device,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import BoxForm
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import Geometry, passes_int32, reach
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -69,7 +68,7 @@ def unfolded(
     return columns
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(
     x: tuple[int, ...], strides: tuple[int, ...], kernel: tuple[int, int], geometry: Geometry,
     columns: tuple[int, ...], device: torch.device,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import BoxForm, Filters
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import KEPT, Launch
+from lasem_fast.kernels.launches import Launch, kept
 from lasem_fast.kernels.level_geometry import same_strides
 from lasem_fast.kernels.level_tiles import cdiv
 
@@ -61,7 +60,7 @@ def weight_copies(weights: Sequence[Tensor], dtype: torch.dtype, form: BoxForm) 
     return Filters(copy, len(weights), form.kernel)
 
 
-@lru_cache(KEPT)
+@kept
 def _launch(
     branches: int, weight: tuple[int, ...], strides: tuple[int, ...], kernel: tuple[int, int],
     channels: int, device: torch.device,

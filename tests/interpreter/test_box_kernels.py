@@ -34,6 +34,7 @@ from lasem_fast.kernels import (
 )
 from lasem_fast.kernels.box_form import box_form
 from lasem_fast.kernels.boxes import Box, Convolution, Taps, Work, box_for
+from lasem_fast.kernels.launches import forget
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.levels.plan import Level
@@ -106,10 +107,9 @@ def cut_sums(monkeypatch):
 
     def cut(parts):
         monkeypatch.setattr(box_wgrad, "splits_of", lambda programs, steps: parts)
-        box_wgrad.chosen.cache_clear()
+        forget()
 
-    yield cut
-    box_wgrad.chosen.cache_clear()
+    return cut
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -169,6 +169,7 @@ def test_a_sum_that_is_cut_into_parts(kernel, pool, relu, monkeypatch):
     assert_exact(got, truth(case, dy))
     assert counted.kernels["box_sum_kernel"] == 1
     monkeypatch.undo()
+    forget()
     assert_exact(run(case, dy), got)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lasem_fast.kernels.launches import forget
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise pytest.UsageError("tests/ptx: expected an environment without TRITON_INTERPRET")
 
@@ -20,7 +22,9 @@ for neighbour in ("aot", "interpreter"):
 @pytest.fixture(autouse=True)
 def _poisoned():
     torch.use_deterministic_algorithms(True)
+    forget()  # tests change what launches are made of
     try:
         yield
     finally:
+        forget()
         torch.use_deterministic_algorithms(False)

@@ -16,6 +16,7 @@ from lasem_fast.kernels import (
     level_forward,
     level_wgrad,
 )
+from lasem_fast.kernels.launches import forget
 from lasem_fast.kernels.level_rows import Rows
 
 MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
@@ -55,4 +56,5 @@ def test_every_tile_that_reads_boxes_is_exact(name, tile, monkeypatch):
     want = truth(case, dy)
     for parts in (1, 2) if name == "wgrad" else (1,):
         monkeypatch.setattr(box_wgrad, "splits_of", lambda *_, parts=parts: parts)
+        forget()
         exact(run(case, dy, 90, Tiles(**{name: tile}), boxes=True), want)
