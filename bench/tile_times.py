@@ -24,7 +24,7 @@ import torch
 from bench import cases
 from bench.peers import ours
 from lasem_fast.kernels import box_dgrad, box_forward, box_gradient, box_wgrad, boxes
-from lasem_fast.kernels.launches import forget
+from lasem_fast.kernels.kept import forget
 from lasem_fast.kernels.level_tiles import Tile
 
 # Beside the tables' own: is there a better one?

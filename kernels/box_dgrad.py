@@ -16,7 +16,8 @@ from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.boxes import TILES as TILES
 from lasem_fast.kernels.boxes import Convolution, Taps, met_taps, tiled
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import Launch, kept
+from lasem_fast.kernels.kept import kept
+from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_dgrad import live_row, skip_gradient
 from lasem_fast.kernels.level_geometry import SHUT, Geometry, passes_int32, skip_buffer
 from lasem_fast.kernels.level_rows import Tables

@@ -18,6 +18,8 @@ from lasem_fast.kernels.level_geometry import Geometry
 
 # Channels that a copy can start at: 16 bytes of 2 each.
 RUN = 8
+# What a copy may start at, in bytes; also where every image, row and column begins.
+BOX_ALIGNMENT = 16
 
 
 class BoxForm(NamedTuple):

@@ -29,7 +29,8 @@ from lasem_fast.kernels.boxes import (
     work_of,
 )
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import Launch, kept
+from lasem_fast.kernels.kept import kept
+from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, passes_int32, reach
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lasem_fast.kernels.boxes import ADDING, Work
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import Launch, kept
+from lasem_fast.kernels.kept import kept
+from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import CLOSED, passes_int32
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import cdiv

@@ -15,14 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasem_fast.kernels.box_form import RUN
-from lasem_fast.kernels.launches import kept
+from lasem_fast.kernels.box_form import BOX_ALIGNMENT, RUN
+from lasem_fast.kernels.kept import kept
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv, fitting
 
 DTYPES = (torch.float16, torch.bfloat16)
-# What a copy may start at, in bytes; also where every image, row and column begins.
-_ALIGNMENT = 16
 # From the times of every tile on the benchmark's levels on an H100 (bench.tile_times): nanoseconds
 # until a step's boxes are there, and more for each of their bytes; bytes that a multiprocessor
 # reads in one; and programs that it runs at a time.
@@ -246,4 +244,4 @@ def why_not(
 def can_read(x: Tensor) -> bool:
     """Whether a tensor ``[P, N, H, W, C]`` of 16 bits lies so that boxes of it can be copied."""
     runs = all(stride > 0 and stride % RUN == 0 for stride in x.stride()[:-1])
-    return x.stride(-1) == 1 and runs and 0 not in x.shape and x.data_ptr() % _ALIGNMENT == 0
+    return x.stride(-1) == 1 and runs and 0 not in x.shape and x.data_ptr() % BOX_ALIGNMENT == 0

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import Launch, kept
+from lasem_fast.kernels.kept import kept
+from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import passes_int32, reach
 from lasem_fast.kernels.level_tiles import cdiv
 

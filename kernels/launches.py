@@ -7,37 +7,19 @@ the kernel is looked up once for every way that tensors can be read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, reduce
+from collections.abc import Sequence
+from functools import reduce
 from operator import attrgetter, or_
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Shapes for which a function's results are kept.
-_KEPT = 2**12
 # Bytes that Triton compiles a pointer to a multiple of in a kernel of its own.
 _ALIGNMENT = 16
 _dtype = attrgetter("dtype")
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_kept: list[Any] = []
-
-
-def kept(function: _Function) -> _Function:
-    """What a function of shapes found out is kept."""
-    keeping = lru_cache(_KEPT)(function)
-    _kept.append(keeping)
-    return keeping
-
-
-def forget() -> None:
-    """Forgets all of that, for whoever changes what it depends on."""
-    for keeping in _kept:
-        keeping.cache_clear()
 
 
 class Launch:

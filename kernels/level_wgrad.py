@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lasem_fast.kernels.division import divided, divisor
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import Launch, kept
+from lasem_fast.kernels.kept import kept
+from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import BoxForm, Filters
 from lasem_fast.kernels.early_launch import early, wait_for_others
-from lasem_fast.kernels.launches import Launch, kept
+from lasem_fast.kernels.kept import kept
+from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import same_strides
 from lasem_fast.kernels.level_tiles import cdiv
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lasem_fast.backends.side_stream import SideStream, early_copy
 from lasem_fast.kernels.box_form import BoxForm, box_form
+from lasem_fast.kernels.kept import kept
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,
@@ -25,6 +27,9 @@ from lasem_fast.kernels.level_geometry import (
 )
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile
+
+if TYPE_CHECKING:
+    from lasem_fast.kernels.boxes import Box
 
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
@@ -108,17 +113,17 @@ def _(
 
     rows, few = Tables(*tables, tuple(counts)), Tables(*joined, tuple(joined_counts))
     dy = dy.contiguous()
-    form = _form(x, weights, Geometry(*geometry))
-    level, geometry = Geometry(*geometry), form.geometry
-    filters = Filters(filters, len(weights), form.kernel)
-    shape = _in_parents(form.x_shape, len(few.by_parent))
-    tile, together = _weights_tile(filters, rows, few, form.x_shape, shape, geometry, wgrad)
-    summed, read = rows, columns if form.unfolds else x.view(form.x_shape)
-    if together:
-        summed, read = few, read.view(shape)
-    box = box_wgrad.box_of(tile, read.shape, geometry, form.kernel)
+    level = Geometry(*geometry)
+    sizes = _backward_sizes(
+        tuple(x.shape), tuple(weights[0].shape), level, rows.counts, few.counts,
+        len(few.by_parent), tuple(wgrad),
+    )  # fmt: skip
+    form, shape, tile, together, box = sizes
+    geometry, filters = form.geometry, Filters(filters, len(weights), form.kernel)
+    summed, read = (few, shape) if together else (rows, form.x_shape)
+    read = columns.view(read) if form.unfolds else x.view(read)
     gradient = box_gradient(
-        in_rows(dy, len(summed.by_branch)), code, len(weights), summed, geometry, box,
+        in_rows(dy, sum(summed.counts)), code, len(weights), summed, geometry, box,
         min(tile.columns, MOST_COLUMNS), live=live,
     )  # fmt: skip
     beside, dweights, dbiases = SideStream(x), [], []
@@ -133,7 +138,7 @@ def _(
     dx, dskip = x.new_empty(0), skip_buffer(dy, rows, geometry, None)
     if to_input or skip_dtype is not None:
         dz, dy, code = (
-            in_rows(t, len(few.by_branch)) if t.dim() > 1 else t for t in (gradient.dz, dy, code)
+            in_rows(t, sum(few.counts)) if t.dim() > 1 else t for t in (gradient.dz, dy, code)
         )
         dx, dskip = box_dgrad(
             dz, filters, few, shape, geometry, x.dtype, dy, code, live=live,
@@ -147,27 +152,49 @@ def _(
     return dx, dskip, dweights, dbiases
 
 
-def _weights_tile(filters, rows, few, x_shape, few_shape, geometry, tile):
-    """The tile of the sum over samples, and whether boxes reach over rows put together."""
-    from lasem_fast.kernels.box_wgrad import chosen
+class _Sizes(NamedTuple):
+    """What a backward reads.
 
-    sides = filters.channels_out, filters.channels, filters.kernel
-    alone, time = chosen(*sides, rows.counts, tuple(x_shape), geometry, _tile(tile))
-    if len(few.by_branch) == len(rows.by_branch):
-        return alone, False
-    together, few_time = chosen(*sides, few.counts, tuple(few_shape), geometry, _tile(tile))
-    if few_time + _MENDING < time:
-        return together, True
-    return alone, False
+    Attributes:
+        form: of the level.
+        shape: of what is read, with parents put together.
+        tile: of the sum over samples.
+        together: whether boxes of that sum reach over rows put together.
+        box: of that sum.
+    """
+
+    form: BoxForm
+    shape: tuple[int, ...]
+    tile: Tile
+    together: bool
+    box: Box
 
 
-def _in_parents(shape: Sequence[int], parents: int) -> tuple[int, ...]:
-    """The shape ``[P, N, ...]`` with parents put together to fewer of more samples."""
-    return parents, shape[0] * shape[1] // parents, *shape[2:]
+@kept
+def _backward_sizes(
+    x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, counts: tuple[int, ...],
+    few_counts: tuple[int, ...], parents: int, tile: tuple[int, ...],
+) -> _Sizes:  # fmt: skip
+    """For rows of each branch, and as many, with their parents, when rows are put together."""
+    from lasem_fast.kernels.box_wgrad import box_of, chosen
+
+    form = box_form(x, weight, geometry)
+    shape = parents, form.x_shape[0] * form.x_shape[1] // parents, *form.x_shape[2:]
+    sides, wanted = (weight[0], form.channels, form.kernel), _tile(tile)
+    best, time = chosen(*sides, counts, form.x_shape, form.geometry, wanted)
+    together = sum(few_counts) < sum(counts)
+    if together:
+        few, few_time = chosen(*sides, few_counts, shape, form.geometry, wanted)
+        together = few_time + _MENDING < time
+        best = few if together else best
+    read = shape if together else form.x_shape
+    return _Sizes(form, shape, best, together, box_of(best, read, form.geometry, form.kernel))
 
 
 def in_rows(tensor: Tensor, rows: int) -> Tensor:
     """``[R, N, ...]`` with rows put together to fewer of more samples, or taken apart again."""
+    if tensor.shape[0] == rows:
+        return tensor
     samples = tensor.shape[0] * tensor.shape[1] // rows
     return tensor.view(rows, samples, *tensor.shape[2:])
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from lasem_fast.backends.operations import Layer, Skip
 from lasem_fast.backends.triton_level_op import DTYPES
 from lasem_fast.backends.triton_level_op import level as run_level
-from lasem_fast.kernels.box_form import box_form
+from lasem_fast.kernels.box_form import BOX_ALIGNMENT, box_form
+from lasem_fast.kernels.kept import kept
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import Pool
 from lasem_fast.levels.row_liveness import Liveness
 
 # Triton itself reads this once, when it is imported.
@@ -69,6 +71,7 @@ class GatherLevel:
         if form is None:
             return None
         images, weights, geometry = form
+        dtype = _dtype(x, [*layer.weights, *layer.biases])
         skips, width, data = (), 0, None
         if skip is not None:
             data = skip.data
@@ -77,9 +80,8 @@ class GatherLevel:
                 return None
             width = data.shape[0]
             skips = tuple(range(width)) if skip.rows is None else skip.rows
-        rows = Rows(level.parents, level.positions, level.width, skips, width)
+        rows = _rows(level, skips, width)
         carry = carry and images is x
-        dtype = _dtype(x, [*layer.weights, *layer.biases])
         boxes = self._in_boxes(images, weights, geometry, dtype, skip)
         if boxes is None:
             return None
@@ -165,21 +167,39 @@ def _can_be_boxes(
     skip: Skip | None,
 ) -> bool:
     """Whether a level's operands can be read in boxes."""
+    unfolds = _unfolds_to_boxes(
+        tuple(x.shape), x.stride(), x.dtype, tuple(weights[0].shape), geometry, dtype,
+        skip is not None,
+    )  # fmt: skip
+    if unfolds is None:
+        return False
+    # its gradient would have to be folded again
+    return not x.requires_grad if unfolds else x.data_ptr() % BOX_ALIGNMENT == 0
+
+
+@kept
+def _unfolds_to_boxes(
+    x: tuple[int, ...], strides: tuple[int, ...], x_dtype: torch.dtype, weight: tuple[int, ...],
+    geometry: Geometry, dtype: torch.dtype | None, has_skip: bool,
+) -> bool | None:  # fmt: skip
+    """Whether a level that can be read in boxes has to be unfolded for it; None: it cannot be."""
     from lasem_fast.kernels import boxes  # and triton with it
 
-    if 0 in x.shape:
-        return False
-    form = box_form(x.shape, weights[0].shape, geometry)
-    if boxes.why_not(form.geometry, form.channels, weights[0].shape[0], dtype, skip is not None):
-        return False
+    if 0 in x:
+        return None
+    form = box_form(x, weight, geometry)
+    if boxes.why_not(form.geometry, form.channels, weight[0], dtype, has_skip):
+        return None
     if form.unfolds:
-        # its gradient would have to be folded again; columns are many times as large as the input
-        small = len(x) == 1 and prod(form.x_shape) * dtype.itemsize <= _MOST_UNFOLDED
-        return small and skip is None and not x.requires_grad
-    if x.dtype != dtype:
-        return False
-    whole = form.x_shape[2:4] == tuple(x.shape[2:4]) or x[0, 0].is_contiguous()
-    return whole and boxes.can_read(x.view(form.x_shape))
+        # columns are many times as large as the input
+        small = x[0] == 1 and prod(form.x_shape) * dtype.itemsize <= _MOST_UNFOLDED
+        return True if small and not has_skip else None
+    if x_dtype != dtype:
+        return None
+    like = torch.empty_strided(x, strides, dtype=x_dtype, device="meta")
+    if form.x_shape[2:4] != x[2:4] and not like[0, 0].is_contiguous():
+        return None
+    return False if boxes.can_read(like.view(form.x_shape)) else None
 
 
 def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:
@@ -194,6 +214,11 @@ def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:
         dtype = torch.get_autocast_dtype(device)
         return dtype if dtype in DTYPES else None
     return x.dtype if len(dtypes) == 1 else None
+
+
+@kept
+def _rows(level: Level, skips: tuple[int, ...], skip_width: int) -> Rows:
+    return Rows(level.parents, level.positions, level.width, skips, skip_width)
 
 
 def _form(
@@ -225,32 +250,44 @@ def _convolution_form(
     conv: nn.Conv2d, x: Tensor, weights: Sequence[Tensor], layer: Layer
 ) -> tuple[Tensor, list[Tensor], Geometry] | None:
     """A convolution's sizes."""
-    kernel, pool = conv.kernel_size, layer.pool
     if x.dim() != 5 or x.shape[-1] != weights[0].shape[1] or 0 in x.shape:
         return None
-    before, after = _padding(conv)
+    geometry = _geometry(
+        tuple(x.shape[2:4]), conv.kernel_size, conv.stride, conv.padding, layer.pool,
+        bool(layer.relu), bool(layer.relu_after),
+    )  # fmt: skip
+    return None if geometry is None else (x, weights, geometry)
+
+
+@kept
+def _geometry(
+    image: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
+    padding: tuple[int, int] | str, pool: Pool, relu: bool, relu_after: bool,
+) -> Geometry | None:  # fmt: skip
+    """A convolution's sizes; None where nothing would come out."""
+    before, after = _zeros(kernel, padding)
     sizes = [
         (n + a + b - k) // s + 1
-        for n, a, b, k, s in zip(x.shape[2:4], before, after, kernel, conv.stride, strict=True)
+        for n, a, b, k, s in zip(image, before, after, kernel, stride, strict=True)
     ]
     pooled = [pool.output(size) for size in sizes]
     if min(*sizes, *pooled) < 1:
         return None
-    geometry = Geometry(
-        *conv.stride, *before, *sizes, pool.size, pool.padding, *pooled,
-        int(layer.relu), int(layer.relu_after),
-    )  # fmt: skip
-    return x, weights, geometry
+    return Geometry(
+        *stride, *before, *sizes, pool.size, pool.padding, *pooled, int(relu), int(relu_after)
+    )
 
 
-def _padding(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Zeros before and behind the image, in both directions."""
-    if conv.padding == "valid":
+def _zeros(
+    kernel: tuple[int, int], padding: tuple[int, int] | str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many before and behind the image, in both directions."""
+    if padding == "valid":
         return (0, 0), (0, 0)
-    if conv.padding == "same":
-        before = tuple((k - 1) // 2 for k in conv.kernel_size)
-        return before, tuple(k - 1 - b for k, b in zip(conv.kernel_size, before, strict=True))
-    return conv.padding, conv.padding
+    if padding == "same":
+        before = tuple((k - 1) // 2 for k in kernel)
+        return before, tuple(k - 1 - b for k, b in zip(kernel, before, strict=True))
+    return padding, padding
 
 
 def _of_one_dtype(parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

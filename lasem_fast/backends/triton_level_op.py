@@ -8,7 +8,8 @@ kernels, and triton with them, are imported when an operator first runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from lasem_fast.kernels.level_tiles import Tile
 from lasem_fast.levels.row_liveness import Liveness
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_shape, _dtype, _device = map(attrgetter, ("shape", "dtype", "device"))
 
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
@@ -135,7 +138,35 @@ def _expect(fits: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
+# Forms of arguments that were found to fit.
+_fit: set[tuple[Any, ...]] = set()
+_MOST_FORMS = 2**12
+
+
 def _check(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    skip: Tensor | None,
+    rows: Tables,
+    geometry: Geometry,
+    dtype: torch.dtype,
+) -> None:
+    tensors = (x, *weights, *biases, *([] if skip is None else [skip]))
+    form = (
+        *map(_shape, tensors), *map(_dtype, tensors), *map(_device, tensors),
+        *map(Tensor.is_contiguous, biases), len(weights), len(biases), skip is None,
+        rows.by_parent.shape, rows.by_skip.shape, geometry, dtype,
+    )  # fmt: skip
+    if form in _fit:
+        return
+    _check_form(x, weights, biases, skip, rows, geometry, dtype)
+    if len(_fit) >= _MOST_FORMS:
+        _fit.clear()
+    _fit.add(form)
+
+
+def _check_form(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from sanitiser import sanitised
 
-from lasem_fast.kernels.launches import forget
+from lasem_fast.kernels.kept import forget
 
 
 @pytest.fixture(autouse=True)

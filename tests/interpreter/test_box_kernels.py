@@ -34,7 +34,7 @@ from lasem_fast.kernels import (
 )
 from lasem_fast.kernels.box_form import box_form
 from lasem_fast.kernels.boxes import Box, Convolution, Taps, Work, box_for
-from lasem_fast.kernels.launches import forget
+from lasem_fast.kernels.kept import forget
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
 from lasem_fast.levels.plan import Level

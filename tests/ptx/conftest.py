@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lasem_fast.kernels.launches import forget
+from lasem_fast.kernels.kept import forget
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise pytest.UsageError("tests/ptx: expected an environment without TRITON_INTERPRET")

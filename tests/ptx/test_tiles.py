@@ -16,7 +16,7 @@ from lasem_fast.kernels import (
     level_forward,
     level_wgrad,
 )
-from lasem_fast.kernels.launches import forget
+from lasem_fast.kernels.kept import forget
 from lasem_fast.kernels.level_rows import Rows
 
 MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
