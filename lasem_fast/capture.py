@@ -20,6 +20,8 @@ from lasem_fast.networks import checks
 from lasem_fast.networks.layers import has_hooks
 
 _grad = attrgetter("grad")
+# a quantized tensor has a dtype of its own
+_form = attrgetter("shape", "dtype", "device", "layout", "requires_grad")
 
 
 def capture(
@@ -87,7 +89,8 @@ class CapturedStep:
         self.em, self.optimizer, self.task, self.strict = em, optimizer, task, strict
         self.why_eager: str | None = None
         self._x, self._y = x.detach().clone(), y.detach().clone()
-        kind = x.device.type
+        self._forms = _form_of(self._x), _form_of(self._y)
+        kind, self._index = x.device.type, x.device.index
         self._autocast = {
             "device_type": kind,
             "dtype": torch.get_autocast_dtype(kind),
@@ -121,14 +124,17 @@ class CapturedStep:
             TypeError, ValueError: a mini-batch that does not fit (:meth:`eager` takes it), or the
                 task has ended.
         """
-        self._check_batch(x, y)
         if self.why_eager is not None:
+            self._check_batch(x, y)
             return self.eager(x, y)
+        fits = self._fits(x, y)
+        if not fits:
+            self._check_batch(x, y)
         # entering a device that is the current one already costs as much as the checks
-        if self._x.device.index == torch.cuda.current_device():
-            return self._run(x, y)
+        if self._index == torch.cuda.current_device():
+            return self._run(x, y, fits)
         with torch.cuda.device(self._x.device):
-            return self._run(x, y)
+            return self._run(x, y, fits)
 
     def eager(self, x: Tensor, y: Tensor) -> EMStep:
         """Trains on one mini-batch of any size without the graph; the results are new tensors."""
@@ -140,8 +146,8 @@ class CapturedStep:
         self.optimizer.step()
         return step._replace(loss=step.loss.detach())
 
-    def _run(self, x: Tensor, y: Tensor) -> EMStep:
-        given = [t.detach() if t.requires_grad else t for t in (x, y)]
+    def _run(self, x: Tensor, y: Tensor, detached: bool) -> EMStep:
+        given = [x, y] if detached else [x.detach(), y.detach()]
         torch._foreach_copy_([self._x, self._y], given)
         if self._graph is None or not self._holds.seem_the_same():
             present = self._taken_in()
@@ -160,7 +166,8 @@ class CapturedStep:
                 self._recorded = present
             self._holds.remember()
         # on the host, so never inside the graph
-        self._begin()
+        if self._rollback.active != self.task:
+            self._begin()
         parameters, grads = self._grads
         if not all(map(is_, map(_grad, parameters), grads)):
             for parameter, grad in zip(parameters, grads, strict=True):
@@ -220,6 +227,19 @@ class CapturedStep:
     def _taken_in(self) -> tuple:
         return self._holds.everything()
 
+    def _fits(self, x: Any, y: Any) -> bool:
+        """Quickly, whether :meth:`_check_batch` lets a mini-batch pass and it needs no gradients.
+
+        False says nothing: :meth:`_check_batch` decides, with its messages.
+        """
+        if self._net._configs.get(self.task, ()) is not None:
+            return False
+        try:
+            alike = _form(x) == self._forms[0] and _form(y) == self._forms[1]
+        except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
+            return False
+        return alike and isinstance(x, Tensor) and isinstance(y, Tensor)
+
     def _check_batch(self, x: Any, y: Any) -> None:
         checks.check_open_task(self.task, self._net)
         for name, got, like in (("x", x, self._x), ("y", y, self._y)):
@@ -251,6 +271,11 @@ def _check_arguments(em: Any, optimizer: Any, x: Any, y: Any, task: Any) -> None
             f"optimizer: expected one that trains parameters of em.net for task {task!r}, got one "
             f"without any of them"
         )
+
+
+def _form_of(like: Tensor) -> tuple | None:
+    """What a tensor has to be in order to fit in without a closer look; None: nothing does."""
+    return _form(like) if checks.is_plain(like) else None
 
 
 def _constant_weights(em: LASEM) -> list[Tensor]:

@@ -13,7 +13,7 @@ from lasem_fast.em import LASEM
 
 # Calls between two full comparisons.
 _RARELY = 256
-_trains = attrgetter("requires_grad")
+_address, _trains = Tensor.data_ptr, attrgetter("requires_grad")
 _there = partial(is_not, None)
 
 
@@ -25,8 +25,6 @@ class Holdings:
         self._weights = [*em.net.parameters(), *em.net.buffers()]
         # read past nn.Module.__getattr__, which would cost as much as what is looked at
         self._prior, self._states = em._prior, em._prior.states._modules
-        self._quick: tuple | None = None
-        self._objects: list[Any] = []
         self._calls = 0
 
     def everything(self) -> tuple:
@@ -46,7 +44,11 @@ class Holdings:
     def remember(self) -> None:
         """Takes what is there now as what :meth:`seem_the_same` compares with."""
         self._calls = 0
-        self._quick, self._objects = self._version(), self._identities()
+        self._training = self.em.training
+        self._addresses = [*map(_address, self._in_memory())]
+        self._trained = [w for w in self._weights if w.requires_grad]
+        self._frozen = [w for w in self._weights if not w.requires_grad]
+        self._objects, self._lengths = self._optimizer_now()
 
     def seem_the_same(self) -> bool:
         """Whether nothing was replaced since :meth:`remember`, in a few microseconds.
@@ -55,30 +57,33 @@ class Holdings:
         state, groups and their values. Every so often it says False, for a comparison in full.
         """
         self._calls += 1
-        if self._calls >= _RARELY or self._quick != self._version():
+        if self._calls >= _RARELY or self.em.training != self._training:
             return False
-        now = self._identities()
-        return len(now) == len(self._objects) and all(map(is_, now, self._objects))
-
-    def _version(self) -> tuple:
-        buffers = [*self._prior._buffers.values()]
-        for state in self._states.values():
-            buffers += state._buffers.values()
+        objects, lengths = self._optimizer_now()
         return (
-            self.em.training,
-            [*map(Tensor.data_ptr, self._weights)],
-            [*map(_trains, self._weights)],
-            [*map(Tensor.data_ptr, filter(_there, buffers))],
-            len(self.optimizer.state),
-            [len(group["params"]) for group in self.optimizer.param_groups],
+            lengths == self._lengths
+            and all(map(is_, objects, self._objects))
+            and [*map(_address, self._in_memory())] == self._addresses
+            and all(map(_trains, self._trained))
+            and not any(map(_trains, self._frozen))
         )
 
-    def _identities(self) -> list[Any]:
-        optimizer = self.optimizer
-        objects: list[Any] = [optimizer.state, optimizer.param_groups]
-        for group in optimizer.param_groups:
+    def _in_memory(self) -> list[Tensor]:
+        """The weights and the prior's buffers, of all tasks."""
+        tensors = [*self._weights, *filter(_there, self._prior._buffers.values())]
+        for state in self._states.values():
+            tensors += filter(_there, state._buffers.values())
+        return tensors
+
+    def _optimizer_now(self) -> tuple[list[Any], list[int]]:
+        """The optimiser's state, groups and their values, and how many there are of each."""
+        state, groups = self.optimizer.state, self.optimizer.param_groups
+        objects: list[Any] = [state, groups]
+        lengths = [len(state)]
+        for group in groups:
             objects += group.values()
-        return objects
+            lengths += len(objects), len(group["params"])
+        return objects, lengths
 
 
 def _mark(value: Any) -> Any:

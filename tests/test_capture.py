@@ -6,6 +6,8 @@ import copy
 import sys
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -380,6 +382,124 @@ class TestRehearsal:
         assert done == {None: [*eager, "record"], "second": eager}.get(fails, eager[:1])
 
 
+class _Subclass(torch.Tensor):
+    pass
+
+
+MISFITS = {
+    "none": (lambda t: None, TypeError, "a tensor, got NoneType"),
+    "fake": (lambda t: SimpleNamespace(shape=t.shape, dtype=t.dtype, device=t.device,
+                                       layout=t.layout, requires_grad=False),
+             TypeError, "a tensor, got SimpleNamespace"),
+    "sparse": (torch.Tensor.to_sparse, TypeError, "a dense tensor"),
+    "nested": (lambda t: torch.nested.nested_tensor([*t]), TypeError, "a dense tensor"),
+    "jagged": (lambda t: torch.nested.nested_tensor([*t.flatten(1)] if t.dim() > 1 else
+                                                    [t, t], layout=torch.jagged),
+               TypeError, "a dense tensor"),
+    "quantized": (lambda t: torch.quantize_per_tensor(t.float(), 1.0, 0, torch.qint8),
+                  TypeError, "a dense tensor"),
+    "shape": (lambda t: t[:3], ValueError, "shape"),
+    "more dimensions": (lambda t: t[None], ValueError, "shape"),
+    "dtype": (torch.Tensor.half, ValueError, "shape .* of torch.* got .* of torch.float16"),
+    "device": (lambda t: t.to("meta"), ValueError, "shape .* on cpu, .* on meta"),
+}  # fmt: skip
+
+
+class TestACallOfAGraph:
+    """What a call does around the replay, with a graph that does nothing."""
+
+    def _recorded(self):
+        em, optimizer = _made()
+        step = _captured(em, optimizer)
+        step._result = step.eager(*_batches(1)[0])
+        parameters = [p for p in em.net.parameters() if p.grad is not None]
+        step._grads = parameters, [p.grad for p in parameters]
+        step.why_eager, step._graph = None, Mock()
+        step._recorded = step._taken_in()
+        step._holds.remember()
+        return step
+
+    @pytest.fixture(autouse=True)
+    def _on_a_device(self, stand_in):
+        self.done = stand_in
+
+    def test_the_mini_batch_is_where_the_graph_reads_it(self):
+        step, (x, y) = self._recorded(), _batches(3)[2]
+        for given in (x, x.clone().requires_grad_(), x.double().float().as_subclass(_Subclass)):
+            step._x.zero_()
+            assert step(given, y) is step._result
+            assert torch.equal(step._x, x) and torch.equal(step._y, y)
+            assert not step._x.requires_grad
+        assert step._graph.replay.call_count == 3 and not self.done
+
+    @pytest.mark.parametrize("change", [lambda grad: None, torch.clone])
+    @pytest.mark.parametrize("which", [0, -1])
+    def test_gradients_are_those_of_the_graph(self, change, which):
+        step = self._recorded()
+        parameters, grads = step._grads
+        parameters[which].grad = change(grads[which])
+        step(*_batches(1)[0])
+        assert all(p.grad is grad for p, grad in zip(parameters, grads, strict=True))
+        assert step._graph.replay.call_count == 1
+
+    @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*quantize")
+    @pytest.mark.parametrize("misfit", MISFITS)
+    def test_a_misfit_changes_nothing(self, misfit):
+        step, (x, y) = self._recorded(), _batches(2)[1]
+        before = step._x.clone(), step._y.clone()
+        change, error, message = MISFITS[misfit]
+        for name, given in {
+            "x": (change(x), y),
+            "y": (x, change(y)),
+            "x, before y": (change(x), change(y)),
+        }.items():
+            with pytest.raises(error, match=f"{name[0]}: expected {message}"):
+                step(*given)
+        assert torch.equal(step._x, before[0]) and torch.equal(step._y, before[1])
+        step._net._configs["a"] = (True,)
+        with pytest.raises(ValueError, match="task: expected one that has not ended"):
+            step(change(x), y)
+        assert not step._graph.replay.called and not self.done
+
+    @pytest.mark.filterwarnings("ignore:.*quantize")
+    def test_a_quantized_mini_batch_is_refused_by_a_step_captured_with_one(self):
+        em, optimizer = _made()
+        x, y = _batches(1)[0]
+        x = torch.quantize_per_tensor(x, 1.0, 0, torch.qint8)
+        step = lf.CapturedStep(em, optimizer, x, y, "a", False)
+        with pytest.raises(TypeError, match="x: expected a dense tensor"):
+            step(x, y)
+
+    def test_an_ended_task(self):
+        step = self._recorded()
+        step.em.end_task("a")
+        with pytest.raises(ValueError, match="task: expected one that has not ended"):
+            step(*_batches(1)[0])
+        assert not step._graph.replay.called
+
+    def test_the_roll_back_is_told_whose_step_comes(self):
+        step = self._recorded()
+        step(*_batches(1)[0])
+        assert step.em._rollback.active == "a"
+        step.em(*_batches(1)[0], "b")
+        assert step.em._rollback.active == "b"
+        step._recorded = step._taken_in()  # with the prior's count of the other task
+        step._holds.remember()
+        step(*_batches(1)[0])
+        assert step.em._rollback.active == "a" and not self.done
+
+
+def _exchanged(em):
+    """Two weights of one shape change places."""
+    one, other = em.net.shared[1][0].weight, em.net.specific["a"][1][0].weight
+    one.data, other.data = other.data, one.data
+
+
+def _replaced_count(em):
+    state = em._prior.states["a"]
+    state.wins = state.wins.clone()
+
+
 CHANGES = {
     "mode": lambda em, opt: em.eval(),
     "address": lambda em, opt: setattr(em.net.shared[0][0].weight, "data", torch.zeros(1)),
@@ -389,6 +509,22 @@ CHANGES = {
     "group": lambda em, opt: opt.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}),
     "task": lambda em, opt: em(*_batches(1)[0], "b"),
     "cast": lambda em, opt: em.double(),
+    "thawed": lambda em, opt: em.net.heads["b"].requires_grad_(True),
+    "exchanged": lambda em, opt: _exchanged(em),
+    "last": lambda em, opt: setattr([*em.net.parameters()][-1], "data", torch.zeros(1)),
+    "count": lambda em, opt: _replaced_count(em),
+    "count forgotten": lambda em, opt: em._prior.forget("a"),
+    "state": lambda em, opt: opt.state.popitem(),
+    "more": lambda em, opt: opt.param_groups[0]["params"].append(nn.Parameter(torch.zeros(1))),
+    "less": lambda em, opt: opt.param_groups[0]["params"].pop(),
+    "new value": lambda em, opt: opt.param_groups[0].update(more=1),
+    "no group": lambda em, opt: opt.param_groups.pop(),
+}
+# Replaced by an equal one, which a look at everything takes for the same.
+EQUALS = {
+    "state": lambda opt: setattr(opt, "state", copy.copy(opt.state)),
+    "groups": lambda opt: setattr(opt, "param_groups", [*opt.param_groups]),
+    "a value": lambda opt: opt.param_groups[0].update(lr=float(str(opt.param_groups[0]["lr"]))),
 }
 
 
@@ -397,6 +533,7 @@ class TestHoldings:
 
     def _held(self):
         em, optimizer = _made()
+        em.net.heads["b"].requires_grad_(False)
         em(*_batches(1)[0], "a").loss.backward()
         optimizer.step()
         holds = Holdings(em, optimizer)
@@ -411,6 +548,22 @@ class TestHoldings:
         CHANGES[change](em, optimizer)
         assert not holds.seem_the_same()
         assert holds.everything() != before
+
+    @pytest.mark.parametrize("change", EQUALS)
+    def test_an_equal_one_is_looked_at_closely(self, change):
+        _, optimizer, holds = self._held()
+        before = holds.everything()
+        EQUALS[change](optimizer)
+        assert not holds.seem_the_same()
+        assert holds.everything() == before
+
+    def test_a_buffer_of_the_prior_itself_is_seen(self):
+        em, optimizer = _made(prior=torch.ones(8))
+        holds = Holdings(em, optimizer)
+        holds.remember()
+        assert holds.seem_the_same()
+        em._prior.probabilities = em._prior.probabilities.clone()
+        assert not holds.seem_the_same()
 
     def test_steps_change_nothing(self):
         em, optimizer, holds = self._held()
