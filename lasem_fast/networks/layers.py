@@ -69,7 +69,7 @@ def modules_in(*modules: nn.Module) -> list[nn.Module]:
         return [inside for module in found for inside in module.modules()]
     for module in found:  # which grows meanwhile
         if type(module).named_modules is not nn.Module.named_modules:  # it hides some, say
-            return [inside for outer in modules for inside in outer.modules()]
+            return list(dict.fromkeys(m for outer in modules for m in outer.modules()))
         if module._modules:
             for child in module._modules.values():
                 if child is not None and child not in known:
@@ -78,11 +78,11 @@ def modules_in(*modules: nn.Module) -> list[nn.Module]:
     return found
 
 
-def parameters_in(module: nn.Module) -> list[nn.Parameter]:
-    """What ``module.parameters()`` gives; a parameter that two modules share comes twice."""
-    if type(module).named_parameters is not nn.Module.named_parameters:
-        return list(module.parameters())
-    return [p for m in modules_in(module) for p in m._parameters.values() if p is not None]
+def parameters_in(*modules: nn.Module) -> list[nn.Parameter]:
+    """What ``parameters()`` of each gives; a parameter that two modules share comes twice."""
+    if any([type(m).named_parameters is not nn.Module.named_parameters for m in modules]):
+        return [parameter for module in modules for parameter in module.parameters()]
+    return [p for m in modules_in(*modules) for p in m._parameters.values() if p is not None]
 
 
 def has_tensors(module: nn.Module) -> bool:
@@ -221,7 +221,11 @@ def active_random_layers(module: nn.Module) -> list[nn.Module]:
 
 def active_random(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """Those that draw random numbers in their present mode."""
-    kinds = {kind for kind in set(map(type, layers)) if _may_be_random(kind)}
+    kinds = {
+        kind
+        for kind in set(map(type, layers))
+        if issubclass(kind, _MAY_BE_RANDOM) or hasattr(kind, "stochastic")
+    }
     return [
         layer
         for layer in layers
@@ -229,10 +233,6 @@ def active_random(layers: Sequence[nn.Module]) -> list[nn.Module]:
         and layer.training
         and is_random(layer)
     ]
-
-
-def _may_be_random(kind: type[nn.Module]) -> bool:
-    return issubclass(kind, _MAY_BE_RANDOM) or hasattr(kind, "stochastic")
 
 
 def mixes_samples(layer: nn.Module) -> bool:

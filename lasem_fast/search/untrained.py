@@ -99,7 +99,7 @@ def _trainable(
     }
     found = {}
     for part, modules in parts.items():
-        own = [p for module in modules if module is not None for p in parameters_in(module)]
+        own = parameters_in(*[module for module in modules if module is not None])
         trainable = [p for p in own if p.requires_grad and not p.is_inference()]
         if trainable:
             found[part] = trainable
