@@ -24,6 +24,7 @@ from lasem_fast.networks.layers import (
     has_hooks,
     has_tensors,
     may_write_input,
+    plain_stage,
 )
 from lasem_fast.networks.network import Network
 from lasem_fast.transfer import Branch
@@ -121,7 +122,11 @@ class Tree:
                 h = self._continue(network, h, i, live)
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
-                merge = not goes_on or _is_parameter_free(network.stages[i + 1])
+                merge = not goes_on or (
+                    # else it cannot be one wide layer anyway
+                    plain_stage(used[0].module) is not None
+                    and _is_parameter_free(network.stages[i + 1])
+                )
                 h = self._branch_out(network, h, merge, i, live)
         return h
 
