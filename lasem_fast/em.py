@@ -23,7 +23,7 @@ from lasem_fast.networks.saved import all_or_nothing, lasting, packed, unpacked
 from lasem_fast.priors import Prior, as_prior
 from lasem_fast.search import dispatch, first_look
 from lasem_fast.search.m_step import MStep
-from lasem_fast.search.posterior import evidence
+from lasem_fast.search.posterior import evidence, is_finite
 from lasem_fast.search.ranks import Ranks
 from lasem_fast.search.reuse import Posteriors
 from lasem_fast.search.search import Found, Search
@@ -341,7 +341,7 @@ class LASEM(nn.Module):
         return on_host and not torch.compiler.is_compiling() and not checks.is_transformed()
 
     def _network(self, task: str, x: Tensor) -> Network:
-        network = Network(self.net.branches(task), self.net.heads[task], task)
+        network = Network(self.net.branches(task), self.net.heads[task], task).looked_into()
         if not self._reads_values(x) or self.backend == "reference":
             return network
         key = (task, self.training, len(x) > 1)
@@ -377,7 +377,8 @@ class LASEM(nn.Module):
             self._posteriors.used(task)
         elif frozen is None:
             if not found.counted:
-                self._prior.update(task, found.posterior, torch.isfinite(found.nll).any())
+                finite = is_finite(found.nll) if found.finite is None else found.finite
+                self._prior.update(task, found.posterior, finite.any())
             if self.e_step_every > 1:
                 self._posteriors.keep(task, found.posterior, self.e_step_every - 1)
         return step

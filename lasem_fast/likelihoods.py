@@ -58,10 +58,10 @@ class Joint(Likelihood):
 
     def log_prob(self, output: Tensor, y: Tensor) -> Tensor:
         classes = output.shape[-1]
-        known = (y >= 0) & (y < classes)
-        index = y.clamp(0, classes - 1).expand(output.shape[0], -1).unsqueeze(-1)
+        known = y.clamp(0, classes - 1)
+        index = known.expand(output.shape[0], -1).unsqueeze(-1)
         picked = output.log_softmax(dim=-1).gather(-1, index).squeeze(-1)
-        return torch.where(known, picked, torch.nan)
+        return picked.masked_fill(known != y, torch.nan)
 
 
 class Mean(Joint):

@@ -122,13 +122,15 @@ class TransferNet(nn.Module):
     def branches(self, task: str) -> list[tuple[Branch | None, Branch | None]]:
         """For every stage its branches for this task, shared first; None for a dropped one."""
         pairs = []
-        for i, own in enumerate(self.specific[task]):
+        stages = zip(self.shared, self.specific[task], self.adapters[task], strict=True)
+        mechanism, without = self.mechanism, self._without_adapters[task]
+        for i, (module, own, adapters) in enumerate(stages):
             shared = None
-            if i not in self._without_adapters[task]:
-                shared = self.mechanism.shared_branch(self.shared[i], self.adapters[task][i])
+            if i not in without:
+                shared = mechanism.shared_branch(module, adapters)
                 if not isinstance(shared, Branch):
                     raise TypeError(
-                        f"transfer: expected shared_branch of {type(self.mechanism).__name__} to "
+                        f"transfer: expected shared_branch of {type(mechanism).__name__} to "
                         f"give a Branch, got {type(shared).__name__}"
                     )
             pairs.append((shared, None if own is None else Branch(own)))
@@ -136,16 +138,19 @@ class TransferNet(nn.Module):
 
     def auxiliary_losses(self, task: str) -> list[Tensor | None]:
         """For every stage what sharing it adds to a configuration's loss; None for nothing."""
+        mechanism = self.mechanism
         terms = [
-            self.mechanism.auxiliary_loss(shared, factors)
+            mechanism.auxiliary_loss(shared, factors)
             for shared, factors in zip(self.shared, self.adapters[task], strict=True)
         ]
         for term in terms:
+            if term is None:
+                continue
             fits = checks.is_plain(term) and term.shape == () and term.is_floating_point()
             fits = fits and term.device == next(self.parameters()).device
-            if term is not None and not fits:
+            if not fits:
                 raise TypeError(
-                    f"transfer: expected auxiliary_loss of {type(self.mechanism).__name__} to give "
+                    f"transfer: expected auxiliary_loss of {type(mechanism).__name__} to give "
                     f"a floating-point tensor of no dimensions or None, got {type(term).__name__}"
                 )
         return terms

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cases, gate, machine, measured, peers, race, report
+from bench import cases, eager_host, gate, machine, measured, peers, race, report
 from bench.cases import Case
 from bench.peers import BASE, Column, Outcome, Runner
 from lasem_fast.tools.builtin import NETS, Builtin, Skip, conv_layer, conv_stages, dense_head
@@ -295,3 +295,23 @@ def test_report_of_something_else_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "x.json")])
     assert "expected results of the benchmark suite, got x.json" in capsys.readouterr().err
+
+
+def test_the_hosts_work_in_eager_steps_is_told_by_parts(capsys):
+    eager_host.main(["--steps", "1", "--parts"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines[1:] if not line.startswith(" ")]
+    assert [row[0] for row in rows] == ["cifar-4", "residual-17", "residual-17"]
+    for row in rows:
+        plain, ours, more = map(float, row[-3:])
+        assert abs(ours - plain - more) <= 1
+    parts = {line.split()[0] for line in lines if line.startswith(" ")}
+    assert {"Tree._call", "plain_torch.wide_level", "Joint.log_prob", "LASEM.forward"} <= parts
+
+
+def test_the_hosts_work_is_that_of_the_same_step():
+    with eager_host.as_on_a_device():
+        for problem in eager_host.problems().values():
+            plain, ours = peers.plain_tree(problem).step(), peers.ours(problem, "torch").step()
+            torch.testing.assert_close(ours.loss, plain.loss)
+            torch.testing.assert_close(ours.posterior, plain.posterior, rtol=1e-4, atol=1e-6)

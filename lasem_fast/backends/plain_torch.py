@@ -48,7 +48,7 @@ def wide_level(
         places = Places(torch.arange(rows * len(branches)).view(rows, -1), samples_first=True)
         h = followed(stage.core, h, weights["weight"], weights.get("bias"), liveness, places)
     else:
-        h = functional_call(stage.core, weights, (h,))
+        h = _with_weights(stage.core, weights, h)
         passed_over(liveness)
     for layer in stage.after:
         h = layer(h)
@@ -146,7 +146,20 @@ def _core(
         places = Places(index_tensor(rows, x.device).view(parents, -1), samples_first=False)
         return followed(layer.core, x, weights["weight"], weights.get("bias"), liveness, places)
     passed_over(liveness)
-    return functional_call(layer.core, weights, (x,))
+    return _with_weights(layer.core, weights, x)
+
+
+def _with_weights(core: nn.Module, weights: dict[str, Tensor], h: Tensor) -> Tensor:
+    """What ``functional_call`` gives for a layer whose weights these are, without its set-up."""
+    own = core._parameters
+    if torch.compiler.is_compiling() or not weights.keys() <= own.keys():
+        return functional_call(core, weights, (h,))
+    before = {name: own[name] for name in weights}
+    own.update(weights)
+    try:
+        return core(h)
+    finally:
+        own.update(before)
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -166,9 +179,11 @@ def _wide(branches: Sequence[Branch]) -> tuple[PlainStage, dict[str, Tensor]] | 
     """A stage's layers, and its branches' weights as those of one wide layer; None if not plain."""
     if len(branches) == 1:
         return None
-    plain = [plain_stage(branch.module) for branch in branches]
-    first = plain[0]
-    if first is None or any(not same_form(first, other) for other in plain[1:]):
+    first = plain_stage(branches[0].module)
+    if first is None:
+        return None
+    plain = [first, *(plain_stage(branch.module) for branch in branches[1:])]
+    if not all([same_form(first, other) for other in plain[1:]]):
         return None
     wide = {}
     for name in ("weight", "bias"):
@@ -189,7 +204,7 @@ def _branches_into_batch(h: Tensor, branches: int) -> Tensor:
     ):
         split = h.unflatten(1, (branches, -1)).permute(0, 1, 3, 4, 2)
         return split.flatten(0, 1).permute(0, 3, 1, 2)
-    return h.unflatten(1, (branches, -1)).flatten(0, 1)
+    return h.reshape(h.shape[0] * branches, h.shape[1] // branches, *h.shape[2:])
 
 
 def channels_last_head(

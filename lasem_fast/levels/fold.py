@@ -28,10 +28,9 @@ class Stacks(NamedTuple):
         parts, level = self
         if len(parts) == 1:
             return parts[0]
-        samples = parts[0].shape[0] // len(level.rows_of(level.used_branches[0]))
         if level.is_full:
-            split = [part.unflatten(0, (samples, level.width)) for part in parts]
-            return torch.stack(split, dim=2).flatten(0, 2)
+            return torch.stack(parts, dim=1).flatten(0, 1)
+        samples = parts[0].shape[0] // len(level.rows_of(level.used_branches[0]))
         rows = torch.cat([part.unflatten(0, (samples, -1)) for part in parts], dim=1)
         order = level.merge_order()
         if order != tuple(range(len(level))):
@@ -107,7 +106,7 @@ def split_rows(h: Fold, width: int, sizes: Sequence[int]) -> list[Fold]:
 
 def rows_of(h: Tensor, width: int, rows: tuple[int, ...]) -> Tensor:
     """Some of the ``width`` rows of a folded batch."""
-    if rows == tuple(range(width)):
+    if len(rows) == width and rows == tuple(range(width)):
         return h
     split = h.unflatten(0, (-1, width))
     step = rows[1] - rows[0] if len(rows) > 1 else 1

@@ -29,6 +29,7 @@ class Level:
         used_branches: the branches that at least one row takes, ascending.
         positions: for each row, where its branch stands among the used ones.
         is_full: whether every parent goes through every used branch, in nested-loop order.
+        rows: for each used branch, its rows and their parents; see :meth:`rows_of`.
     """
 
     parents: tuple[int, ...]
@@ -37,6 +38,9 @@ class Level:
     used_branches: tuple[int, ...] = field(init=False)
     positions: tuple[int, ...] = field(init=False)
     is_full: bool = field(init=False)
+    rows: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(
+        init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         # set here, not when first read: torch.compile cannot trace a cached property
@@ -47,6 +51,11 @@ class Level:
         object.__setattr__(self, "is_full", len(self) == self.width * len(used) and (
             self.parents == tuple(p for p in range(self.width) for _ in used)
         ))  # fmt: skip
+        rows: dict[int, tuple[list[int], list[int]]] = {branch: ([], []) for branch in used}
+        for row, (parent, branch) in enumerate(zip(self.parents, self.branches, strict=True)):
+            rows[branch][0].append(row)
+            rows[branch][1].append(parent)
+        object.__setattr__(self, "rows", {b: (tuple(r), tuple(p)) for b, (r, p) in rows.items()})
         # levels of hundreds of rows are looked up at every step
         object.__setattr__(self, "_hash", hash((self.parents, self.branches, self.width)))
 
@@ -62,11 +71,11 @@ class Level:
 
     def rows_of(self, branch: int) -> tuple[int, ...]:
         """The rows of this level that take ``branch``."""
-        return tuple(i for i, b in enumerate(self.branches) if b == branch)
+        return self.rows[branch][0] if branch in self.rows else ()
 
     def parents_of(self, branch: int) -> tuple[int, ...]:
         """The parent rows that go through ``branch``, in the order of :meth:`rows_of`."""
-        return tuple(self.parents[i] for i in self.rows_of(branch))
+        return self.rows[branch][1] if branch in self.rows else ()
 
     def merge_order(self) -> tuple[int, ...]:
         """Where each row stands when the branches' rows are put one branch after another."""
@@ -85,11 +94,17 @@ class Plan:
         levels: one per stage.
         leaves: for each configuration, its row on the last level.
         order: the last level's rows in nested-loop order; None: that is how they are.
+        continued: for each stage, whether it continues the one before; see :meth:`continues`.
     """
 
     levels: tuple[Level, ...]
     leaves: tuple[int, ...]
     order: tuple[int, ...] | None = None
+    continued: tuple[bool, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.levels, self.levels[1:], strict=False)
+        object.__setattr__(self, "continued", (False, *(_continues(a, b) for a, b in pairs)))
 
     @classmethod
     def of(cls, branches: list[list[int]]) -> Plan:
@@ -127,11 +142,7 @@ class Plan:
 
     def continues(self, stage: int) -> bool:
         """Whether each row only goes on in the branch it came from, as inside a group."""
-        if stage == 0:
-            return False
-        before, level = self.levels[stage - 1], self.levels[stage]
-        in_order = level.parents == tuple(range(level.width))
-        return in_order and level.branches == before.branches
+        return self.continued[stage]
 
     def top(self, stage: int) -> Plan:
         """The levels before stage ``stage``, each of whose last rows is a leaf."""
@@ -212,6 +223,10 @@ class Plan:
         second = self.levels[stage].going_on()
         levels = *self.levels[: stage + 1], second, *self.levels[stage + 1 :]
         return Plan(levels, self.leaves, self.order)
+
+
+def _continues(before: Level, level: Level) -> bool:
+    return level.branches == before.branches and level.parents == tuple(range(level.width))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lasem_fast.networks.layers import iterates, mixes_samples
+from lasem_fast.networks.layers import any_mixes_samples, iterates, mixes_samples, modules_in
 from lasem_fast.networks.network import Network
 
 
@@ -256,6 +256,8 @@ def check_independent_samples(net: TaskNet, task: str) -> None:
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]
     parts[f"heads[{task!r}]"] = net.heads[task]
+    if not any_mixes_samples(modules_in(*parts.values())):
+        return
     for part, module in parts.items():
         for name, layer in module.named_modules():
             if not (mixes_samples(layer) or iterates(layer)):

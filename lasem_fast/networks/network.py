@@ -6,9 +6,16 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lasem_fast.networks.layers import PlainStage, active_random_layers
+from lasem_fast.networks.layers import (
+    PlainStage,
+    active_random,
+    active_random_layers,
+    any_in_place,
+    modules_in,
+)
 from lasem_fast.transfer import Branch
 
 
@@ -20,12 +27,24 @@ class Network(NamedTuple):
         head: maps the last stage's output to the logits.
         task: the task's name, for messages.
         head_writes_input: whether the head was seen to change its input tensor in place.
+        may_draw: whether a layer inside draws random numbers; True where nobody has looked.
+        may_write: whether a layer inside says that it changes its input; True likewise.
     """
 
     stages: list[Sequence[Branch | None]]
     head: nn.Module
     task: str
     head_writes_input: bool = False
+    may_draw: bool = True
+    may_write: bool = True
+
+    def looked_into(self) -> Network:
+        """The same network with what one walk through all of it tells, as it is now."""
+        if torch.compiler.is_compiling():
+            return self
+        layers = modules_in(*self.modules())
+        random, in_place = bool(active_random(layers)), any_in_place(layers)
+        return self._replace(may_draw=random, may_write=in_place)
 
     def protected(self, writers: Container[int]) -> Network:
         """The same network, of which the stages at these positions write to their input.
@@ -69,5 +88,8 @@ def tensors_in_force(
         branch.parameter(stage.core, stage.name, name)
         for branch, stage in zip(branches, stages, strict=True)
     ]
-    shapes = {None if tensor is None else tensor.shape for tensor in tensors}
-    return tensors if len(shapes) == 1 else None
+    shape = None if tensors[0] is None else tensors[0].shape
+    for tensor in tensors:
+        if (None if tensor is None else tensor.shape) != shape:
+            return None
+    return tensors

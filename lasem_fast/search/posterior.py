@@ -18,10 +18,12 @@ class Evidence(NamedTuple):
         log_likelihood: L_c ``[C]``; -inf where the configuration overflowed.
         nll: mean over the mini-batch of -log P(y_i | x_i, c), ``[C]``; NaN or infinite where it
             overflowed. Carries the gradient.
+        finite: bool ``[C]``, False where it overflowed.
     """
 
     log_likelihood: Tensor
     nll: Tensor
+    finite: Tensor
 
 
 def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
@@ -33,7 +35,13 @@ def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
     nll = -log_prob.mean(dim=1)
     value = likelihood.reduce(log_prob.detach())
     _check_returned(value, output, 1, f"{type(likelihood).__name__}.reduce")
-    return Evidence(torch.where(torch.isfinite(nll), value, -torch.inf), nll)
+    finite = is_finite(nll)
+    return Evidence(torch.where(finite, value, -torch.inf), nll, finite)
+
+
+def is_finite(nll: Tensor) -> Tensor:
+    """``torch.isfinite``, which launches twice as many kernels, without a graph."""
+    return nll.detach().abs() < torch.inf
 
 
 def _check_returned(value: Any, output: Tensor, dimensions: int, method: str) -> None:

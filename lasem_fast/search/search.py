@@ -17,7 +17,7 @@ from lasem_fast.networks.network import Network
 from lasem_fast.priors import Prior
 from lasem_fast.search import dispatch
 from lasem_fast.search.m_step import MStep
-from lasem_fast.search.posterior import Evidence, evidence, expected_nll, posterior_of
+from lasem_fast.search.posterior import Evidence, evidence, expected_nll, is_finite, posterior_of
 from lasem_fast.tree.evaluation import Evaluation, Evaluator
 
 
@@ -33,6 +33,7 @@ class Found(NamedTuple):
         nll: ``[C]``; inf and NaN likewise.
         dropped_mass: scalar, or None where nothing was left out.
         counted: whether the prior has counted the posterior already.
+        finite: bool, of the configurations that were evaluated: whether the nll is; None: unknown.
     """
 
     loss: Tensor
@@ -42,6 +43,7 @@ class Found(NamedTuple):
     nll: Tensor
     dropped_mass: Tensor | None
     counted: bool
+    finite: Tensor | None
 
 
 class Search:
@@ -118,10 +120,10 @@ class Search:
             if scores is not None and self._follows_all(scores.posterior, reads_values):
                 return _of_scores(scores)
             if scores is not None:
-                e_step = Evidence(scores.log_likelihood, scores.nll)
+                e_step = Evidence(scores.log_likelihood, scores.nll, is_finite(scores.nll))
             else:
                 e_step = evidence(e_output, y, self.likelihood)
-                if reads_values and (overflowed := _numbers(~torch.isfinite(e_step.nll), rows)):
+                if reads_values and (overflowed := _numbers(~e_step.finite, rows)):
                     bad.update(overflowed)
                     continue
             log_likelihood = self._spread(e_step.log_likelihood, rows, bad, -torch.inf)
@@ -137,7 +139,7 @@ class Search:
             m_step = e_step
             if part.logits is not e_output:
                 m_step = evidence(part.logits, y, self.likelihood)
-                if reads_values and (overflowed := _numbers(~torch.isfinite(m_step.nll), m_rows)):
+                if reads_values and (overflowed := _numbers(~m_step.finite, m_rows)):
                     bad.update(overflowed)
                     continue
             break
@@ -146,7 +148,8 @@ class Search:
         loss = expected_nll(_picked(weights.weights, m_rows), m_step.nll)
         nll = e_step.nll.detach()
         if not reads_values:
-            nll = _finite_or_inf(nll)
+            # an overflowing configuration shows here and in the loss
+            nll = torch.where(e_step.finite, nll, torch.inf)
             if scores is not None:  # a mini-batch that no configuration explains shows there
                 loss = torch.where(torch.isnan(scores.loss.detach()), torch.nan, loss)
         return Found(
@@ -157,6 +160,7 @@ class Search:
             nll=self._spread(nll, rows, bad, torch.inf),
             dropped_mass=weights.dropped_mass,
             counted=False,
+            finite=e_step.finite,
         )
 
     def _follows_all(self, posterior: Tensor, reads_values: bool) -> bool:
@@ -283,6 +287,7 @@ def _of_scores(scores: Scores) -> Found:
         nll=scores.nll.detach(),
         dropped_mass=None,
         counted=scores.counted,
+        finite=None,
     )
 
 
@@ -305,11 +310,6 @@ def _numbers(mask: Tensor, rows: Sequence[int] | None = None) -> tuple[int, ...]
     """Where a mask is True, as configurations; waits for the device."""
     found = mask.nonzero().flatten().tolist()
     return tuple(found if rows is None else (rows[i] for i in found))
-
-
-def _finite_or_inf(nll: Tensor) -> Tensor:
-    """Where values are not read, an overflowing configuration shows here and in the loss."""
-    return torch.where(torch.isfinite(nll), nll, torch.inf)
 
 
 def _picked(values: Tensor | None, rows: Sequence[int] | None) -> Tensor | None:

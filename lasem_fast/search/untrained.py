@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lasem_fast.networks.layers import parameters_in
+
 if TYPE_CHECKING:
     from lasem_fast.net import TransferNet
 
@@ -97,7 +99,7 @@ def _trainable(
     }
     found = {}
     for part, modules in parts.items():
-        own = [p for module in modules if module is not None for p in module.parameters()]
+        own = parameters_in(*[module for module in modules if module is not None])
         trainable = [p for p in own if p.requires_grad and not p.is_inference()]
         if trainable:
             found[part] = trainable

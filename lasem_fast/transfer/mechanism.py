@@ -37,7 +37,8 @@ class Branch(NamedTuple):
 
     def parameter(self, layer: nn.Module, layer_name: str, name: str) -> Tensor | None:
         """The tensor in force as parameter ``name`` of the layer called ``layer_name``."""
-        return self.tensors.get(inner_name(layer_name, name), getattr(layer, name))
+        own = getattr(layer, name)
+        return self.tensors.get(inner_name(layer_name, name), own) if self.tensors else own
 
 
 class TransferMechanism:

@@ -9,6 +9,7 @@ left it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def run(stage: Lowered, h: Fold, level: Level, liveness: Liveness | None = None)
     values = _inputs(program, layers, h, level.width)
     if values is None or not _fits(program, values[0][0]):
         return None
-    going_on = level.going_on() if len(layers) > 1 else level
+    going_on = _going_on(level) if len(layers) > 1 else level
     for i, (fused, layer) in enumerate(zip(program.layers, layers, strict=True)):
         x, x_rows = values[fused.source]
         rows = level if fused.source < program.inputs else going_on
@@ -85,6 +86,12 @@ def run(stage: Lowered, h: Fold, level: Level, liveness: Liveness | None = None)
         values[fused.source] = (x, x_rows)
         values.append((y, None))
     return _outputs(values, program, level)
+
+
+@lru_cache(2**12)
+def _going_on(level: Level) -> Level:
+    """The same one at every step."""
+    return level.going_on()
 
 
 def why_not(

@@ -133,10 +133,13 @@ def same_program(a: Program, b: Program) -> bool:
     """Whether two programs differ in their weights alone, whatever the weights' shapes."""
     if (a.inputs, a.outputs, len(a.layers)) != (b.inputs, b.outputs, len(b.layers)):
         return False
-    return all(
-        ours._replace(core=theirs.core) == theirs and same_settings(ours.core, theirs.core)
-        for ours, theirs in zip(a.layers, b.layers, strict=True)
-    )
+    for ours, theirs in zip(a.layers, b.layers, strict=True):
+        # all but the core, the second field
+        if ours[0] != theirs[0] or ours[2:] != theirs[2:]:
+            return False
+        if not same_settings(ours.core, theirs.core):
+            return False
+    return True
 
 
 def common_program(modules: Sequence[nn.Module]) -> Program | str:
@@ -153,7 +156,13 @@ def common_program(modules: Sequence[nn.Module]) -> Program | str:
 
 def layers_of(program: Program, module: nn.Module) -> list[nn.Module]:
     """The cores of ``module``, a stage with this program."""
-    return [module.get_submodule(layer.name) for layer in program.layers]
+    return [
+        # a stage's own child, as nearly always; get_submodule takes long to find it
+        module._modules[layer.name]
+        if layer.name in module._modules
+        else module.get_submodule(layer.name)
+        for layer in program.layers
+    ]
 
 
 def _plain(module: nn.Module) -> Program | None:

@@ -16,10 +16,16 @@ from lasem_fast.backends import plain_torch
 from lasem_fast.backends.operations import Operations
 from lasem_fast.levels.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.levels.liveness import TreeLiveness
-from lasem_fast.levels.plan import Level, Plan
+from lasem_fast.levels.plan import Plan
 from lasem_fast.levels.row_liveness import Liveness, passed_over
 from lasem_fast.networks import checks
-from lasem_fast.networks.layers import active_random_layers, has_hooks, may_write_input
+from lasem_fast.networks.layers import (
+    active_random_layers,
+    has_hooks,
+    has_tensors,
+    may_write_input,
+    plain_stage,
+)
 from lasem_fast.networks.network import Network
 from lasem_fast.transfer import Branch
 from lasem_fast.tree import fused_stage
@@ -113,11 +119,15 @@ class Tree:
             if out is not None:
                 h = out
             elif self.plan.continues(i):
-                h = self._continue(used, h, level, i, live)
+                h = self._continue(network, h, i, live)
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
-                merge = not goes_on or _is_parameter_free(network.stages[i + 1])
-                h = self._branch_out(used, h, level, merge, i, live)
+                merge = not goes_on or (
+                    # else it cannot be one wide layer anyway
+                    plain_stage(used[0].module) is not None
+                    and _is_parameter_free(network.stages[i + 1])
+                )
+                h = self._branch_out(network, h, merge, i, live)
         return h
 
     def _lowered(self, used: Sequence[Branch], h: Fold, stage: int) -> Lowered | None:
@@ -129,16 +139,11 @@ class Tree:
         return self.lowered[key]
 
     def _branch_out(
-        self,
-        used: Sequence[Branch],
-        h: Fold,
-        level: Level,
-        merge: bool,
-        stage: int,
-        live: Liveness | None,
+        self, network: Network, h: Fold, merge: bool, stage: int, live: Liveness | None
     ) -> Fold:
         """A level in PyTorch whose rows go through different branches of the same input."""
-        h = folded(h)
+        h, level = folded(h), self.plan.levels[stage]
+        used = [network.stages[stage][b] for b in level.used_branches]
         if merge and level.is_full:
             out = plain_torch.wide_level(used, h, level.width, live)
             if out is not None:
@@ -147,31 +152,32 @@ class Tree:
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
             rows = rows_of(h, level.width, level.parents_of(b))
-            parts.append(self._call(branch, rows, stage))
+            parts.append(self._call(network, branch, rows, stage))
         return Stacks(parts, level)
 
-    def _continue(
-        self, used: Sequence[Branch], h: Fold, level: Level, stage: int, live: Liveness | None
-    ) -> Fold:
+    def _continue(self, network: Network, h: Fold, stage: int, live: Liveness | None) -> Fold:
         """A level in PyTorch whose rows go on in the branch that they came from."""
+        level = self.plan.levels[stage]
+        used = [network.stages[stage][b] for b in level.used_branches]
         if not isinstance(h, Stacks):
             h = folded(h)
             if _is_parameter_free(used):
-                return self._call(used[0], h, stage)
+                return self._call(network, used[0], h, stage)
             h = Stacks(
                 [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
             )
         passed_over(live)
         parts = [
-            self._call(branch, part, stage) for branch, part in zip(used, h.parts, strict=True)
+            self._call(network, branch, part, stage)
+            for branch, part in zip(used, h.parts, strict=True)
         ]
         return Stacks(parts, level)
 
-    def _call(self, branch: Branch, h: Tensor, stage: int) -> Tensor:
+    def _call(self, network: Network, branch: Branch, h: Tensor, stage: int) -> Tensor:
         """The branch's output; ``h`` stays as it is, because others read it too."""
         split = self.cut is not None and stage > self.cut
         where = f"stage {self.first + stage + (0 if split else 1)}"
-        if branch.writes_input or may_write_input(branch.module):
+        if branch.writes_input or (network.may_write and may_write_input(branch.module)):
             h = h.clone()
             version = None
         else:
@@ -215,12 +221,13 @@ class Tree:
     def _samples_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
         """PyTorch's ``[N * P, K]``."""
         h = folded(h)
-        if network.head_writes_input or may_write_input(network.head):
+        writes = network.head_writes_input or (network.may_write and may_write_input(network.head))
+        if writes:
             h = h.clone()
         version = checks.version_of(h)
         logits = network.head(h)
         checks.check_logits(logits, leaves, samples, network.task)
-        if not (network.head_writes_input or may_write_input(network.head)):
+        if not writes:
             where = f"the head of task {network.task!r}"
             checks.check_input_as_it_was(version, h, network.head, where)
         return logits
@@ -252,13 +259,13 @@ class _TwoForwards:
 def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:
     """Whether the branches of a stage are one and the same function."""
     there = [branch for branch in branches if branch is not None]
-    if any(branch.tensors for branch in there):
-        return False
-    return not any(True for b in there for _ in (*b.module.parameters(), *b.module.buffers()))
+    return not any([branch.tensors or has_tensors(branch.module) for branch in there])
 
 
 def first_random_stage(network: Network) -> int | None:
     """The first stage with an active random layer; the depth if only the head has one."""
+    if not network.may_draw:
+        return None
     for i, branches in enumerate(network.stages):
         if any(active_random_layers(b.module) for b in branches if b is not None):
             return i

@@ -59,9 +59,7 @@ def test_the_second_launch_is_not_looked_up(kernel):
     ]
 
 
-@pytest.mark.parametrize(
-    "y", [torch.zeros(8, dtype=torch.float64), torch.zeros(8, device="meta")]
-)
+@pytest.mark.parametrize("y", [torch.zeros(8, dtype=torch.float64), torch.zeros(8, device="meta")])
 def test_tensors_of_another_kind_are_looked_up(y, kernel):
     launch, x = _launch(kernel), torch.zeros(8)
     launch(x, x)

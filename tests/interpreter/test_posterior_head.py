@@ -28,7 +28,7 @@ def plain(logits, y, log_prior, likelihood, dtype):
     """The library's own path at a precision, without configurations that overflow."""
     leaf = logits.detach().to(dtype).requires_grad_()
     y = y.to(dtype) if y.is_floating_point() else y
-    _, nll = evidence(leaf, y, LIKELIHOODS[likelihood])
+    nll = evidence(leaf, y, LIKELIHOODS[likelihood]).nll
     keep = torch.isfinite(nll).nonzero().squeeze(1)
     kept = evidence(leaf[keep], y, LIKELIHOODS[likelihood])
     posterior = posterior_of(log_prior[keep], kept.log_likelihood)
