@@ -22,7 +22,7 @@ class Holdings:
 
     def __init__(self, em: LASEM, optimizer: Optimizer) -> None:
         self.em, self.optimizer = em, optimizer
-        self._weights = [*em.net.parameters(), *em.net.buffers()]
+        self._weights = self._weights_now()
         # read past nn.Module.__getattr__, which would cost as much as what is looked at
         self._prior, self._states = em._prior, em._prior.states._modules
         self._calls = 0
@@ -34,7 +34,7 @@ class Holdings:
         prior = self.em._prior
         return (
             self.em.training,
-            [(w.data_ptr(), w.requires_grad) for w in self._weights],
+            [(w.data_ptr(), w.requires_grad) for w in self._weights_now()],
             [buffer.data_ptr() for buffer in (*prior.buffers(), *prior.states.all_buffers())],
             [[_mark(value) for value in state.values()] for state in states],
             [[_mark(group[key]) for key in group if key != "params"] for group in groups],
@@ -44,6 +44,7 @@ class Holdings:
     def remember(self) -> None:
         """Takes what is there now as what :meth:`seem_the_same` compares with."""
         self._calls = 0
+        self._weights = self._weights_now()
         self._training = self.em.training
         self._addresses = [*map(_address, self._in_memory())]
         self._trained = [w for w in self._weights if w.requires_grad]
@@ -67,6 +68,10 @@ class Holdings:
             and all(map(_trains, self._trained))
             and not any(map(_trains, self._frozen))
         )
+
+    def _weights_now(self) -> list[Tensor]:
+        """The net's parameters and buffers; walking its modules takes too long for every call."""
+        return [*self.em.net.parameters(), *self.em.net.buffers()]
 
     def _in_memory(self) -> list[Tensor]:
         """The weights and the prior's buffers, of all tasks."""

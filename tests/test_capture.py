@@ -571,6 +571,16 @@ class TestHoldings:
         optimizer.step()
         assert holds.seem_the_same()
 
+    def test_a_weight_that_is_replaced_in_its_module_is_seen_in_time(self):
+        em, _, holds = self._held()
+        before = holds.everything()
+        conv = next(m for m in em.net.shared.modules() if "weight" in m._parameters)
+        conv.weight = nn.Parameter(conv.weight.detach().clone())
+        assert holds.everything() != before
+        holds.remember()
+        conv.weight.requires_grad_(False)
+        assert not holds.seem_the_same()
+
     def test_everything_is_compared_now_and_then(self):
         holds = self._held()[2]
         looks = [holds.seem_the_same() for _ in range(256)]
