@@ -1,10 +1,14 @@
 """The host's own work in an eager step, beside the plain tree's, on a CPU with tiny nets.
 
-    python -m bench.eager_host [--steps N] [--parts]
+    python -m bench.eager_host [--steps N] [--parts] [--triton]
 
 Microseconds per step, forward and backward: the smallest of many in turns, because other processes
 only add to it. The nets are so narrow that an operation costs its dispatch, and no values are read,
 as on a GPU. With ``--parts``: the time of each part of the library without what it calls.
+
+With ``--triton``: the host's work for the Triton kernels of a GPU's rows, whose launches do nothing
+here. On a GPU a tensor map for every operand that is read in boxes and the driver's own work come
+to it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from lasem_fast.net import TransferNet
 from lasem_fast.tools import builtin
 
 _BATCH, _CLASSES, _WIDTH = 2, 10, 2
+_ON_GPU = [Case("cifar-4", 10, "bf16"), Case("residual-17", 10, "bf16", groups=(1,) * 8)]
 _PARTS = {
     "em:LASEM": "forward _check_call _network _search_step _step_or_as_before _meet_ranks",
     "search.search:Search": "step _evaluate _infer",
@@ -92,7 +97,7 @@ def _reads_nothing(em: lf.LASEM, x: Tensor) -> bool:
 
 
 @contextmanager
-def as_on_a_device() -> Iterator[None]:
+def reading_nothing() -> Iterator[None]:
     """No values are read, and operations have one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -156,14 +161,35 @@ class Parts:
         return {name: 1e-3 * ns for name, ns in self.best.items()}
 
 
+def triton_host(case: Case, steps: int) -> float:
+    """Microseconds of an eager step with the Triton kernels, of which none runs."""
+    from bench.idle_driver import idle_driver  # and triton with it
+    from bench.recording import as_on_a_device
+
+    with ExitStack() as stack:
+        stack.enter_context(idle_driver())
+        em, problem = stack.enter_context(as_on_a_device(case, boxes=True))
+        parameters = [*em.net.parameters()]
+
+        def step() -> None:
+            for parameter in parameters:
+                parameter.grad = None
+            with case.precision():
+                found = em(problem.x, problem.y, TASK)
+            found.loss.backward()
+
+        return microseconds([step], steps)[0]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Prints a line per row."""
     parser = argparse.ArgumentParser(prog="python -m bench.eager_host", description=__doc__)
     parser.add_argument("--steps", type=int, default=500, help="steps of each (500)")
     parser.add_argument("--parts", action="store_true", help="the library's parts, too")
+    parser.add_argument("--triton", action="store_true", help="the Triton kernels' rows, too")
     options = parser.parse_args(arguments)
     print(f"{'us per step':34} {'plain tree':>11} {'lasem_fast':>11} {'more':>7}")
-    with as_on_a_device():
+    with reading_nothing():
         for name, problem in problems().items():
             runners = [peers.plain_tree(problem), peers.ours(problem, "torch")]
             plain, ours = microseconds([runner.step for runner in runners], options.steps)
@@ -172,6 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
                 parts = Parts().of(runners[1].step, options.steps)
                 for part, took in sorted(parts.items(), key=lambda pair: -pair[1]):
                     print(f"  {part:44} {took:11.1f}")
+    for case in _ON_GPU if options.triton else []:
+        print(f"{case.id + ', triton':46} {triton_host(case, options.steps):11.0f}")
 
 
 if __name__ == "__main__":

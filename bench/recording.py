@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.cases import TASK, Case
+from bench.cases import TASK, Case, Problem
 from bench.compiling import Launch, recorded
 from lasem_fast.backends import triton_level, triton_linear_head, triton_scores
 from lasem_fast.em import LASEM
@@ -30,6 +31,29 @@ def step_launches(case: Case, boxes: bool = False) -> tuple[list[Launch], Counte
         The launches of the project's kernels, in order, and how often each of PyTorch's own
         operators that would start a kernel ran beside them. Values are whatever memory holds.
     """
+    with ExitStack() as stack:
+        em, problem = stack.enter_context(as_on_a_device(case, boxes))
+        stack.enter_context(tf32(case.dtype == "tf32"))
+        launches = stack.enter_context(recorded())
+        others = stack.enter_context(_Others())
+        for _ in range(2):  # the first step makes what is kept
+            launches.clear()
+            others.counts.clear()
+            with replace(case, device="cpu").precision():
+                step = em(problem.x, problem.y, TASK)
+            # not backward(), which would copy gradients because the recording holds them too
+            torch.autograd.grad(step.loss, [*em.net.parameters()], allow_unused=True)
+    return launches, others.counts
+
+
+@contextmanager
+def as_on_a_device(case: Case, boxes: bool) -> Iterator[tuple[LASEM, Problem]]:
+    """A row's LASEM and problem for tensors of the CPU, which go the way of those on a device.
+
+    Args:
+        case: the row.
+        boxes: as in :func:`step_launches`.
+    """
     problem = replace(case, device="cpu").problem()
     net = problem.net.to(memory_format=torch.channels_last)
     with ExitStack() as stack:
@@ -37,25 +61,20 @@ def step_launches(case: Case, boxes: bool = False) -> tuple[list[Launch], Counte
         enter(mock.patch.object(dispatch, "_why_no_triton", return_value=""))
         enter(mock.patch.object(triton_level, "_INTERPRETED", True))
         enter(mock.patch.object(triton_scores, "_INTERPRETED", True))
-        enter(mock.patch.object(triton_scores, "_looked_at_first", return_value=False))
+        # functions, because a mock takes long to be called
+        enter(mock.patch.object(triton_scores, "_looked_at_first", _no))
         if boxes:
             levels = (_Boxes(),)
             enter(mock.patch.object(dispatch, "_WITHOUT_DEVICE", levels))
             enter(mock.patch.object(triton_linear_head, "_OPERATION", *levels))
         em = LASEM(net, problem.space, backend="triton")
         # on a device nothing waits for a value
-        enter(mock.patch.object(em, "_reads_values", return_value=False))
-        enter(tf32(case.dtype == "tf32"))
-        launches = enter(recorded())
-        others = enter(_Others())
-        for _ in range(2):  # the first step makes what is kept
-            launches.clear()
-            others.counts.clear()
-            with replace(case, device="cpu").precision():
-                step = em(problem.x, problem.y, TASK)
-            # not backward(), which would copy gradients because the recording holds them too
-            torch.autograd.grad(step.loss, [*net.parameters()], allow_unused=True)
-    return launches, others.counts
+        enter(mock.patch.object(em, "_reads_values", _no))
+        yield em, problem
+
+
+def _no(_: Any) -> bool:
+    return False
 
 
 class _Boxes(triton_level.TritonLevel):

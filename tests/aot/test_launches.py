@@ -8,11 +8,14 @@ import pytest
 import torch
 from triton.compiler import CompiledKernel
 
+from bench import eager_host
+from bench.cases import Case
 from bench.idle_driver import idle_driver
 from lasem_fast.backends.triton_level_op import level
 from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
+from lasem_fast.tools.builtin import NETS, Builtin, conv_stages, dense_head
 
 
 class _Compiled(CompiledKernel):
@@ -128,6 +131,18 @@ def test_triton_gets_the_same_arguments(boxes, monkeypatch):
     assert len(looked_up) >= 4
     assert launched == looked_up
     assert len(found) == len(launched)
+
+
+def test_the_hosts_work_for_launches_that_do_nothing(monkeypatch, capsys):
+    net = Builtin(lambda: conv_stages(3, (8, 8), (3, 3), (1, 2)),
+                  lambda classes: dense_head(128, (), classes), (3, 8, 8), 4)  # fmt: skip
+    monkeypatch.setitem(NETS, "tiny", net)
+    monkeypatch.setattr(eager_host, "_ON_GPU", [Case("tiny", 4, "bf16")])
+    monkeypatch.setattr(eager_host, "problems", dict)
+    eager_host.main(["--steps", "2", "--triton"])
+    *name, took = capsys.readouterr().out.splitlines()[-1].split()
+    assert name == ["tiny", "b4", "bf16", "cpu,", "triton"]
+    assert float(took) > 0
 
 
 def _noting(found, getitem):
