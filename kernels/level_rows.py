@@ -96,6 +96,14 @@ def tables_of(rows: Rows, branches: int, device: torch.device) -> Tables:
     return _kept_tables(rows, branches, device)
 
 
+def in_rows(tensor: Tensor, rows: int) -> Tensor:
+    """``[R, N, ...]`` with rows put together to fewer of more samples, or taken apart again."""
+    if tensor.shape[0] == rows:
+        return tensor
+    samples = tensor.shape[0] * tensor.shape[1] // rows
+    return tensor.view(rows, samples, *tensor.shape[2:])
+
+
 @cache
 def _joined(rows: Rows) -> Rows:
     count = len(rows)

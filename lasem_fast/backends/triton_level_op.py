@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasem_fast.backends import box_level_op, second_order
+from lasem_fast.backends.looked_at import is_looked_at
 from lasem_fast.kernels.level_geometry import (
     Geometry,
     gradient_buffers,
     output_shape,
     skip_buffer,
 )
-from lasem_fast.kernels.level_rows import Rows, Tables, tables_of
+from lasem_fast.kernels.level_rows import Rows, Tables, in_rows, tables_of
 from lasem_fast.kernels.level_tiles import Tile
 from lasem_fast.levels.row_liveness import Liveness
 
@@ -46,9 +47,9 @@ _library.define(
     "-> (Tensor[], Tensor[])"
 )
 
-_forward = torch.ops.lasem_fast.level_triton.default
-_dgrad = torch.ops.lasem_fast.level_dgrad_triton.default
-_wgrad = torch.ops.lasem_fast.level_wgrad_triton.default
+_forward_op = torch.ops.lasem_fast.level_triton.default
+_dgrad_op = torch.ops.lasem_fast.level_dgrad_triton.default
+_wgrad_op = torch.ops.lasem_fast.level_wgrad_triton.default
 
 
 class Tiles(NamedTuple):
@@ -80,7 +81,7 @@ def _(dy, code, x, weights, biases, tables, counts, live, geometry, tile):
 
 @torch.library.impl(_library, "level_triton", "CUDA")
 @torch.library.impl(_library, "level_triton", "CPU")  # for Triton's interpreter
-def _(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
+def _run_forward(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
     from lasem_fast.kernels.level_forward import level_forward
 
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
@@ -91,7 +92,9 @@ def _(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
 
 @torch.library.impl(_library, "level_dgrad_triton", "CUDA")
 @torch.library.impl(_library, "level_dgrad_triton", "CPU")
-def _(dy, code, weights, tables, counts, live, carried, x_shape, geometry, dtype, skip_dtype, tile):
+def _run_dgrad(
+    dy, code, weights, tables, counts, live, carried, x_shape, geometry, dtype, skip_dtype, tile
+):
     from lasem_fast.kernels.level_dgrad import level_dgrad
 
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
@@ -106,7 +109,7 @@ def _(dy, code, weights, tables, counts, live, carried, x_shape, geometry, dtype
 
 @torch.library.impl(_library, "level_wgrad_triton", "CUDA")
 @torch.library.impl(_library, "level_wgrad_triton", "CPU")
-def _(dy, code, x, weights, biases, tables, counts, live, geometry, tile):
+def _run_wgrad(dy, code, x, weights, biases, tables, counts, live, geometry, tile):
     from lasem_fast.kernels.level_wgrad import level_wgrad
 
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
@@ -116,6 +119,18 @@ def _(dy, code, x, weights, biases, tables, counts, live, geometry, tile):
         dy.contiguous(), code, x, weights, biases, rows, geometry,
         live=live, tf32=tf32, tile=_tile(tile),
     )  # fmt: skip
+
+
+def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return (_forward_op if is_looked_at(x) else _run_forward)(x, *others)
+
+
+def _dgrad(dy: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return (_dgrad_op if is_looked_at(dy) else _run_dgrad)(dy, *others)
+
+
+def _wgrad(dy: Tensor, *others: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return (_wgrad_op if is_looked_at(dy) else _run_wgrad)(dy, *others)
 
 
 def _tile(tile: Sequence[int]) -> Tile | None:
@@ -284,15 +299,15 @@ def _forward_in_boxes(call, x, weights, biases, skip):
     skips = [] if skip is None else [skip]
     joined, rows = _joined(call, x, skips), len(call.rows)
     *tables, counts = tables_of(joined, call.branches, x.device)
-    together = box_level_op.in_rows(x, joined.width)
-    skips = [box_level_op.in_rows(skip, joined.skip_width) for skip in skips]
+    together = in_rows(x, joined.width)
+    skips = [in_rows(skip, joined.skip_width) for skip in skips]
     y, code, filters, columns = box_level_op.forward(
         together, weights, biases, *(skips or [None]), tables, counts, call.geometry, call.dtype,
         call.tiles.forward,
     )  # fmt: skip
-    y = box_level_op.in_rows(y, rows)
-    code = box_level_op.in_rows(code, rows) if code.dim() > 1 else code
-    columns = box_level_op.in_rows(columns, len(x)) if columns.dim() > 1 else columns
+    y = in_rows(y, rows)
+    code = in_rows(code, rows) if code.dim() > 1 else code
+    columns = in_rows(columns, len(x)) if columns.dim() > 1 else columns
     return y, code, filters, columns
 
 

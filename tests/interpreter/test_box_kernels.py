@@ -17,7 +17,7 @@ from torch import nn
 from wide_offsets import wide_offsets
 
 import lasem_fast as lf
-from lasem_fast.backends import box_level_op, triton_linear_head
+from lasem_fast.backends import box_level_run, triton_linear_head
 from lasem_fast.backends.operations import Layer, Skip
 from lasem_fast.backends.triton_level import BoxLevel, GatherLevel
 from lasem_fast.backends.triton_level_op import Tiles, level
@@ -184,7 +184,7 @@ def test_in_how_many_parts_a_sum_is_cut():
 @pytest.mark.parametrize(("skip", "pool"), [(False, 1), (True, 2)])
 def test_neighbouring_rows_are_taken_for_one(skip, pool, monkeypatch):
     """With images that lie elsewhere they are not."""
-    monkeypatch.setattr(box_level_op, "_MENDING", -torch.inf)
+    monkeypatch.setattr(box_level_run, "_MENDING", -torch.inf)
     torch.manual_seed(0)
     rows = Rows((2, 3, 0, 1), (0, 0, 1, 1), 4, (0, 1, 4, 5) if skip else (), 6 if skip else 0)
     geometry = Geometry(1, 1, 1, 1, 2, 2, pool, 0, 2 // pool, 2 // pool, 1, int(skip))
@@ -294,7 +294,7 @@ def test_codes_are_those_of_the_other_kernels(pool):
 )  # fmt: skip
 def test_a_configuration_that_overflows_stays_alone(bad, pool, parents, cut_sums, monkeypatch):
     """Also in rows that are taken for one, where a sum that it spoils is made anew."""
-    monkeypatch.setattr(box_level_op, "_MENDING", -torch.inf)
+    monkeypatch.setattr(box_level_run, "_MENDING", -torch.inf)
     cut_sums(1 + pool % 2)
     size = 6 // pool
     rows = Rows(parents, (0, 1, 0, 1) if parents[1] == 0 else (0, 0, 1, 1), 2)

@@ -11,7 +11,7 @@ from levels import Case, Truth, draw_boxes, integers, permuted, truth
 from shapes import SHAPES, Shape, drawn, exact, results, run
 from wide_offsets import wide_offsets
 
-from lasem_fast.backends import box_level_op
+from lasem_fast.backends import box_level_run
 from lasem_fast.backends.triton_level_op import Tiles, level
 from lasem_fast.kernels import box_forward, box_gradient, unfolded
 from lasem_fast.kernels.box_form import box_form
@@ -171,7 +171,7 @@ def test_a_carried_gradient_is_added():
 
 def test_neighbouring_rows_are_taken_for_one(monkeypatch):
     """With a skip and a pool, so that every launch reads or writes what reaches over rows."""
-    monkeypatch.setattr(box_level_op, "_MENDING", -torch.inf)
+    monkeypatch.setattr(box_level_run, "_MENDING", -torch.inf)
     rows = Rows((2, 3, 0, 1), (0, 0, 1, 1), 4, (0, 1, 4, 5), 6)
     assert len(rows.joined()) == 2
     case = drawn(Shape(8, 16, (2, 2), 2, rows=rows, relu_after=1, samples=3), torch.bfloat16)
@@ -185,7 +185,7 @@ def test_neighbouring_rows_are_taken_for_one(monkeypatch):
 )
 def test_a_configuration_that_overflows_stays_alone(bad, pool, joined, monkeypatch):
     """Also in rows that are taken for one, where a sum that it spoils is made anew."""
-    monkeypatch.setattr(box_level_op, "_MENDING", -torch.inf)
+    monkeypatch.setattr(box_level_run, "_MENDING", -torch.inf)
     parents = (0, 1, 0, 1) if joined else (0, 0, 1, 1)
     rows = Rows(parents, (0, 0, 1, 1) if joined else (0, 1, 0, 1), 2)
     assert (rows.joined() != rows) == joined
