@@ -45,15 +45,11 @@ class Launch:
         self._three = (*grid, 1, 1)[:3]
         self._blocks, self._constants = [list(block) for block in blocks], constants
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._described: list[dict[str, Any]] = []
         self._behind: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor) -> None:
         """Runs the kernel on the tensors' device, on its current stream."""
-        boxed = [
-            TensorDescriptor(tensor, tensor.shape, tensor.stride(), block)
-            for tensor, block in zip(tensors, self._blocks, strict=False)
-        ]
-        arguments = (*boxed, *tensors[len(boxed) :])
         device = tensors[0].device
         with torch.cuda.device_of(tensors[0]):
             # what is compiled depends on the dtypes, and on which addresses are multiples
@@ -61,14 +57,31 @@ class Launch:
             aligned = reduce(or_, map(Tensor.data_ptr, tensors)) % _ALIGNMENT == 0
             compiled = self._compiled.get(form) if aligned else None
             if compiled is not None:
-                compiled[self._three](*arguments, *self._behind)
+                boxed = map(_described_again, tensors, self._described)
+                compiled[self._three](*boxed, *tensors[len(self._blocks) :], *self._behind)
                 return
-            found = self._kernel[self._grid](*arguments, *self._numbers, **self._constants)
+            boxed = [
+                TensorDescriptor(tensor, tensor.shape, tensor.stride(), block)
+                for tensor, block in zip(tensors, self._blocks, strict=False)
+            ]
+            arguments = (*boxed, *tensors[len(boxed) :], *self._numbers)
+            found = self._kernel[self._grid](*arguments, **self._constants)
         if aligned and isinstance(found, CompiledKernel):
             self._behind = (*self._numbers, *self._constants_of(len(tensors)))
+            self._described = [{**vars(descriptor), "base": None} for descriptor in boxed]
             self._compiled[form] = found
 
     def _constants_of(self, tensors: int) -> list[Any]:
         """The constants in the kernel's order."""
         names = self._kernel.arg_names[tensors + len(self._numbers) :]
         return [self._constants[name] for name in names]
+
+
+def _described_again(tensor: Tensor, like: dict[str, Any]) -> TensorDescriptor:
+    """As another one was described, without the checks, which take longer than the launch.
+
+    What they would find the driver refuses when it makes the copy's map.
+    """
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(like, base=tensor, shape=tensor.shape, strides=tensor.stride())
+    return descriptor
