@@ -19,6 +19,8 @@ from lasem_fast.tools.builtin import NETS, Builtin, conv_stages, dense_head
 
 
 class _Compiled(CompiledKernel):
+    module = None  # nothing to be unloaded
+
     def __init__(self, launched):
         self.launched = launched
 
