@@ -175,6 +175,11 @@ def glorot_uniform_(tensor: Tensor, fan_in: int, fan_out: int) -> Tensor:
     if tensor.is_nested or tensor.layout != torch.strided:
         got = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
         raise TypeError(f"tensor: expected a dense tensor, got {got}")
+    # PyTorch would refuse only after it has drawn
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "tensor: expected one that can be changed, got one made under torch.inference_mode()"
+        )
     fan_in, fan_out = finite_number(fan_in, "fan_in"), finite_number(fan_out, "fan_out")
     limit = math.sqrt(6 / (fan_in + fan_out))
     return tensor.uniform_(-limit, limit)

@@ -239,6 +239,7 @@ def test_the_state_moves_and_copies_with_the_module():
 BAD_CALLS = [
     (lambda x, y: (x[:0], y[:0], "a"), ValueError, "x: expected at least one sample"),
     (lambda x, y: (x, y[:-1], "a"), ValueError, "y: expected one target for each of the 4"),
+    (lambda x, y: (x, y[:, None][:, :0], "a"), ValueError, r"y: expected .* got shape \[4, 0\]"),
     (
         lambda x, y: (x, y + 1, "a"),
         ValueError,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from lasem_fast.initialisers import redraw_, release_
+from lasem_fast.initialisers import glorot_uniform_, redraw_, release_
 
 
 class Scaled(nn.Module):
@@ -110,3 +110,13 @@ def test_a_rule_that_fails_leaves_everything_as_it_was():
     with pytest.raises(RuntimeError, match="no"):
         redraw_(module)
     assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
+
+
+def test_a_tensor_that_cannot_be_changed_draws_nothing():
+    with torch.inference_mode():
+        tensor = torch.zeros(2, 2)
+        glorot_uniform_(tensor, 2, 2)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="tensor: expected one that can be changed, got"):
+        glorot_uniform_(tensor, 2, 2)
+    assert torch.equal(torch.get_rng_state(), before)

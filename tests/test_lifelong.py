@@ -189,6 +189,7 @@ def test_progress_is_told_after_every_epoch():
     [
         ({"method": "some"}, "method: expected one of lasem, all, none, got 'some'"),
         ({"method": ["lasem"]}, "method: expected one of"),
+        ({"method": nn.Linear(2, 2)}, "method: expected one of .*, got Linear"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"epochs": 2.5}, "epochs: expected an int, got 2.5"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),

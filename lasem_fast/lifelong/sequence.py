@@ -125,7 +125,8 @@ def train_sequence(
         SequenceError: a task failed; its ``record`` holds the tasks that had ended before.
     """
     tasks = check_tasks(tasks)
-    if not callable(method) and (not isinstance(method, str) or method not in METHODS):
+    makes_methods = callable(method) and not isinstance(method, nn.Module)
+    if not makes_methods and (not isinstance(method, str) or method not in METHODS):
         raise ValueError(
             f"method: expected one of {', '.join(METHODS)}, got {method!r} (or a function that "
             f"makes a Method)"

@@ -142,7 +142,7 @@ def check_has_values(x: Tensor, y: Tensor, net: nn.Module) -> None:
 def check_target(y: Any, x: Tensor) -> None:
     """One target per sample, on the samples' device."""
     _check_dense(y, "y")
-    if y.dim() < 1 or y.shape[0] != x.shape[0]:
+    if y.dim() < 1 or y.shape[0] != x.shape[0] or 0 in y.shape:
         raise ValueError(
             f"y: expected one target for each of the {x.shape[0]} samples of x, got shape "
             f"{list(y.shape)}"
