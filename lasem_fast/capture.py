@@ -89,7 +89,7 @@ class CapturedStep:
         self.em, self.optimizer, self.task, self.strict = em, optimizer, task, strict
         self.why_eager: str | None = None
         self._x, self._y = x.detach().clone(), y.detach().clone()
-        self._forms = _form_of(self._x), _form_of(self._y)
+        self._forms = _form(self._x), _form(self._y)
         kind, self._index = x.device.type, x.device.index
         self._autocast = {
             "device_type": kind,
@@ -271,11 +271,6 @@ def _check_arguments(em: Any, optimizer: Any, x: Any, y: Any, task: Any) -> None
             f"optimizer: expected one that trains parameters of em.net for task {task!r}, got one "
             f"without any of them"
         )
-
-
-def _form_of(like: Tensor) -> tuple | None:
-    """What a tensor has to be in order to fit in without a closer look; None: nothing does."""
-    return _form(like) if checks.is_plain(like) else None
 
 
 def _constant_weights(em: LASEM) -> list[Tensor]:

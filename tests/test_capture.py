@@ -462,13 +462,12 @@ class TestACallOfAGraph:
         assert not step._graph.replay.called and not self.done
 
     @pytest.mark.filterwarnings("ignore:.*quantize")
-    def test_a_quantized_mini_batch_is_refused_by_a_step_captured_with_one(self):
+    def test_a_quantized_mini_batch_is_refused_at_once(self):
         em, optimizer = _made()
         x, y = _batches(1)[0]
         x = torch.quantize_per_tensor(x, 1.0, 0, torch.qint8)
-        step = lf.CapturedStep(em, optimizer, x, y, "a", False)
-        with pytest.raises(TypeError, match="x: expected a dense tensor"):
-            step(x, y)
+        with pytest.raises(TypeError, match="x: expected a dense tensor, got a quantised one of"):
+            lf.capture(em, optimizer, x, y, "a")
 
     def test_an_ended_task(self):
         step = self._recorded()

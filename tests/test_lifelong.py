@@ -197,6 +197,7 @@ def test_progress_is_told_after_every_epoch():
         ({"seed": -1}, "seed: expected a number in 0"),
         ({"seed": None}, "seed: expected an int, got None"),
         ({"optimizer": "Adam"}, "optimizer: expected a function, got str"),
+        ({"on_epoch": nn.Linear(2, 2)}, "on_epoch: expected a function, got Linear"),
         ({"tasks": make_tasks(1) * 2}, r"tasks: expected different names, got \['t0', 't0'\]"),
         ({"tasks": ["t0"]}, r"tasks: expected a sequence of Task, got \['str'\]"),
         ({"em_options": {"backed": "torch"}}, r"em_options: expected some of .*, got \['backed'\]"),

@@ -139,9 +139,9 @@ def checked_folder(folder: Any, save_every: Any) -> Path | None:
 
 
 def check_functions(**functions: Any) -> None:
-    """All of them can be called."""
+    """All of them can be called; a module takes tensors, which none of them is given."""
     for name, value in functions.items():
-        if not callable(value):
+        if not callable(value) or isinstance(value, nn.Module):
             raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
 
 

@@ -127,6 +127,8 @@ def _check_dense(value: Any, name: str) -> None:
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name}: expected a dense tensor, got one of layout {kind}")
+    if value.is_quantized:
+        raise TypeError(f"{name}: expected a dense tensor, got a quantised one of {value.dtype}")
 
 
 def check_has_values(x: Tensor, y: Tensor, net: nn.Module) -> None:

@@ -28,7 +28,6 @@ REVIEWED = [
         r"^optimizer got an empty parameter list$",
         r"^task '.*' \(\d+ of \d+\) failed after",  # with the error of the user's own function
         r"^Module \[\w+\] is missing the required \"forward\" function",
-        r"must be Tensor, not Progress$",  # a module as callback
         r"^Inplace update to inference tensor outside InferenceMode",
         r"^unsupported operation: more than one element of the written-to tensor",
         r"^Inference tensors cannot be saved for backward",

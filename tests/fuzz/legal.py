@@ -117,9 +117,9 @@ LEGAL: list[tuple[str, str, set[str]]] = [
     ("TFRMSprop.step", "closure", {"None", "lambda", "a class", "object"}),
     ("release_", "module", {"a module", "an empty module", "a module on meta", "a lazy module",
                             "a NaN module"}),
-    ("glorot_uniform_", "tensor", _PLAIN | {"float64", "float16", "bfloat16", "0-d", "flat",
-                                            "one dimension more", "one dimension more in front",
-                                            "a feature too few", "no features", "tensor",
+    ("glorot_uniform_", "tensor", _PLAIN | {"float64", "float16", "bfloat16", "0-d", "0-d tensor",
+                                            "flat", "one dimension more", "a feature too few",
+                                            "one dimension more in front", "no features", "tensor",
                                             "empty tensor", "on meta", "meta tensor"}),
     ("glorot_uniform_", "fan_*", _NUMBERS | {"0", "huge int", "huge float", "numpy int"}),
     # the paper's networks
