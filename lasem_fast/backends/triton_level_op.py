@@ -175,21 +175,6 @@ def _check(
     )  # fmt: skip
     if form in _fit:
         return
-    _check_form(x, weights, biases, skip, rows, geometry, dtype)
-    if len(_fit) >= _MOST_FORMS:
-        _fit.clear()
-    _fit.add(form)
-
-
-def _check_form(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    skip: Tensor | None,
-    rows: Tables,
-    geometry: Geometry,
-    dtype: torch.dtype,
-) -> None:
     _expect(x.dim() == 5, "x", "shape [P, N, H, W, C]", list(x.shape))
     _expect(len(weights) in (1, 2), "weights", "one or two branches", len(weights))
     _expect(len(biases) in (0, len(weights)), "biases", "one per branch or none", len(biases))
@@ -217,6 +202,9 @@ def _check_form(
             _expect(tensor.dtype == tensors[0].dtype, name, "one dtype", tensor.dtype)
     _expect(dtype in DTYPES, "dtype", floats, dtype)
     _expect(geometry.pool in (1, 2, 3), "pool", "1, 2 or 3", geometry.pool)
+    if len(_fit) >= _MOST_FORMS:
+        _fit.clear()
+    _fit.add(form)
 
 
 def _check_live(live: Tensor | None, dy: Tensor) -> None:
