@@ -34,6 +34,9 @@ ERROR_FACTOR = {
 ALGORITHMS = list(ERROR_FACTOR)
 # Filter, tile and pool for which no transform rounds the weight gradient; its factor is then 2.
 BY_WINDOW = {(3, 2, 2), (3, 2, 3), (3, 3, 3), (3, 4, 3), (5, 2, 2), (5, 2, 3)}
+# Images that are one tile of three products a side.
+SMALL = [(2, 2), (1, 2), (2, 1), (1, 1)]
+SMALL_ERROR_FACTOR = (2, 2, 2, 2)
 
 
 def every_row(x, weight):
@@ -140,6 +143,14 @@ def relative(a, b):
     return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
 
 
+def assert_few_times_the_error(got, exact, plain, factors):
+    """Of y, dx, dweight and dbias: at most so many times PyTorch's error in float32."""
+    names = ("y", "dx", "dweight", "dbias")
+    for name, ours, want, peer, k in zip(names, got, exact, plain, factors, strict=True):
+        error, peer_error = relative(ours, want), relative(peer, want)
+        assert error <= k * peer_error, f"{name}: {error / peer_error:.1f} times PyTorch's error"
+
+
 @pytest.mark.parametrize("filter_size", [3, 5])
 @pytest.mark.parametrize("seed", range(60))
 def test_float64_equals_pytorch(schedule, seed, filter_size):
@@ -233,11 +244,51 @@ def test_float32_error(isa, schedule, algorithm, pool, channels):
     factors = ERROR_FACTOR[(3, 1) if filter_size == 3 and channels <= 4 else algorithm]
     if (*algorithm, pool) in BY_WINDOW:
         factors = (*factors[:2], 2, factors[3])
-    for name, got, want, peer, k in zip(
-        ("y", "dx", "dweight", "dbias"), (y, *grads), exact, plain, factors, strict=True
-    ):
-        error, peer_error = relative(got, want), relative(peer, want)
-        assert error <= k * peer_error, f"{name}: {error / peer_error:.1f} times PyTorch's error"
+    assert_few_times_the_error((y, *grads), exact, plain, factors)
+
+
+@pytest.mark.parametrize(("height", "width"), SMALL)
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_small_images_equal_pytorch(schedule, height, width, pool):
+    """Where the border is all that F(2x2, 3x3) would read beside the pixels."""
+    torch.manual_seed(height + width)
+    leaves = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(3, 5, height, width, 9), (2, 7, 9, 3, 3), (2, 7)]
+    ]
+    out = tuple(-(-n // pool) for n in (height, width))
+    want = reference(*leaves, 1, pool, 0, *out)
+    got = full_level(*leaves, padding=1, pool=pool, out_size=out)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    dy = torch.randn_like(want)
+    grads = (torch.autograd.grad(y, leaves, dy) for y in (got, want))
+    for ours, pytorch in zip(*grads, strict=True):
+        assert relative(ours, pytorch) < 1e-12
+
+
+@pytest.mark.parametrize(("height", "width"), SMALL)
+@pytest.mark.parametrize("channels", [5, 33, 128])
+def test_float32_error_of_small_images(isa, schedule, height, width, channels):
+    torch.manual_seed(channels)
+    x = torch.randn(2, 40, height, width, channels).relu()
+    weight = torch.randn(2, 70, channels, 3, 3) / (3 * channels**0.5)
+    bias = torch.randn(2, 70) / 10
+    sizes = (1, 1, 0, height, width)
+    ops._cpu.poison_outputs(True)
+    try:
+        y, code = level(x, weight, bias, *sizes, 2)
+        dy = torch.randn_like(y)
+        grads = level_backward(dy, x, code, weight, *sizes[:3], 2, True)
+    finally:
+        ops._cpu.poison_outputs(False)
+    exact, plain = (
+        (
+            reference(x.to(dtype), weight.to(dtype), bias.to(dtype), *sizes),
+            *gradients_at_code(dy.to(dtype), x.to(dtype), code, weight.to(dtype), *sizes[:3]),
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_few_times_the_error((y, *grads), exact, plain, SMALL_ERROR_FACTOR)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

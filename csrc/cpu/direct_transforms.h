@@ -8,7 +8,7 @@ namespace LASEM_ISA {
 template <int kM>
 struct Direct {
   static constexpr bool kDirect = true;
-  static constexpr int kTile = kM, kFilter = 3, kSide = kM;
+  static constexpr int kTile = kM, kFilter = 3, kPoints = kM, kInset = 0;
 
   LASEM_INLINE void output(const Vec (&m)[kM], Vec (&y)[kM]) {
     for (int i = 0; i < kM; ++i) y[i] = m[i];

@@ -14,6 +14,7 @@ struct LevelShape {
   int64_t padding, pool, pool_pad, out_height, out_width;
   int64_t conv_height, conv_width;  // of the convolution, before the pool
   int64_t tile;                     // m of F(m x m, r x r); 1 = direct
+  bool toeplitz;                    // instead of F(2 x 2, 3 x 3): see toeplitz_transforms.h
 };
 
 // Which row a parent gives in a slot, and the slots' branches.

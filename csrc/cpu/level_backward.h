@@ -9,7 +9,7 @@ namespace LASEM_ISA {
 template <class F>
 LASEM_INLINE void output_grad_tile(const Vec (&d)[F::kTile][F::kTile], Scalar* m,
                                    int64_t batch_stride) {
-  constexpr int n = F::kSide, k = F::kTile;
+  constexpr int n = F::kPoints, k = F::kTile;
   Vec half[n][k];
 #pragma GCC unroll 8
   for (int j = 0; j < k; ++j) {
@@ -78,23 +78,23 @@ LASEM_INLINE Vec unpool_unit(const LevelPlan& p, const Unit& u, const Source& fr
 // d += B dV B' of one vector of channels: put(i, j, value).
 template <class F, class Put>
 LASEM_INLINE void input_grad_transform(const Scalar* v, int64_t batch_stride, const Put& put) {
-  constexpr int n = F::kSide;
-  Vec half[n][n];
+  constexpr int n = F::kPoints, pixels = F::kPatch;
+  Vec half[pixels][n];
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) {
-    Vec d[n], t[n];
+    Vec d[n], t[pixels];
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) d[i] = load(v + (i * n + j) * batch_stride);
     F::input_grad(d, t);
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) half[i][j] = t[i];
+    for (int i = 0; i < pixels; ++i) half[i][j] = t[i];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) {
-    Vec t[n];
+  for (int i = 0; i < pixels; ++i) {
+    Vec t[pixels];
     F::input_grad(half[i], t);
 #pragma GCC unroll 8
-    for (int j = 0; j < n; ++j) put(i, j, t[j]);
+    for (int j = 0; j < pixels; ++j) put(i, j, t[j]);
   }
 }
 
@@ -104,10 +104,11 @@ LASEM_INLINE void input_grad_transform(const Scalar* v, int64_t batch_stride, co
 template <class F>
 static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y, int64_t x,
                                    Scalar* outside, const Scalar* v, int64_t batch_stride) {
-  constexpr int n = F::kSide, overlap = F::kFilter - 1;
   const LevelShape& s = p.shape;
-  const int64_t iy = y - s.padding, ix = x - s.padding, channels = s.in_channels;
+  const int64_t channels = s.in_channels;
+  const int64_t iy = y - s.padding + F::kInset, ix = x - s.padding + F::kInset;
   if constexpr (F::kDirect) {
+    constexpr int n = F::kPoints;
     for (int64_t pos = 0; pos < n * n; ++pos) {
       const Scalar* row = v + pos * batch_stride;
       for_patch_runs<F::kFilter>(s, iy + pos / n, ix + pos % n,
@@ -116,6 +117,7 @@ static inline void input_grad_tile(const LevelPlan& p, Scalar* image, int64_t y,
                                  });
     }
   } else {
+    constexpr int n = F::kPatch, overlap = F::kFilter - 1;
     const bool first_row = y == -s.pool_pad, first_column = x == -s.pool_pad;
     const auto fresh = [&](int i, int j) {
       return (i >= overlap || first_row) && (j >= overlap || first_column);
@@ -175,7 +177,7 @@ LASEM_INLINE void add_run_product(const LevelPlan& p, const LevelClass& of, int6
 template <class F, int kPool>
 struct Backward {
   static constexpr int side = unit_side(F::kTile, kPool), R = side * F::kTile, tiles = side * side;
-  static constexpr bool kByWindow = by_window(F::kTile, F::kFilter, kPool, F::kDirect);
+  static constexpr bool kByWindow = by_window(F::kPoints, F::kTile, F::kFilter, kPool, F::kDirect);
   const LevelPlan& p;
   const LevelBackward& args;
   Scalar *v, *m, *edge, *du, *dbias;  // edge: C zeros to read, then C to throw away

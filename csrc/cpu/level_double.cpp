@@ -9,6 +9,7 @@
 #include "transpose.h"
 #include "direct_transforms.h"
 #include "winograd_transforms.h"
+#include "toeplitz_transforms.h"
 #include "level_plan.h"
 #include "weight_transforms.h"
 #include "level_forward.h"

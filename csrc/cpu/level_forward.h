@@ -18,13 +18,13 @@ LASEM_INLINE void patch_pixels(const LevelShape& s, T* image, int64_t iy, int64_
 // V = B' d B of one vector of channels, where pixel(i, j) gives d; v is the tile's row of batch 0.
 template <class F, class Pixel>
 LASEM_INLINE void input_transform(const Pixel& pixel, Scalar* v, int64_t batch_stride) {
-  constexpr int n = F::kSide;
-  Vec half[n][n];
+  constexpr int n = F::kPoints, pixels = F::kPatch;
+  Vec half[n][pixels];
 #pragma GCC unroll 8
-  for (int j = 0; j < n; ++j) {
-    Vec d[n], t[n];
+  for (int j = 0; j < pixels; ++j) {
+    Vec d[pixels], t[n];
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) d[i] = pixel(i, j);
+    for (int i = 0; i < pixels; ++i) d[i] = pixel(i, j);
     F::input(d, t);
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i) half[i][j] = t[i];
@@ -42,10 +42,11 @@ LASEM_INLINE void input_transform(const Pixel& pixel, Scalar* v, int64_t batch_s
 template <class F>
 static inline void input_tile(const LevelPlan& p, const Scalar* image, int64_t y, int64_t x,
                               const Scalar* zeros, Scalar* v, int64_t batch_stride) {
-  constexpr int n = F::kSide;
   const LevelShape& s = p.shape;
-  const int64_t iy = y - s.padding, ix = x - s.padding, channels = s.in_channels;
+  const int64_t channels = s.in_channels;
+  const int64_t iy = y - s.padding + F::kInset, ix = x - s.padding + F::kInset;
   if constexpr (F::kDirect) {
+    constexpr int n = F::kPoints;
     for (int64_t pos = 0; pos < n * n; ++pos) {
       Scalar* row = v + pos * batch_stride;
       for_patch_runs<F::kFilter>(
@@ -54,6 +55,7 @@ static inline void input_tile(const LevelPlan& p, const Scalar* image, int64_t y
           });
     }
   } else {
+    constexpr int n = F::kPatch;
     const int64_t whole = channels / kLanes * kLanes;
     if (iy >= 0 && ix >= 0 && iy + n <= s.height && ix + n <= s.width) {
       const int64_t row = s.width * channels;
@@ -101,7 +103,7 @@ LASEM_INLINE void prefetch_patch(const LevelPlan& p, const Scalar* x, const Unit
   const LevelShape& s = p.shape;
   const int64_t side = p.unit * p.tile, overlap = s.filter - 1, rows = side + overlap;
   const int64_t top = u.y - s.padding, left = u.x - s.padding + overlap;
-  const int64_t from = at_least(left, 0), to = at_most(left + side, s.width);
+  const int64_t from = u.x > 0 ? at_least(left, 0) : 0, to = at_most(left + side, s.width);
   const int64_t bytes = (to - from) * s.in_channels * static_cast<int64_t>(sizeof(Scalar));
   const int64_t end = at_most(top + rows * (part + 1) / parts, s.height);
   for (int64_t y = at_least(top + rows * part / parts, 0); y < end; ++y)
@@ -112,7 +114,7 @@ LASEM_INLINE void prefetch_patch(const LevelPlan& p, const Scalar* x, const Unit
 template <class F>
 LASEM_INLINE void output_tile(const Scalar* m, int64_t batch_stride, Vec bias,
                               Vec (&y)[F::kTile][F::kTile]) {
-  constexpr int n = F::kSide, k = F::kTile;
+  constexpr int n = F::kPoints, k = F::kTile;
   Vec half[k][n];
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) {

@@ -24,6 +24,7 @@ static void with_pool(int64_t pool, const Body& body) {
 template <class Body>
 static void with_winograd(const LevelPlan& p, const Body& body) {
   if (p.shape.filter == 5) return with_pool<Winograd<2, 5>>(p.shape.pool, body);
+  if (p.shape.toeplitz) return with_pool<Toeplitz>(p.shape.pool, body);
   if (p.shape.tile == 2) return with_pool<Winograd<2, 3>>(p.shape.pool, body);
   if (p.shape.tile == 3) return with_pool<Winograd<3, 3>>(p.shape.pool, body);
   with_pool<Winograd<4, 3>>(p.shape.pool, body);

@@ -60,6 +60,8 @@ LevelShape shape_of(const Tensor& x, const std::vector<Tensor>& weights, int64_t
                   s.filter == 5 ? "2" : "1, 2, 3 or 4", " for filters of ", s.filter, " x ",
                   s.filter, ", got ", tile);
   s.tile = s.filter == 3 && s.in_channels <= kDirectChannels ? 1 : tile;
+  s.toeplitz = s.filter == 3 && s.tile == 2 && padding == 1 && pool_pad == 0 && s.height <= 2 &&
+               s.width <= 2;
   s.conv_height = s.height + 2 * padding - (s.filter - 1);
   s.conv_width = s.width + 2 * padding - (s.filter - 1);
   STD_TORCH_CHECK(s.conv_height > 0 && s.conv_width > 0, "x of ", s.height, " x ", s.width,

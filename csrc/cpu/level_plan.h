@@ -16,10 +16,14 @@ constexpr int unit_side(int tile, int pool) {
 }
 
 // Whether the weight gradient goes by windows: where that takes so many fewer products than the
-// transforms, (m + r - 1)^2 for m x m outputs, that it pays for its slower inner loop.
-constexpr bool by_window(int64_t tile, int64_t filter, int64_t pool, bool direct) {
-  const int64_t side = tile + filter - 1;
-  return !direct && 7 * filter * filter * tile * tile <= 5 * pool * pool * side * side;
+// transforms, points^2 for tile^2 outputs, that it pays for its slower inner loop.
+constexpr bool by_window(int64_t points, int64_t tile, int64_t filter, int64_t pool, bool direct) {
+  return !direct && 7 * filter * filter * tile * tile <= 5 * pool * pool * points * points;
+}
+
+// Interpolation points per dimension; unused where the level is direct.
+LASEM_INLINE int64_t points_of(const LevelShape& s, int64_t tile) {
+  return s.toeplitz ? Toeplitz::kPoints : tile + s.filter - 1;
 }
 
 // The weight gradient by windows: pixels per side of a unit's inputs, and how many units' inputs,
@@ -94,7 +98,7 @@ static bool by_panel(const LevelPlan& p, int64_t threads, bool backward, Schedul
   const bool direct = s.tile == 1;
   const int64_t per_image = p.units_y * p.units_x;
   if (direct || per_image > kMaxUnits) return false;
-  if (backward && by_window(p.tile, s.filter, s.pool, direct)) return false;
+  if (backward && by_window(points_of(s, p.tile), p.tile, s.filter, s.pool, direct)) return false;
   if (schedule != Schedule::kByShape) return schedule == Schedule::kByPanel;
   const int64_t weight_bytes =
       p.batches * p.depth * p.out_stride * static_cast<int64_t>(sizeof(Scalar));
@@ -162,7 +166,8 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   const int64_t windows = p.unit * p.tile / s.pool;
   p.units_y = (s.out_height + windows - 1) / windows;
   p.units_x = (s.out_width + windows - 1) / windows;
-  p.batches = direct ? 1 : (p.tile + s.filter - 1) * (p.tile + s.filter - 1);
+  const int64_t points = points_of(s, p.tile);
+  p.batches = direct ? 1 : points * points;
   p.rows_per_tile = direct ? p.tile * p.tile : 1;
   p.depth = direct ? s.filter * s.filter * s.in_channels : s.in_channels;
   p.depth_stride = round_up(p.depth, kPanel);
@@ -195,7 +200,7 @@ static void make_plan(const LevelShape& s, const LevelRows& rows, LevelClass* cl
   p.pack_back_items = p.out_vectors * kLanes;
   p.in_size = in_size, p.panel_size = panel_size, p.out_size = out_size;
   p.forward_scratch = in_size + panel_size + s.in_channels;
-  p.by_window = by_window(p.tile, s.filter, s.pool, direct);
+  p.by_window = by_window(points, p.tile, s.filter, s.pool, direct);
   const int64_t outputs = p.out_vectors * kLanes, out_side = p.unit * p.tile;
   if (p.by_window) {
     const int64_t patch = window_patch(static_cast<int>(out_side), static_cast<int>(s.filter));

@@ -112,8 +112,8 @@ static void weight_grad_panel(const LevelPlan& p, const LevelBackward& args, Sca
   const int64_t first = panel * 2, last = at_most(first + 2, p.out_vectors);
   for (int64_t c = 0; c < p.shape.in_channels; ++c)
     for (int64_t vector = first; vector < last; ++vector) {
-      Vec u[F::kSide * F::kSide], taps[kTaps<F>];
-      for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
+      Vec u[F::kPoints * F::kPoints], taps[kTaps<F>];
+      for (int64_t b = 0; b < F::kPoints * F::kPoints; ++b)
         u[b] = load(du + b * p.weight_batch + c * kPanel + (vector - first) * kLanes);
       filter_gradient<F>(u, taps);
       store_weight_grad<F>(p, args, vector, c, taps);

@@ -6,10 +6,10 @@ namespace LASEM_ISA {
 template <class F>
 constexpr int kTaps = F::kFilter * F::kFilter;
 
-// taps [kFilter * kFilter] of one filter per lane -> u [kSide * kSide].
+// taps [kFilter * kFilter] of one filter per lane -> u [kPoints * kPoints].
 template <class F>
 static inline void filter_transform(const Vec (&taps)[kTaps<F>], Vec* u) {
-  constexpr int n = F::kSide, r = F::kFilter;
+  constexpr int n = F::kPoints, r = F::kFilter;
   Vec half[n][r];
   for (int i = 0; i < n; ++i)
     for (int x = 0; x < r; ++x) {
@@ -27,7 +27,7 @@ static inline void filter_transform(const Vec (&taps)[kTaps<F>], Vec* u) {
 
 template <class F>
 static inline void filter_gradient(const Vec* u, Vec (&taps)[kTaps<F>]) {
-  constexpr int n = F::kSide, r = F::kFilter;
+  constexpr int n = F::kPoints, r = F::kFilter;
   Vec half[r][n];
   for (int y = 0; y < r; ++y)
     for (int j = 0; j < n; ++j) {
@@ -105,9 +105,9 @@ LASEM_INLINE void store_taps(const Vec (&taps)[kTaps<F>], Scalar* to, int64_t st
 // The vectors of a panel, batches `batch_stride` apart. Stored together: lines that lie so far
 // apart share few sets of the caches, and leave them before a second vector comes.
 template <class F>
-LASEM_INLINE void store_panel(const Vec (&u)[2][F::kSide * F::kSide], Scalar* to,
+LASEM_INLINE void store_panel(const Vec (&u)[2][F::kPoints * F::kPoints], Scalar* to,
                               int64_t batch_stride) {
-  for (int64_t b = 0; b < F::kSide * F::kSide; ++b) {
+  for (int64_t b = 0; b < F::kPoints * F::kPoints; ++b) {
     store(to + b * batch_stride, u[0][b]);
     store(to + b * batch_stride + kLanes, u[1][b]);
   }
@@ -118,7 +118,7 @@ template <class F>
 static inline void pack_channel(const LevelPlan& p, const void* const* weights, int64_t panel,
                                 int64_t c, Scalar* to, int64_t batch_stride) {
   const int64_t channels = p.shape.in_channels;
-  [[maybe_unused]] Vec u[2][F::kSide * F::kSide];
+  [[maybe_unused]] Vec u[2][F::kPoints * F::kPoints];
   for (int64_t h = 0; h < 2; ++h) {
     Vec taps[kTaps<F>];
     load_taps<F>(filters_of(p, weights, panel * 2 + h), c * kTaps<F>, taps);
@@ -155,7 +155,7 @@ static inline void pack_back_output(const LevelPlan& p, const Scalar* w, int64_t
       to[lane] = w && k < p.depth ? w[k % channels * kTaps<F> + k / channels] : 0;
     }
   } else {
-    Vec u[2][F::kSide * F::kSide];
+    Vec u[2][F::kPoints * F::kPoints];
     for (int64_t h = 0; h < 2; ++h) {
       const int64_t first = panel * kPanel + h * kLanes;
       const int64_t count = w ? at_least(0, at_most(kLanes, channels - first)) : 0;
@@ -225,9 +225,9 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
   for (int64_t item = begin; item < end; ++item) {
     const int64_t panel = item / s.in_channels, c = item % s.in_channels;
     const int64_t last = at_most(2, p.out_vectors - 2 * panel);
-    [[maybe_unused]] Vec u[2][F::kSide * F::kSide];
+    [[maybe_unused]] Vec u[2][F::kPoints * F::kPoints];
     if constexpr (!F::kDirect)
-      for (int64_t b = 0; b < F::kSide * F::kSide; ++b)
+      for (int64_t b = 0; b < F::kPoints * F::kPoints; ++b)
         for (int64_t h = 0; h < 2; ++h)
           u[h][b] = sum_at(panel, ((panel * p.batches + b) * p.depth + c) * kPanel + h * kLanes);
     for (int64_t h = 0; h < last; ++h) {

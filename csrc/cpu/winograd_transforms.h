@@ -9,11 +9,13 @@
 namespace lasem_fast {
 namespace LASEM_ISA {
 
-// The shape of an algorithm; m + r - 1 points, so as many batches per dimension.
+// The shape of an algorithm: a tile is made of a patch of kPatch x kPatch pixels, which begins
+// kInset pixels inside what its outputs see; kPoints, so as many batches per dimension.
 template <int kM, int kR>
 struct WinogradShape {
   static constexpr bool kDirect = false;
-  static constexpr int kTile = kM, kFilter = kR, kSide = kM + kR - 1;
+  static constexpr int kTile = kM, kFilter = kR, kPoints = kM + kR - 1;
+  static constexpr int kPatch = kPoints, kInset = 0;
 };
 
 template <int kM, int kR>

@@ -261,8 +261,8 @@ def fewest_products(conv_size: tuple[int, int], filter_size: int) -> int:
     A tile of m x m outputs costs (m + R - 1)^2 products of a pixel's channels with a filter's,
     however much of it lies inside the image. The m that needs fewest for one image is taken, the
     smaller of two that need as many because it rounds less: 4 for large images and those of 4, 7
-    or 8 pixels, 3 for 3, 5, 6 or 9, 2 for 2, where the tile is the image and 16 products are left
-    of the 36 of F(4x4, 3x3), and of the weights too.
+    or 8 pixels, 3 for 3, 5, 6 or 9, 2 for 2. There the tile is the image: with padding 1 all
+    that it would read beside the pixels is zero, and 9 products are left of 16.
 
     Args:
         conv_size: height and width of the convolution's outputs.
@@ -317,8 +317,9 @@ def winograd_level(
         out_size: ``(out_h, out_w)``; windows are clipped at the border, so floor and ceil mode are
             both a choice of it. ``None`` is floor mode.
         tile: ``m`` of Winograd F(m x m, R x R), larger being faster and rounding more. For R = 3:
-            2, 3 or 4; 1 is the direct algorithm, which up to 4 input channels is always used.
-            For R = 5: 2. ``None``: the rule of :func:`fewest_products`.
+            2, 3 or 4; 2 stands for nine products where the padding is 1 and the images are at most
+            2 x 2; 1 is the direct algorithm, which up to 4 input channels is always used. For
+            R = 5: 2. ``None``: the rule of :func:`fewest_products`.
         relu: whether a ReLU follows the convolution.
         skip: ``[S, N, conv_h, conv_w, Co]``, added to the convolution's outputs, behind its ReLU.
         skip_rows: int64 ``[R]`` on the CPU, the row of ``skip`` of each row; rows may share one.
