@@ -130,15 +130,16 @@ static void plan_class(const LevelPlan& p, int64_t units, int64_t threads, bool 
   const int64_t unit_rows = p.unit * p.unit * p.rows_per_tile;
   const int64_t row_bytes =
       p.batches * (p.depth_stride + c.columns) * static_cast<int64_t>(sizeof(Scalar));
-  // A block fills 7/8 of a 1 MiB L2, but has rows enough to use each weight that it loads; the
-  // backward loads two weights and stores one, which from the L3 costs more than a block that
-  // outgrows the L2. A few images with weights that outgrow the L3 are cut as little as possible.
+  // A block fills 3/8 of a 1 MiB L2, where images, weights and their gradients have to lie as well,
+  // but has rows enough to use each weight that it loads; the backward loads two weights and stores
+  // one, which from the L3 costs more than a block that outgrows the L2. A few images with weights
+  // that outgrow the L3 are cut as little as possible.
   const int64_t weight_bytes =
       p.batches * p.depth * c.columns * static_cast<int64_t>(sizeof(Scalar));
   const int64_t least = backward && weight_bytes > kL2 ? 9 * kRows : 3 * kRows;
   const bool few = unit_rows * units <= 64 * kRows * threads;
   const bool huge = few && weight_bytes > 8 * kL2;
-  int64_t block = at_least(kL2 / 8 * 7 / row_bytes, huge ? 16 * kRows : least);
+  int64_t block = at_least(kL2 / 8 * 3 / row_bytes, huge ? 16 * kRows : least);
   const int64_t parts = huge ? threads : 4 * threads;
   const int64_t even = unit_rows * units / parts;
   block = at_most(block, at_least(huge ? round_up(even, kRows) : even, kRows));
