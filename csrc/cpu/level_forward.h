@@ -151,7 +151,7 @@ LASEM_INLINE void pool_window(const Vec (&o)[R][R], int wy, int wx, Vec& best, C
 #pragma GCC unroll 9
   for (int t = 0; t < kPool * kPool; ++t) {
     const Vec v = o[wy * kPool + t / kPool][wx * kPool + t % kPool];
-    const Mask m = wins(v, best);
+    const Mask m = t == 0 ? opens(v) : wins(v, best);
     best = select(m, v, best);
     code = code_select(m, code_splat(t), code);
   }
@@ -215,7 +215,7 @@ static void pool_unit_with_tail(const LevelPlan& p, const Unit& u, const Vec (&o
         Vec v = o[i][j];
         Code c = code_splat(t);
         if (tail.relu) {
-          const Mask open = wins(v, zero());
+          const Mask open = opens(v);
           v = keep(open, v);
           c = code_select(open, c, code_splat(t + kClosed));
         }

@@ -1,6 +1,7 @@
 // One vector type per instruction set. Included only between isa_begin.h and isa_end.h.
 // Vec: kLanes scalars. Code: one small integer per lane (stored as uint8). Mask: one truth per
-// lane. code_open: the convolution gets the gradient. code_position: of the window, or none.
+// lane. wins: v is larger than the best so far, or NaN. opens: v passes a ReLU, being larger than 0
+// or NaN. code_open: the convolution gets the gradient. code_position: of the window, or none.
 // stream: a store past the caches to an aligned address, ended by stream_end. interleave: the
 // lanes of a and b in turn, the first half of them and the second.
 
@@ -19,7 +20,7 @@ constexpr int kClosed = 16, kNothing = 255;
 
 using Scalar = float;
 using Vec = __m512;
-using Code = __m512i;
+using Code = __m128i;
 using Mask = __mmask16;
 constexpr int kLanes = 16;
 constexpr int kRows = 8;   // micro-kernel rows: 2 x 8 accumulators cover the FMA latency
@@ -43,6 +44,7 @@ LASEM_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
 LASEM_INLINE Mask wins(Vec v, Vec best) {
   return _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
 }
+LASEM_INLINE Mask opens(Vec v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
 LASEM_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm512_mask_mov_ps(no, m, yes); }
 LASEM_INLINE Vec keep(Mask m, Vec v) { return _mm512_maskz_mov_ps(m, v); }
 LASEM_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
@@ -50,31 +52,24 @@ LASEM_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
   *low = _mm512_permutex2var_ps(a, lower, b);
   *high = _mm512_permutex2var_ps(a, _mm512_add_epi32(lower, _mm512_set1_epi32(8)), b);
 }
-LASEM_INLINE Code code_splat(int c) { return _mm512_set1_epi32(c); }
-LASEM_INLINE Code code_select(Mask m, Code yes, Code no) {
-  return _mm512_mask_mov_epi32(no, m, yes);
-}
-LASEM_INLINE Mask code_is(Code c, int value) {
-  return _mm512_cmpeq_epi32_mask(c, _mm512_set1_epi32(value));
-}
-LASEM_INLINE Mask code_open(Code c) {
-  return _mm512_cmplt_epi32_mask(c, _mm512_set1_epi32(kClosed));
-}
+LASEM_INLINE Code code_splat(int c) { return _mm_set1_epi8(static_cast<char>(c)); }
+LASEM_INLINE Code code_select(Mask m, Code yes, Code no) { return _mm_mask_mov_epi8(no, m, yes); }
+LASEM_INLINE Mask code_is(Code c, int value) { return _mm_cmpeq_epi8_mask(c, code_splat(value)); }
+LASEM_INLINE Mask code_open(Code c) { return _mm_cmplt_epu8_mask(c, code_splat(kClosed)); }
 LASEM_INLINE Code code_position(Code c) {
-  return _mm512_mask_and_epi32(c, _mm512_cmpneq_epi32_mask(c, _mm512_set1_epi32(kNothing)), c,
-                               _mm512_set1_epi32(kClosed - 1));
+  return code_select(code_is(c, kNothing), c, _mm_and_si128(c, code_splat(kClosed - 1)));
 }
 LASEM_INLINE Code code_load(const uint8_t* p) {
-  return _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
 LASEM_INLINE Code code_load_n(const uint8_t* p, int64_t n) {
-  return _mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8(lanes(n), p));
+  return _mm_maskz_loadu_epi8(lanes(n), p);
 }
 LASEM_INLINE void code_store(uint8_t* p, Code c) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xffff, c));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), c);
 }
 LASEM_INLINE void code_store_n(uint8_t* p, Code c, int64_t n) {
-  _mm512_mask_cvtepi32_storeu_epi8(p, lanes(n), c);
+  _mm_mask_storeu_epi8(p, lanes(n), c);
 }
 
 #elif defined(LASEM_ISA_AVX2)
@@ -108,6 +103,7 @@ LASEM_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
 LASEM_INLINE Mask wins(Vec v, Vec best) {
   return _mm256_or_ps(_mm256_cmp_ps(v, best, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
 }
+LASEM_INLINE Mask opens(Vec v) { return _mm256_cmp_ps(v, zero(), _CMP_NLE_UQ); }
 LASEM_INLINE Vec select(Mask m, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, m); }
 LASEM_INLINE Vec keep(Mask m, Vec v) { return _mm256_and_ps(m, v); }
 LASEM_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {
@@ -174,6 +170,7 @@ LASEM_INLINE Vec mul(Vec a, Vec b) { return a * b; }
 LASEM_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 LASEM_INLINE Vec fnma(Vec a, Vec b, Vec c) { return c - a * b; }
 LASEM_INLINE Mask wins(Vec v, Vec best) { return (v > best) | (v != v); }
+LASEM_INLINE Mask opens(Vec v) { return ~(v <= zero()); }
 LASEM_INLINE Code code_select(Mask m, Code yes, Code no) { return (yes & m) | (no & ~m); }
 LASEM_INLINE Vec keep(Mask m, Vec v) { return (Vec)((Code)v & m); }
 LASEM_INLINE void interleave(Vec a, Vec b, Vec* low, Vec* high) {

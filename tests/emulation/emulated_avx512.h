@@ -10,10 +10,23 @@
 
 namespace lasem_fast::emulated {
 
-inline __mmask16 cmplt(__m512i a, __m512i b) { return _mm512_cmpgt_epi32_mask(b, a); }
+inline __mmask16 cmplt(__m128i a, __m128i b) {
+  // no unsigned comparison: a < b where a is the smaller one and not b
+  const __m128i smaller = _mm_cmpeq_epi8(_mm_min_epu8(a, b), a), equal = _mm_cmpeq_epi8(a, b);
+  return static_cast<__mmask16>(_mm_movemask_epi8(_mm_andnot_si128(equal, smaller)));
+}
 
-inline __mmask16 cmpneq(__m512i a, __m512i b) {
-  return static_cast<__mmask16>(~_mm512_cmpeq_epi32_mask(a, b));
+inline __mmask16 cmpeq(__m128i a, __m128i b) {
+  return static_cast<__mmask16>(_mm_movemask_epi8(_mm_cmpeq_epi8(a, b)));
+}
+
+inline __m128i move(__m128i no, __mmask16 lanes, __m128i yes) {
+  uint8_t bytes[16], others[16];
+  memcpy(bytes, &no, sizeof bytes);
+  memcpy(others, &yes, sizeof others);
+  for (int i = 0; i < 16; ++i)
+    if (lanes >> i & 1) bytes[i] = others[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
 }
 
 inline __m512 load(__mmask16 lanes, const float* p) {
@@ -43,37 +56,21 @@ inline __m128i load_bytes(__mmask16 lanes, const void* p) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
 }
 
-inline void store_bytes(void* p, __mmask16 lanes, __m512i v) {
-  int32_t values[16];
-  memcpy(values, &v, sizeof values);
-  for (int i = 0; i < 16; ++i)
-    if (lanes >> i & 1) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(values[i]);
-}
-
-inline __m512i widen(__mmask16 lanes, __m128i v) {
+inline void store_bytes(void* p, __mmask16 lanes, __m128i v) {
   uint8_t bytes[16];
   memcpy(bytes, &v, sizeof bytes);
-  int32_t values[16] = {};
   for (int i = 0; i < 16; ++i)
-    if (lanes >> i & 1) values[i] = bytes[i];
-  return _mm512_loadu_si512(values);
-}
-
-inline __m128i narrow(__mmask16 lanes, __m512i v) {
-  uint8_t bytes[16] = {};
-  store_bytes(bytes, lanes, v);
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    if (lanes >> i & 1) static_cast<uint8_t*>(p)[i] = bytes[i];
 }
 
 }  // namespace lasem_fast::emulated
 
 // immintrin.h, which SIMDe includes, has functions of these names that need the instructions.
-#define _mm512_cmplt_epi32_mask ::lasem_fast::emulated::cmplt
-#define _mm512_cmpneq_epi32_mask ::lasem_fast::emulated::cmpneq
+#define _mm_cmplt_epu8_mask ::lasem_fast::emulated::cmplt
+#define _mm_cmpeq_epi8_mask ::lasem_fast::emulated::cmpeq
+#define _mm_mask_mov_epi8 ::lasem_fast::emulated::move
+#define _mm_maskz_loadu_epi8 ::lasem_fast::emulated::load_bytes
+#define _mm_mask_storeu_epi8 ::lasem_fast::emulated::store_bytes
 #define _mm512_maskz_loadu_ps ::lasem_fast::emulated::load
 #define _mm512_mask_storeu_ps ::lasem_fast::emulated::store
 #define _mm512_stream_ps ::lasem_fast::emulated::stream
-#define _mm_maskz_loadu_epi8 ::lasem_fast::emulated::load_bytes
-#define _mm512_mask_cvtepi32_storeu_epi8 ::lasem_fast::emulated::store_bytes
-#define _mm512_maskz_cvtepu8_epi32 ::lasem_fast::emulated::widen
-#define _mm512_maskz_cvtepi32_epi8 ::lasem_fast::emulated::narrow
