@@ -10,7 +10,10 @@ from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.backends import plain_torch
+from lasem_fast.backends.operations import Layer
 from lasem_fast.levels.fold import RowsFirst
+from lasem_fast.levels.plan import Level
+from lasem_fast.levels.relu_and_pool import Pool
 
 _CHANNELS_LAST = PLAIN._replace(heads=(plain_torch.channels_last_head,))
 
@@ -51,6 +54,18 @@ def test_steps_equal_brute_force(first, second, features):
     y = torch.randint(3, (5,))
     truth = brute_force(net, em.space.bits, x, y, "a")
     assert_step_equals(net, em(x, y, "a"), truth)
+
+
+@pytest.mark.parametrize("pool", [Pool(1, 0, False), Pool(2, 0, False)])
+@pytest.mark.parametrize("level", [Level((0, 0), (0, 1), 1), Level((0, 0, 1), (0, 1, 1), 2)])
+def test_a_level_hands_on_images_as_the_next_one_reads_them(pool, level):
+    conv = nn.Conv2d(3, 5, 7, padding=3)
+    weights = [torch.randn_like(conv.weight) for _ in range(2)]
+    layer = Layer(conv, weights, [torch.randn(5), torch.randn(5)], False, True, False, pool)
+    rows = level.width
+    x = torch.randn(rows * 4, 3, 8, 8).permute(0, 2, 3, 1).unflatten(0, (rows, 4))
+    y = plain_torch.run_level(layer, x, level, None)
+    assert y.shape[-1] == 5 and y.is_contiguous()
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def run_level(
         if layer.biases:
             wide["bias"] = torch.cat(layer.biases)
         y = _core(layer, x, wide, liveness, tuple(range(len(level))))
-        y = _branches_into_rows(y, level.width, len(layer.weights))
+        y = _branches_into_rows(_end(layer, y, skip), level.width, len(layer.weights))
     else:
         parts = []
         for b, branch in enumerate(level.used_branches):
@@ -106,22 +106,33 @@ def run_level(
             numbers, parents = level.parents_of(branch), x
             if numbers != tuple(range(level.width)):
                 parents = x.index_select(0, index_tensor(numbers, x.device))
-            parts.append(_core(layer, parents, own, liveness, level.rows_of(branch)))
+            y = _core(layer, parents, own, liveness, level.rows_of(branch))
+            parts.append(_end(layer, y, skip))
         y = in_order(torch.cat(parts), len(level), level.merge_order())
-    if layer.relu:
-        y = y.relu()
     if skip is not None:
         data = skip.data
         if skip.rows is not None:
             data = data.index_select(0, index_tensor(skip.rows, data.device))
-        y = y + _channels_first(data)
+        y = _pooled(layer, y + _channels_first(data))
+    if y.dim() == 4:
+        y = y.permute(0, 2, 3, 1)
+    return y.unflatten(0, (len(level), samples))
+
+
+def _end(layer: Layer, y: Tensor, skip: Skip | None) -> Tensor:
+    """What follows the core and needs no skip: before rows are put in order, which moves less."""
+    if layer.relu:
+        y = y.relu()
+    return _pooled(layer, y) if skip is None else y
+
+
+def _pooled(layer: Layer, y: Tensor) -> Tensor:
+    """The end of the epilogue: second ReLU and max-pool."""
     if layer.relu_after:
         y = y.relu()
     if layer.pool.size > 1:
         y = F.max_pool2d(y, layer.pool.size, padding=layer.pool.padding, ceil_mode=layer.pool.ceil)
-    if y.dim() == 4:
-        y = y.permute(0, 2, 3, 1)
-    return y.unflatten(0, (len(level), samples))
+    return y
 
 
 def _core(
@@ -140,8 +151,10 @@ def _core(
     x = _channels_first(x)
     if layer.flatten:
         x = x.flatten(1)
-    if weights["weight"].dim() == 4 and x.device.type != "cpu":
-        weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
+    if x.dim() == 4:  # its outputs then are channels-last, as the pool and the next level want them
+        x = x.contiguous(memory_format=torch.channels_last)
+        if x.device.type != "cpu":
+            weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
     if follows(layer.core, x, liveness):
         places = Places(index_tensor(rows, x.device).view(parents, -1), samples_first=False)
         return followed(layer.core, x, weights["weight"], weights.get("bias"), liveness, places)
@@ -168,11 +181,13 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _branches_into_rows(y: Tensor, rows: int, branches: int) -> Tensor:
-    """``[P * N, B * K, ...]`` as ``[P * B * N, K, ...]``."""
+    """``[P * N, B * K, ...]`` as ``[P * B * N, K, ...]``, images with their channels last."""
     if branches == 1:
         return y
-    split = y.unflatten(1, (branches, -1)).unflatten(0, (rows, -1))  # [P, N, B, K, ...]
-    return split.transpose(1, 2).flatten(0, 2)
+    if y.dim() != 4:
+        return y.unflatten(1, (branches, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(0, 2)
+    split = y.permute(0, 2, 3, 1).unflatten(3, (branches, -1)).unflatten(0, (rows, -1))
+    return split.permute(0, 4, 1, 2, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
 
 
 def _wide(branches: Sequence[Branch]) -> tuple[PlainStage, dict[str, Tensor]] | None:
