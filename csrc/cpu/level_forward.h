@@ -103,7 +103,7 @@ LASEM_INLINE void prefetch_patch(const LevelPlan& p, const Scalar* x, const Unit
   const LevelShape& s = p.shape;
   const int64_t side = p.unit * p.tile, overlap = s.filter - 1, rows = side + overlap;
   const int64_t top = u.y - s.padding, left = u.x - s.padding + overlap;
-  const int64_t from = u.x > 0 ? at_least(left, 0) : 0, to = at_most(left + side, s.width);
+  const int64_t from = at_least(left, 0), to = at_most(left + side, s.width);
   const int64_t bytes = (to - from) * s.in_channels * static_cast<int64_t>(sizeof(Scalar));
   const int64_t end = at_most(top + rows * (part + 1) / parts, s.height);
   for (int64_t y = at_least(top + rows * part / parts, 0); y < end; ++y)
