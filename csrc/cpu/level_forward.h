@@ -19,22 +19,26 @@ LASEM_INLINE void patch_pixels(const LevelShape& s, T* image, int64_t iy, int64_
 template <class F, class Pixel>
 LASEM_INLINE void input_transform(const Pixel& pixel, Scalar* v, int64_t batch_stride) {
   constexpr int n = F::kPoints, pixels = F::kPatch;
-  Vec half[n][pixels];
+  constexpr int at_once = n == 6 ? 2 : n;
 #pragma GCC unroll 8
-  for (int j = 0; j < pixels; ++j) {
-    Vec d[pixels], t[n];
+  for (int first = 0; first < n; first += at_once) {
+    Vec half[at_once][pixels];
 #pragma GCC unroll 8
-    for (int i = 0; i < pixels; ++i) d[i] = pixel(i, j);
-    F::input(d, t);
+    for (int j = 0; j < pixels; ++j) {
+      Vec d[pixels], t[n];
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) half[i][j] = t[i];
-  }
+      for (int i = 0; i < pixels; ++i) d[i] = pixel(i, j);
+      F::input(d, t);
 #pragma GCC unroll 8
-  for (int i = 0; i < n; ++i) {
-    Vec t[n];
-    F::input(half[i], t);
+      for (int i = 0; i < at_once; ++i) half[i][j] = t[input_row<n>(first + i)];
+    }
 #pragma GCC unroll 8
-    for (int j = 0; j < n; ++j) store(v + (i * n + j) * batch_stride, t[j]);
+    for (int i = 0; i < at_once; ++i) {
+      Vec t[n];
+      F::input(half[i], t);
+#pragma GCC unroll 8
+      for (int j = 0; j < n; ++j) store(v + (input_row<n>(first + i) * n + j) * batch_stride, t[j]);
+    }
   }
 }
 

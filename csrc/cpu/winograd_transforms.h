@@ -93,6 +93,14 @@ struct Winograd<3, 3> : WinogradShape<3, 3> {
   }
 };
 
+// The order in which the rows of V are made: six at once do not fit the registers, so that they go
+// in pairs, of those that share sums.
+template <int kPoints>
+constexpr int input_row(int i) {
+  constexpr int pairs[] = {1, 2, 3, 4, 0, 5};
+  return kPoints == 6 ? pairs[i] : i;
+}
+
 constexpr double kRoot = 1.41421356237309504880;
 
 // B depends on the points alone, so all algorithms of six points share it.
