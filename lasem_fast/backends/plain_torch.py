@@ -151,7 +151,7 @@ def _core(
     x = _channels_first(x)
     if layer.flatten:
         x = x.flatten(1)
-    if x.dim() == 4:  # its outputs then are channels-last, as the pool and the next level want them
+    if weights["weight"].dim() == 4:  # pool and next level want its outputs channels-last, too
         x = x.contiguous(memory_format=torch.channels_last)
         if x.device.type != "cpu":
             weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
