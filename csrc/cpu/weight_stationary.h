@@ -32,10 +32,8 @@ static void gather_inputs(const LevelPlan& p, const LevelForward& args, Scalar* 
 template <class F, int kPool>
 static void forward_panel(const LevelPlan& p, const LevelForward& args, Scalar* scratch,
                           int64_t panel) {
-  const int64_t channels = p.shape.in_channels;
   Scalar* m = scratch + p.batches * p.weight_batch;
-  for (int64_t c = 0; c < channels; ++c)
-    pack_channel<F>(p, args.weights, panel, c, scratch, p.weight_batch);
+  pack_channels<F>(p, args.weights, panel, 0, p.shape.in_channels, scratch, p.weight_batch);
   for_blocks(p, [&](const LevelClass& of, int64_t index) {
     if (place_of(of, panel) < 0) return;
     Block block;
@@ -110,14 +108,19 @@ static void weight_grad_panel(const LevelPlan& p, const LevelBackward& args, Sca
     if (!adds) memset(du + b * p.weight_batch, 0, sizeof(Scalar) * p.weight_batch);
   }
   const int64_t first = panel * 2, last = at_most(first + 2, p.out_vectors);
-  for (int64_t c = 0; c < p.shape.in_channels; ++c)
-    for (int64_t vector = first; vector < last; ++vector) {
-      Vec u[F::kPoints * F::kPoints], taps[kTaps<F>];
-      for (int64_t b = 0; b < F::kPoints * F::kPoints; ++b)
-        u[b] = load(du + b * p.weight_batch + c * kPanel + (vector - first) * kLanes);
-      filter_gradient<F>(u, taps);
-      store_weight_grad<F>(p, args, vector, c, taps);
-    }
+  PanelFilters<F> filters;
+  for (int64_t c = 0, n; c < p.shape.in_channels; c += n) {
+    n = at_most(filters.kChannels, p.shape.in_channels - c);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t h = 0; h < last - first; ++h) {
+        Vec u[F::kPoints * F::kPoints], taps[kTaps<F>];
+        for (int64_t b = 0; b < F::kPoints * F::kPoints; ++b)
+          u[b] = load(du + b * p.weight_batch + (c + i) * kPanel + h * kLanes);
+        filter_gradient<F>(u, taps);
+        store_taps<F>(taps, filters.taps[h] + i * kTaps<F>, filters.kRow, kLanes);
+      }
+    for (int64_t vector = first; vector < last; ++vector) filters.store(p, args, vector, c, n);
+  }
   for (int64_t vector = first; vector < last; ++vector) {
     Vec sum = zero();
     for (int64_t index = 0; index < p.blocks; ++index)

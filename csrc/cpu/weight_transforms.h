@@ -113,23 +113,60 @@ LASEM_INLINE void store_panel(const Vec (&u)[2][F::kPoints * F::kPoints], Scalar
   }
 }
 
-// One input channel of one panel: to [batch][depth][kPanel], batches `batch_stride` apart.
+// A few input channels of the filters of a panel, side by side. Where the weights are, the filters
+// lie so far apart, and are so many, that their lines drive one another out of the cache, and the
+// hardware follows none of them.
 template <class F>
-static inline void pack_channel(const LevelPlan& p, const void* const* weights, int64_t panel,
-                                int64_t c, Scalar* to, int64_t batch_stride) {
-  const int64_t channels = p.shape.in_channels;
-  [[maybe_unused]] Vec u[2][F::kPoints * F::kPoints];
-  for (int64_t h = 0; h < 2; ++h) {
-    Vec taps[kTaps<F>];
-    load_taps<F>(filters_of(p, weights, panel * 2 + h), c * kTaps<F>, taps);
-    if constexpr (F::kDirect) {
-      for (int64_t t = 0; t < kTaps<F>; ++t)
-        store(to + (t * channels + c) * kPanel + h * kLanes, taps[t]);
-    } else {
-      filter_transform<F>(taps, u[h]);
+struct PanelFilters {
+  static constexpr int64_t kChannels = 16 * 9 / kTaps<F>, kRow = kChannels * kTaps<F>;
+  Scalar taps[2][kLanes * kRow];
+
+  void load(const LevelPlan& p, const void* const* weights, int64_t panel, int64_t c, int64_t n) {
+    for (int64_t h = 0; h < 2; ++h) {
+      const Filters from = filters_of(p, weights, panel * 2 + h);
+      for (int64_t lane = 0; lane < from.count; ++lane)
+        copy_run(taps[h] + lane * kRow, from.first + lane * from.stride + c * kTaps<F>,
+                 n * kTaps<F>);
     }
   }
-  if constexpr (!F::kDirect) store_panel<F>(u, to + c * kPanel, batch_stride);
+
+  // To the gradients of a vector's filters.
+  void store(const LevelPlan& p, const LevelBackward& args, int64_t vector, int64_t c,
+             int64_t n) const {
+    const LevelShape& s = p.shape;
+    const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
+    const int64_t co = vector % p.branch_vectors * kLanes;
+    Scalar* to = static_cast<Scalar*>(args.dweights[branch]) + (co * s.in_channels + c) * kTaps<F>;
+    for (int64_t lane = 0; lane < at_most(kLanes, s.out_channels - co); ++lane)
+      copy_run(to + lane * s.in_channels * kTaps<F>, taps[vector % 2] + lane * kRow, n * kTaps<F>);
+  }
+};
+
+// Input channels from `begin` to `end` of one panel: to [batch][depth][kPanel], batches
+// `batch_stride` apart.
+template <class F>
+static void pack_channels(const LevelPlan& p, const void* const* weights, int64_t panel,
+                          int64_t begin, int64_t end, Scalar* to, int64_t batch_stride) {
+  constexpr int64_t at_once = PanelFilters<F>::kChannels;
+  const int64_t channels = p.shape.in_channels;
+  PanelFilters<F> filters;
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t at = (c - begin) % at_once;
+    if (at == 0) filters.load(p, weights, panel, c, at_most(at_once, end - c));
+    [[maybe_unused]] Vec u[2][F::kPoints * F::kPoints];
+    for (int64_t h = 0; h < 2; ++h) {
+      Vec taps[kTaps<F>];
+      const int64_t count = filters_of(p, weights, panel * 2 + h).count;
+      load_taps<F>({filters.taps[h], filters.kRow, count}, at * kTaps<F>, taps);
+      if constexpr (F::kDirect) {
+        for (int64_t t = 0; t < kTaps<F>; ++t)
+          store(to + (t * channels + c) * kPanel + h * kLanes, taps[t]);
+      } else {
+        filter_transform<F>(taps, u[h]);
+      }
+    }
+    if constexpr (!F::kDirect) store_panel<F>(u, to + c * kPanel, batch_stride);
+  }
 }
 
 // packed [panel][batch][depth][kPanel]; one item is one input channel of one panel.
@@ -137,10 +174,11 @@ template <class F>
 static void pack(const LevelPlan& p, const void* const* weights, Scalar* packed, int64_t begin,
                  int64_t end) {
   const int64_t channels = p.shape.in_channels;
-  for (int64_t item = begin; item < end; ++item) {
+  for (int64_t item = begin, n; item < end; item += n) {
     const int64_t panel = item / channels, c = item % channels;
-    pack_channel<F>(p, weights, panel, c, packed + panel * p.batches * p.depth * kPanel,
-                    p.weight_batch);
+    n = at_most(channels - c, end - item);
+    pack_channels<F>(p, weights, panel, c, c + n, packed + panel * p.batches * p.depth * kPanel,
+                     p.weight_batch);
   }
 }
 
@@ -186,17 +224,6 @@ static void pack_back(const LevelPlan& p, const void* const* weights, Scalar* pa
   }
 }
 
-// The gradients of one input channel of one vector of outputs.
-template <class F>
-LASEM_INLINE void store_weight_grad(const LevelPlan& p, const LevelBackward& args, int64_t vector,
-                                    int64_t c, const Vec (&taps)[kTaps<F>]) {
-  const LevelShape& s = p.shape;
-  const int64_t branch = p.rows.branch_of[vector / p.branch_vectors];
-  const int64_t co = vector % p.branch_vectors * kLanes;
-  Scalar* to = static_cast<Scalar*>(args.dweights[branch]) + (co * s.in_channels + c) * kTaps<F>;
-  store_taps<F>(taps, to, s.in_channels * kTaps<F>, at_most(kLanes, s.out_channels - co));
-}
-
 LASEM_INLINE void store_bias_grad(const LevelPlan& p, const LevelBackward& args, int64_t vector,
                                   Vec sum) {
   if (!args.dbiases) return;
@@ -222,25 +249,32 @@ static void finish(const LevelPlan& p, const LevelBackward& args, int64_t begin,
       }
     return sum;
   };
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t panel = item / s.in_channels, c = item % s.in_channels;
+  PanelFilters<F> filters;
+  for (int64_t item = begin, n; item < end; item += n) {
+    const int64_t panel = item / s.in_channels, first = item % s.in_channels;
+    n = at_most(at_most(filters.kChannels, s.in_channels - first), end - item);
     const int64_t last = at_most(2, p.out_vectors - 2 * panel);
-    [[maybe_unused]] Vec u[2][F::kPoints * F::kPoints];
-    if constexpr (!F::kDirect)
-      for (int64_t b = 0; b < F::kPoints * F::kPoints; ++b)
-        for (int64_t h = 0; h < 2; ++h)
-          u[h][b] = sum_at(panel, ((panel * p.batches + b) * p.depth + c) * kPanel + h * kLanes);
-    for (int64_t h = 0; h < last; ++h) {
-      const int64_t v = 2 * panel + h;
-      Vec taps[kTaps<F>];
-      if constexpr (F::kDirect) {
-        for (int64_t t = 0; t < kTaps<F>; ++t)
-          taps[t] = sum_at(panel, (panel * p.depth + t * s.in_channels + c) * kPanel + h * kLanes);
-      } else {
-        filter_gradient<F>(u[h], taps);
+    for (int64_t c = first; c < first + n; ++c) {
+      [[maybe_unused]] Vec u[2][F::kPoints * F::kPoints];
+      if constexpr (!F::kDirect)
+        for (int64_t b = 0; b < F::kPoints * F::kPoints; ++b)
+          for (int64_t h = 0; h < 2; ++h)
+            u[h][b] = sum_at(panel, ((panel * p.batches + b) * p.depth + c) * kPanel + h * kLanes);
+      for (int64_t h = 0; h < last; ++h) {
+        Vec taps[kTaps<F>];
+        if constexpr (F::kDirect) {
+          for (int64_t t = 0; t < kTaps<F>; ++t)
+            taps[t] =
+                sum_at(panel, (panel * p.depth + t * s.in_channels + c) * kPanel + h * kLanes);
+        } else {
+          filter_gradient<F>(u[h], taps);
+        }
+        store_taps<F>(taps, filters.taps[h] + (c - first) * kTaps<F>, filters.kRow, kLanes);
       }
-      store_weight_grad<F>(p, args, v, c, taps);
-      if (c == 0) store_bias_grad(p, args, v, sum_at(panel, p.bias_at + v * kLanes));
+    }
+    for (int64_t v = 2 * panel; v < 2 * panel + last; ++v) {
+      filters.store(p, args, v, first, n);
+      if (first == 0) store_bias_grad(p, args, v, sum_at(panel, p.bias_at + v * kLanes));
     }
   }
 }
