@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._host_values import is_transformed
 from lasem_fast._numbers import whole_number
 from lasem_fast.backends import choices
 from lasem_fast.configs import ConfigSpace, Configuration
@@ -205,7 +206,7 @@ class LASEM(nn.Module):
 
     def _keeps_state(self) -> bool:
         """Whether this call is a step of training (see :meth:`forward`)."""
-        return self.training and torch.is_grad_enabled() and not checks.is_transformed()
+        return self.training and torch.is_grad_enabled() and not is_transformed()
 
     def _step(
         self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
@@ -331,14 +332,14 @@ class LASEM(nn.Module):
                 )
         if self._reads_values(x):
             checks.check_finite_input(x)
-            checks.check_finite_weights(self.net.named_task_parameters(task))
+            checks.check_finite_weights(self.net.task_parts(task))
             if posterior is not None:
                 checks.check_posterior_values(posterior)
         return config
 
     def _reads_values(self, x: Tensor) -> bool:
         on_host = x.device.type == "cpu" or self.validate
-        return on_host and not torch.compiler.is_compiling() and not checks.is_transformed()
+        return on_host and not torch.compiler.is_compiling() and not is_transformed()
 
     def _network(self, task: str, x: Tensor) -> Network:
         network = Network(self.net.branches(task), self.net.heads[task], task).looked_into()

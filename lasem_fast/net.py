@@ -172,14 +172,22 @@ class TransferNet(nn.Module):
 
     def named_task_parameters(self, task: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of :meth:`task_parameters` with their names in the net."""
+        for name, module in self.task_parts(task):
+            yield from module.named_parameters(name)
+
+    def task_parts(self, task: str) -> list[tuple[str, nn.Module]]:
+        """The modules that hold the parameters of :meth:`task_parameters`, with their names."""
         config = self.config(task)
+        shared, adapters, specific = self.shared, self.adapters[task], self.specific[task]
+        parts: list[tuple[str, nn.Module | None]] = []
         for i in range(self.depth):
             if config is None or config[i]:
-                yield from _named(self.shared[i], f"shared.{i}")
-                yield from _named(self.adapters[task][i], f"adapters[{task!r}].{i}")
+                parts.append((f"shared.{i}", shared[i]))
+                parts.append((f"adapters[{task!r}].{i}", adapters[i]))
             if config is None or not config[i]:
-                yield from _named(self.specific[task][i], f"specific[{task!r}].{i}")
-        yield from _named(self.heads[task], f"heads[{task!r}]")
+                parts.append((f"specific[{task!r}].{i}", specific[i]))
+        parts.append((f"heads[{task!r}]", self.heads[task]))
+        return [(name, module) for name, module in parts if module is not None]
 
     def forward(self, x: Tensor, task: str, config: Any = None) -> Tensor:
         """The head's output for one configuration.
@@ -320,11 +328,6 @@ def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
     if transfer not in MECHANISMS:
         raise ValueError(f"transfer: expected one of {sorted(MECHANISMS)}, got {transfer!r}")
     return MECHANISMS[transfer]()
-
-
-def _named(module: nn.Module | None, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
-    if module is not None:
-        yield from module.named_parameters(prefix)
 
 
 def _baked(branch: Branch) -> nn.Module:

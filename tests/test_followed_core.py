@@ -39,7 +39,14 @@ def test_gradients_are_those_of_the_live_rows(core, live, samples_first):
     leaves = [x, layer.weight, *([] if layer.bias is None else [layer.bias])]
     liveness = Liveness()
     assert follows(layer, x, liveness)
-    y = followed(layer, x, layer.weight, layer.bias, liveness, Places(rows, samples_first))
+    y = followed(
+        layer,
+        x,
+        layer.weight,
+        layer.bias,
+        liveness,
+        Places(rows.flatten().tolist(), branches, samples_first),
+    )
     assert torch.equal(y, layer(x))
     dy = torch.randn_like(y)
     first = parents if samples_first else samples
@@ -59,11 +66,11 @@ def test_gradients_of_gradients(core):
     make, image = CORES[core]
     layer = make()
     x = torch.randn(4, 3, *image, dtype=torch.float64, requires_grad=True)
-    rows, live = torch.arange(4).view(2, 2), torch.tensor([True, False, True, True])
+    live = torch.tensor([True, False, True, True])
 
     def level(x, *parameters):
         liveness = Liveness(live)
-        return followed(layer, x, *parameters, liveness, Places(rows, True)).square()
+        return followed(layer, x, *parameters, liveness, Places(range(4), 2, True)).square()
 
     y = layer(x)
     mask = live.view(2, 2)[None].expand(2, -1, -1).reshape(4, 2).repeat_interleave(4, 1)

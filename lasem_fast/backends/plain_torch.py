@@ -45,7 +45,8 @@ def wide_level(
     if isinstance(stage.core, nn.Linear) and h.dim() != 2:
         return None
     if follows(stage.core, h, liveness):
-        places = Places(torch.arange(rows * len(branches)).view(rows, -1), samples_first=True)
+        numbers = range(rows * len(branches))
+        places = Places(numbers, len(branches), samples_first=True)
         h = followed(stage.core, h, weights["weight"], weights.get("bias"), liveness, places)
     else:
         h = _with_weights(stage.core, weights, h)
@@ -156,7 +157,7 @@ def _core(
         if x.device.type != "cpu":
             weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
     if follows(layer.core, x, liveness):
-        places = Places(index_tensor(rows, x.device).view(parents, -1), samples_first=False)
+        places = Places(rows, len(rows) // parents, samples_first=False)
         return followed(layer.core, x, weights["weight"], weights.get("bias"), liveness, places)
     passed_over(liveness)
     return _with_weights(layer.core, weights, x)

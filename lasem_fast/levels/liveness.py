@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
+from lasem_fast._host_values import on_host
 from lasem_fast.levels.fold import index_tensor
 from lasem_fast.levels.plan import Plan
 from lasem_fast.levels.row_liveness import Liveness
@@ -23,16 +26,23 @@ class TreeLiveness:
 
     def keep(self, weighs: Tensor) -> None:
         """Says which configurations count, a bool tensor ``[C]``; a row is live if one uses it."""
-        device = weighs.device
-        looks = device.type == "cpu" and not torch.compiler.is_compiling()
-        last = len(self.plan.levels[-1])
-        live: Tensor | None = _any_of(weighs, index_tensor(self.plan.leaves, device), last)
+        if on_host(weighs):
+            self._keep_on_host(weighs.tolist())
+            return
+        device, last = weighs.device, len(self.plan.levels[-1])
+        live = _any_of(weighs, index_tensor(self.plan.leaves, device), last)
         for level, liveness in zip(reversed(self.plan.levels), reversed(self.levels), strict=True):
-            if live is not None and looks and bool(live.all()):
-                live = None  # and so above, every row of which has a row here
             liveness.live = live
-            if live is not None:
-                live = _any_of(live, index_tensor(level.parents, device), level.width)
+            live = _any_of(live, index_tensor(level.parents, device), level.width)
+
+    def _keep_on_host(self, counts: list[bool]) -> None:
+        places, all_live = self.plan.leaves, False
+        for level, liveness in zip(reversed(self.plan.levels), reversed(self.levels), strict=True):
+            if not all_live:
+                used = set(compress(places, counts))
+                counts, places = [row in used for row in range(len(level))], level.parents
+                all_live = len(used) == len(level)  # and so above: every row there has one here
+            liveness.live = None if all_live else torch.tensor(counts)
 
     def share_of(self, weighs: Tensor) -> float | None:
         """The share of the tree's rows that some configurations use; None if all is followed."""

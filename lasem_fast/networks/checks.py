@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lasem_fast.networks.layers import any_mixes_samples, iterates, mixes_samples, modules_in
+from lasem_fast._host_values import is_transformed
+from lasem_fast.networks.layers import (
+    any_mixes_samples,
+    iterates,
+    mixes_samples,
+    modules_in,
+    parameters_in,
+)
 from lasem_fast.networks.network import Network
 
 
@@ -162,12 +169,16 @@ def check_finite_input(x: Tensor) -> None:
         raise ValueError(f"x: expected finite values, got {bad} that are NaN or infinite")
 
 
-def check_finite_weights(named: Iterable[tuple[str, Tensor]]) -> None:
-    """No NaN and no infinity in the weights (reads the values)."""
-    named = [(name, p.detach()) for name, p in named if _may_be_infinite(p)]
-    if all(_has_finite_sum(p) for _, p in named):
+def check_finite_weights(parts: Sequence[tuple[str, nn.Module]]) -> None:
+    """No NaN and no infinity in the weights of modules with these names (reads the values)."""
+    if all([_has_finite_sum(p.detach()) for p in parameters_in(*[part for _, part in parts])]):
         return
-    bad = [name for name, p in named if not bool(torch.isfinite(p).all())]
+    bad = [
+        name
+        for prefix, part in parts
+        for name, p in part.named_parameters(prefix)
+        if not bool(torch.isfinite(p).all())
+    ]
     if bad:
         raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
 
@@ -338,11 +349,6 @@ def check_logits_device(logits: Tensor, y: Tensor, task: str) -> None:
             f"head of task {task!r}: expected logits on {y.device}, like y, got logits on "
             f"{logits.device}"
         )
-
-
-def is_transformed() -> bool:
-    """Whether a torch.func transform (vmap, grad, jacrev) runs this."""
-    return torch._C._are_functorch_transforms_active()
 
 
 def or_misfit(evaluate: Callable[[], Any], network: Network, x: Tensor) -> Any:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lasem_fast._host_values import is_transformed
 from lasem_fast.backends.operations import Scores
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.likelihoods import Likelihood
@@ -198,13 +199,13 @@ class Search:
 
     def present_evaluator(self) -> Evaluator:
         """All configurations; in PyTorch's own operations inside torch.func transforms."""
-        if self.backend != "reference" and checks.is_transformed():
+        if self.backend != "reference" and is_transformed():
             return dispatch.evaluator("torch", self.space.configs)
         return self.everything
 
     def evaluator_of(self, configs: Sequence[Configuration]) -> Evaluator:
         """An evaluator of some configurations; inside torch.func transforms likewise."""
-        transformed = self.backend != "reference" and checks.is_transformed()
+        transformed = self.backend != "reference" and is_transformed()
         backend = "torch" if transformed else self.backend
         return dispatch.evaluator(backend, configs, None if transformed else self.max_memory)
 
@@ -227,7 +228,7 @@ class Search:
         # what an operation on a device has counted could not be taken back after the checks
         if output is None or (reads_values and output.device.type != "cpu"):
             return None
-        if checks.is_transformed():
+        if is_transformed():
             return None
         exact = self.m_step.is_exact  # else more follows, which may fail: nothing is counted yet
         for operation in self._scores:
