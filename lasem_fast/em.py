@@ -361,9 +361,8 @@ class LASEM(nn.Module):
             self._start_prior(task)
             if type(self._prior).log_prob.__module__ != Prior.__module__:
                 self._log_prior(task)  # a user's own is checked before anything else
-        found = self._search.step(
-            self._network(task, x), x, y, follow, self._reads_values(x), keeps_state
-        )
+        network = self._network(task, x)
+        found = self._search.step(network, x, y, follow, self._reads_values(x), keeps_state)
         step = EMStep(
             loss=self._with_auxiliary(found.loss, found.weights, task),
             posterior=found.posterior,
@@ -374,6 +373,8 @@ class LASEM(nn.Module):
         if not keeps_state:
             return step
         # last, when nothing can fail any more
+        if network.batch_norms is not None:
+            network.batch_norms.move(found.weights)
         if reused is not None:
             self._posteriors.used(task)
         elif frozen is None:
@@ -400,6 +401,8 @@ class LASEM(nn.Module):
                 f"x: expected a mini-batch with a finite loss, got {float(m_step.nll)} for the "
                 f"configuration of task {task!r}"
             )
+        if network.batch_norms is not None and self._keeps_state():
+            network.batch_norms.move(torch.ones(1, device=x.device))
         loss = m_step.nll.sum()
         here = torch.arange(len(self.space), device=loss.device) == row
         posterior = here.to(loss.dtype)

@@ -164,7 +164,7 @@ def test_a_forward_put_in_the_place_of_both_branches_runs_on_the_wide_weights():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True)]
+    "layer", [nn.SyncBatchNorm(3), nn.InstanceNorm2d(3, track_running_stats=True)]
 )
 def test_a_layer_that_mixes_samples_is_refused_when_it_comes_or_wakes(layer):
     em = lf.LASEM(_net(), backend="torch")

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lasem_fast._host_values import is_transformed
+from lasem_fast.networks.batch_norm import frozen
 from lasem_fast.networks.layers import (
     any_mixes_samples,
+    any_uses_batch_statistics,
     iterates,
     mixes_samples,
     modules_in,
@@ -269,7 +271,14 @@ def check_independent_samples(net: TaskNet, task: str) -> None:
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]
     parts[f"heads[{task!r}]"] = net.heads[task]
-    if not any_mixes_samples(modules_in(*parts.values())):
+    layers = modules_in(*parts.values())
+    if torch.compiler.is_compiling() and any_uses_batch_statistics(layers):
+        raise ValueError(
+            "net: expected no BatchNorm in training mode inside torch.compile, because each "
+            "configuration's statistics are gathered outside of a graph; put it into evaluation "
+            "mode or call the LASEM without torch.compile"
+        )
+    if not any_mixes_samples(layers):
         return
     for part, module in parts.items():
         for name, layer in module.named_modules():
@@ -367,7 +376,8 @@ def or_misfit(evaluate: Callable[[], Any], network: Network, x: Tensor) -> Any:
 @torch.no_grad()
 def misfit(network: Network, x: Tensor) -> str | None:
     """Why a network cannot take ``x``, found on its first sample or else on all; None if it can."""
-    return _misfit(network, x, x[:1]) or _misfit(network, x, x)
+    with frozen(network.modules()):
+        return _misfit(network, x, x[:1]) or _misfit(network, x, x)
 
 
 def _misfit(network: Network, x: Tensor, h: Tensor) -> str | None:

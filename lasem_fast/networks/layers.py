@@ -22,6 +22,7 @@ _MAY_BE_RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
 _MAY_MIX_SAMPLES = (_BatchNorm, _InstanceNorm, _SpectralNorm)
 
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 
 _ELEMENTWISE = frozenset(
     {
@@ -235,10 +236,28 @@ def active_random(layers: Sequence[nn.Module]) -> list[nn.Module]:
     ]
 
 
+def uses_batch_statistics(layer: nn.Module) -> bool:
+    """Whether a layer is a plain batch norm that normalises by the mini-batch's own statistics."""
+    if type(layer) not in _BATCH_NORMS or "forward" in layer.__dict__:
+        return False
+    return layer.training or layer.running_mean is None
+
+
+def any_uses_batch_statistics(layers: Sequence[nn.Module]) -> bool:
+    """Whether one of the layers is such a batch norm."""
+    # a list: torch.compile's isdisjoint of a map says yes to anything (2.13)
+    norms = [layer for layer in layers if type(layer) in _BATCH_NORMS]
+    return any([uses_batch_statistics(norm) for norm in norms])
+
+
 def mixes_samples(layer: nn.Module) -> bool:
-    """Whether a layer's output for one sample depends on the rest of the folded batch."""
+    """Whether a layer's output for one sample depends on the rest of the folded batch.
+
+    Of a plain batch norm it does not: it sees every configuration's samples apart.
+    """
     if isinstance(layer, _BatchNorm):
-        return layer.training or layer.running_mean is None
+        batch = layer.training or layer.running_mean is None
+        return batch and not uses_batch_statistics(layer)
     return isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats
 
 
@@ -258,7 +277,8 @@ def keeps_samples_apart(module: nn.Module) -> bool:
     """
     if type(module) is nn.Sequential:
         return all(keeps_samples_apart(child) for child in module)
-    return type(module) in {nn.Linear, *_CONVOLUTIONS} or _may_go_before(module)
+    known = {nn.Linear, *_CONVOLUTIONS, *_BATCH_NORMS}
+    return type(module) in known or _may_go_before(module)
 
 
 def iterates(layer: nn.Module) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lasem_fast.networks.batch_norm import BatchNorms, RowWeights
 from lasem_fast.networks.layers import (
     PlainStage,
     active_random,
     active_random_layers,
     any_in_place,
+    any_uses_batch_statistics,
     modules_in,
 )
 from lasem_fast.transfer import Branch
@@ -29,6 +31,7 @@ class Network(NamedTuple):
         head_writes_input: whether the head was seen to change its input tensor in place.
         may_draw: whether a layer inside draws random numbers; True where nobody has looked.
         may_write: whether a layer inside says that it changes its input; True likewise.
+        batch_norms: what the layers that use a mini-batch's statistics see; None: there are none.
     """
 
     stages: list[Sequence[Branch | None]]
@@ -37,6 +40,7 @@ class Network(NamedTuple):
     head_writes_input: bool = False
     may_draw: bool = True
     may_write: bool = True
+    batch_norms: BatchNorms | None = None
 
     def looked_into(self) -> Network:
         """The same network with what one walk through all of it tells, as it is now."""
@@ -44,7 +48,23 @@ class Network(NamedTuple):
             return self
         layers = modules_in(*self.modules())
         random, in_place = bool(active_random(layers)), any_in_place(layers)
-        return self._replace(may_draw=random, may_write=in_place)
+        norms = BatchNorms() if any_uses_batch_statistics(layers) else None
+        return self._replace(may_draw=random, may_write=in_place, batch_norms=norms)
+
+    def rows_apart(
+        self, module: nn.Module, rows: int, samples: int, weights: RowWeights
+    ) -> AbstractContextManager:
+        """Meanwhile batch norm in ``module`` sees its input's rows apart.
+
+        See :meth:`BatchNorms.apart <lasem_fast.networks.batch_norm.BatchNorms.apart>`.
+        """
+        if self.batch_norms is None:
+            return nullcontext()
+        return self.batch_norms.apart(module, rows, samples, weights)
+
+    def aside(self) -> Network:
+        """The same network for a pass whose statistics are of no account."""
+        return self if self.batch_norms is None else self._replace(batch_norms=BatchNorms())
 
     def protected(self, writers: Container[int]) -> Network:
         """The same network, of which the stages at these positions write to their input.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.networks import checks
+from lasem_fast.networks.batch_norm import frozen
 from lasem_fast.networks.layers import active_random_layers, keeps_samples_apart
 from lasem_fast.networks.network import Network
 from lasem_fast.transfer import Branch
@@ -133,7 +134,8 @@ def _run(branch: Branch, h: Tensor) -> _Run:
     torch.manual_seed(0)
     random.seed(0)
     before, version = _random_states(h.device), checks.version_of(given)
-    output = Branch(module, branch.tensors)(given)
+    with frozen([module]):
+        output = Branch(module, branch.tensors)(given)
     drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(h.device), strict=True))
     # values as well: .data and inference mode count no changes
     wrote = checks.version_of(given) != version or not torch.equal(given, h)

@@ -190,6 +190,8 @@ class Search:
         reads_values: bool,
     ) -> Evaluation:
         evaluator = self.present_evaluator() if rows is None else self._evaluator_of(rows)
+        if network.batch_norms is not None:
+            network.batch_norms.begin(rows)
         follow = "all" if self.m_step.is_exact else "some"
         if reads_values and follow == "some" and not one_pass and network.task in self.few:
             follow = "few"

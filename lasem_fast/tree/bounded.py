@@ -87,7 +87,7 @@ def _ordinary(network: Network) -> Network:
         [b and b._replace(tensors={n: t.clone() for n, t in b.tensors.items()}) for b in branches]
         for branches in network.stages
     ]
-    return network._replace(stages=stages)
+    return network.aside()._replace(stages=stages)
 
 
 class _Chunked:
@@ -106,7 +106,8 @@ class _Chunked:
     ) -> None:
         self.tree, self.network, self.cut, self.parts = tree, network, cut, parts
         self.samples = x.shape[0]
-        self._top = Tree(tree.plan.top(cut.stage), tree.operations)
+        whole = SubPlan(tree.plan, tuple(range(len(tree.plan))))
+        self._top = Tree(tree.plan.top(cut.stage), tree.operations, part=whole)
         self._heap = None if x.device.type == "cuda" else Heap(cut.peak)
         # up to here both steps see the same activations
         same = cut.stage if random is None else min(random, cut.stage)
@@ -154,35 +155,38 @@ class _Chunked:
         """The outputs of some sub-trees with their graph, layers as they are."""
         self._liveness = [TreeLiveness(part.plan) for part in self.parts]
         self._lowered = {}
-        rows = self._rows()
+        rows = self._rows(self.network)
         for i in range(len(self.parts)) if wanted is None else wanted:
             self._keep(i, weighs)
             if torch.is_grad_enabled():
-                yield checkpoint(self._run, i, rows[i], use_reentrant=False)
+                yield checkpoint(self._run, self.network, i, rows[i], use_reentrant=False)
             else:
-                yield self._run(i, rows[i])
+                yield self._run(self.network, i, rows[i])
 
     def _plain(self) -> Iterator[Tensor]:
         """The outputs of all sub-trees without a graph."""
         self._liveness = [None] * len(self.parts)
         self._lowered = {}
-        rows = self._rows()
+        aside = self.network.aside()
+        rows = self._rows(aside)
         for i in range(len(self.parts)):
-            yield self._run(i, rows[i])
+            yield self._run(aside, i, rows[i])
 
-    def _rows(self) -> list[Fold]:
+    def _rows(self, network: Network) -> list[Fold]:
         """What each part's sub-trees hang on."""
-        h = self._top.advance(self.network, self._shared, self._same, self.cut.stage)
+        h = self._top.advance(network, self._shared, self._same, self.cut.stage)
         width = len(self.tree.plan.levels[self.cut.stage - 1])
         sizes = [part.plan.levels[0].width for part in self.parts]
         return split_rows(h, width, sizes)
 
-    def _run(self, i: int, h: Fold) -> Tensor:
+    def _run(self, network: Network, i: int, h: Fold) -> Tensor:
         if self._heap is not None:
             self._heap.keep_down()
         part = self.parts[i]
-        tree = Tree(part.plan, self.tree.operations, first=self.cut.stage, lowered=self._lowered)
-        network = self.network._replace(stages=self.network.stages[self.cut.stage :])
+        tree = Tree(
+            part.plan, self.tree.operations, first=self.cut.stage, lowered=self._lowered, part=part
+        )
+        network = network._replace(stages=network.stages[self.cut.stage :])
         h = tree.advance(network, h, 0, len(network.stages), self._liveness[i])
         return tree.finish(network, h, self.samples)
 

@@ -7,6 +7,7 @@ and once more for the M-step. Nothing is shared between configurations but the w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -19,21 +20,32 @@ from lasem_fast.tree.evaluation import Evaluation, Follow, Part, Whole
 
 
 class NaiveLoop:
-    """Evaluates configurations, given as bits, one after another."""
+    """Evaluates configurations one after another.
 
-    def __init__(self, configs: Sequence[Configuration]) -> None:
+    Args:
+        configs: their bits.
+        numbers: which configurations of a larger loop they are; None: all of this one.
+    """
+
+    def __init__(
+        self, configs: Sequence[Configuration], numbers: Sequence[int] | None = None
+    ) -> None:
         self.configs = configs
+        self.numbers = range(len(configs)) if numbers is None else numbers
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
         outputs = []
-        for config in self.configs:
+        for number, config in zip(self.numbers, self.configs, strict=True):
+            own = itemgetter(slice(number, number + 1))
             h = x.clone()  # a stage may write to its input
             for i, (branches, shared) in enumerate(zip(network.stages, config, strict=True)):
                 branch = branches[SHARED if shared else SPECIFIC]
-                h = branch(h)
+                with network.rows_apart(branch.module, 1, len(x), own):
+                    h = branch(h)
                 checks.check_is_tensor(h, branch.module, f"stage {i + 1}")
-            logits = network.head(h)
+            with network.rows_apart(network.head, 1, len(x), own):
+                logits = network.head(h)
             checks.check_logits(logits, 1, x.shape[0], network.task)
             outputs.append(logits)
         return torch.stack(outputs)
@@ -56,13 +68,13 @@ class _TwoForwards:
     def __init__(self, loop: NaiveLoop, network: Network, x: Tensor) -> None:
         self.loop, self.network, self.x = loop, network, x
         with torch.no_grad(), network.random_layers_off():
-            self.e_step = loop.logits(network, x)
+            self.e_step = loop.logits(network.aside(), x)
 
     def m_step(self, weighs: Tensor | None) -> Part:
         if weighs is None:
             return Part(None, self.loop.logits(self.network, self.x))
         rows = weighs.nonzero().flatten().tolist()
-        some = NaiveLoop([self.loop.configs[row] for row in rows])
+        some = NaiveLoop([self.loop.configs[row] for row in rows], rows)
         return Part(tuple(rows), some.logits(self.network, self.x))
 
     def share_of(self, weighs: Tensor) -> float | None:

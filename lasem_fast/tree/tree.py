@@ -7,6 +7,7 @@ a loop over rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,14 +17,17 @@ from lasem_fast.backends import plain_torch
 from lasem_fast.backends.operations import Operations
 from lasem_fast.levels.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.levels.liveness import TreeLiveness
-from lasem_fast.levels.plan import Plan
+from lasem_fast.levels.plan import Plan, SubPlan
 from lasem_fast.levels.row_liveness import Liveness, passed_over
+from lasem_fast.levels.row_weights import row_weights
 from lasem_fast.networks import checks
 from lasem_fast.networks.layers import (
     active_random_layers,
+    any_uses_batch_statistics,
     has_hooks,
     has_tensors,
     may_write_input,
+    modules_in,
     plain_stage,
 )
 from lasem_fast.networks.network import Network
@@ -46,6 +50,8 @@ class Tree:
         first: number of the plan's first stage in the net, from 0.
         lowered: what other trees found out about the stages of the same network, in the same modes
             and on inputs of the same type, and this one adds to; by stage and branches.
+        part: the tree of all stages whose upper levels this one's are, or which part of a larger
+            tree this one is, with the numbers of its configurations; None: it is the whole.
     """
 
     def __init__(
@@ -55,8 +61,10 @@ class Tree:
         cut: int | None = None,
         first: int = 0,
         lowered: Lowerings | None = None,
+        part: SubPlan | None = None,
     ) -> None:
         self.plan = plan
+        self.part = SubPlan(plan, tuple(range(len(plan)))) if part is None else part
         self.operations = operations
         self.cut = cut
         self.first = first
@@ -92,8 +100,9 @@ class Tree:
             if pair is not None:
                 return Whole(pair[0].detach(), pair[1], liveness, pair)
         with torch.no_grad(), network.random_layers_off(cut):
-            calm = self.advance(network, trunk, cut, depth)
-            calm = self.finish(network, calm, x.shape[0])
+            aside = network.aside()
+            calm = self.advance(aside, trunk, cut, depth)
+            calm = self.finish(aside, calm, x.shape[0])
         noisy = self.advance(network, trunk, cut, depth, liveness)
         return Whole(calm, self.finish(network, noisy, x.shape[0]), liveness)
 
@@ -152,7 +161,7 @@ class Tree:
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
             rows = rows_of(h, level.width, level.parents_of(b))
-            parts.append(self._call(network, branch, rows, stage))
+            parts.append(self._call(network, branch, rows, stage, level.rows_of(b)))
         return Stacks(parts, level)
 
     def _continue(self, network: Network, h: Fold, stage: int, live: Liveness | None) -> Fold:
@@ -162,19 +171,21 @@ class Tree:
         if not isinstance(h, Stacks):
             h = folded(h)
             if _is_parameter_free(used):
-                return self._call(network, used[0], h, stage)
+                return self._call(network, used[0], h, stage, range(len(level)))
             h = Stacks(
                 [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
             )
         passed_over(live)
         parts = [
-            self._call(network, branch, part, stage)
-            for branch, part in zip(used, h.parts, strict=True)
+            self._call(network, branch, part, stage, level.rows_of(b))
+            for b, branch, part in zip(level.used_branches, used, h.parts, strict=True)
         ]
         return Stacks(parts, level)
 
-    def _call(self, network: Network, branch: Branch, h: Tensor, stage: int) -> Tensor:
-        """The branch's output; ``h`` stays as it is, because others read it too."""
+    def _call(
+        self, network: Network, branch: Branch, h: Tensor, stage: int, rows: Sequence[int]
+    ) -> Tensor:
+        """The branch's output, which is these rows; ``h`` stays as it is: others read it too."""
         split = self.cut is not None and stage > self.cut
         where = f"stage {self.first + stage + (0 if split else 1)}"
         if branch.writes_input or (network.may_write and may_write_input(branch.module)):
@@ -182,15 +193,28 @@ class Tree:
             version = None
         else:
             version = checks.version_of(h)
-        out = branch(h)
+        with self._apart(network, branch.module, h, stage, rows):
+            out = branch(h)
         checks.check_stage_output(out, h.shape[0], branch.module, where)
         checks.check_input_as_it_was(version, h, branch.module, where)
         return out
 
+    def _apart(
+        self, network: Network, module: nn.Module, h: Tensor, stage: int, rows: Sequence[int]
+    ) -> AbstractContextManager:
+        """Meanwhile batch norm in a branch sees its rows apart."""
+        if network.batch_norms is None:
+            return nullcontext()
+        weights = row_weights(self.part, stage, rows)
+        return network.rows_apart(module, len(rows), h.shape[0] // len(rows), weights)
+
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
         leaves, order = len(self.plan.levels[-1]), self.plan.order
-        for operation in self.operations.heads:
+        normed = network.batch_norms is not None and any_uses_batch_statistics(
+            modules_in(network.head)
+        )
+        for operation in () if normed else self.operations.heads:
             logits = operation(network.head, h, leaves, order)
             if logits is not None:
                 checks.check_logits(logits, leaves, samples, network.task)
@@ -221,11 +245,13 @@ class Tree:
     def _samples_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
         """PyTorch's ``[N * P, K]``."""
         h = folded(h)
+        stage, every = len(self.plan.levels), range(leaves)
         writes = network.head_writes_input or (network.may_write and may_write_input(network.head))
         if writes:
             h = h.clone()
         version = checks.version_of(h)
-        logits = network.head(h)
+        with self._apart(network, network.head, h, stage, every):
+            logits = network.head(h)
         checks.check_logits(logits, leaves, samples, network.task)
         if not writes:
             where = f"the head of task {network.task!r}"
@@ -241,13 +267,14 @@ class _TwoForwards:
     def __init__(self, tree: Tree, network: Network, x: Tensor) -> None:
         self.tree, self.network, self.x = tree, network, x
         with torch.no_grad(), network.random_layers_off():
-            self.e_step = tree.logits(network, x)
+            self.e_step = tree.logits(network.aside(), x)
 
     def m_step(self, weighs: Tensor | None) -> Part:
         if weighs is None:
             return Part(None, self.tree.logits(self.network, self.x))
         rows = tuple(weighs.nonzero().flatten().tolist())
-        some = Tree(self.tree.plan.only(rows), self.tree.operations)
+        plan = self.tree.plan.only(rows)
+        some = Tree(plan, self.tree.operations, part=SubPlan(plan, rows))
         return Part(rows, some.logits(self.network, self.x))
 
     def share_of(self, weighs: Tensor) -> float | None:

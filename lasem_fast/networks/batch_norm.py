@@ -1,0 +1,168 @@
+"""Batch norm in training mode: every configuration has the statistics of its own mini-batch.
+
+A tree evaluates many rows of a level as one batch. A batch-norm layer inside sees each of them
+apart, as if it were alone; what its running statistics move by is the mean over the rows, weighted
+by the posterior of the configurations that go through them, and they move once per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lasem_fast._host_values import is_transformed
+from lasem_fast.networks.layers import modules_in, uses_batch_statistics
+
+RowWeights = Callable[[Tensor], Tensor]
+"""From the weights of the configurations ``[C]`` to those of some rows ``[R]``."""
+
+
+class _Seen(NamedTuple):
+    """A layer's statistics of some rows: mean and unbiased variance, ``[R, C]``."""
+
+    mean: Tensor
+    var: Tensor
+    weights: RowWeights
+
+
+class BatchNorms:
+    """The batch-norm layers of a network during one step."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self, configs: Sequence[int] | None = None) -> None:
+        """Forgets what was seen; what follows evaluates these configurations, None: all."""
+        self._configs = configs
+        # by layer and by how often it had been called in its branch before
+        self._seen: dict[tuple[nn.Module, int], list[_Seen]] = {}
+        self._is_done = False
+
+    @contextmanager
+    def apart(
+        self, module: nn.Module, rows: int, samples: int, weights: RowWeights
+    ) -> Iterator[None]:
+        """Whatever runs in ``module`` meanwhile sees the rows of its input apart.
+
+        Args:
+            module: a branch of a stage, or a head.
+            rows: how many there are.
+            samples: N; the input is folded, ``[N * rows, ...]``.
+            weights: gives the rows' weights.
+        """
+        calls: dict[nn.Module, int] = {}
+
+        def forward(layer: nn.Module, h: Tensor) -> Tensor:
+            out, mean, var = _normalised(layer, h, rows, samples)
+            if mean is not None and layer.running_mean is not None and layer.training:
+                number = calls[layer] = calls.get(layer, -1) + 1
+                if not self._is_done:  # a checkpointed branch runs again in the backward
+                    seen = self._seen.setdefault((layer, number), [])
+                    seen.append(_Seen(mean, var, weights))
+            return out
+
+        with _forward_of([module], forward):
+            yield
+
+    @torch.no_grad()
+    def move(self, weights: Tensor) -> None:
+        """Moves all running statistics seen, with the configurations' weights ``[C]``.
+
+        As many times as each layer was called, in order. A layer whose rows have no weight stays
+        as it is; what a row without weight holds, NaN as well, is of no account.
+        """
+        if self._configs is not None:
+            weights = weights[torch.tensor(self._configs, device=weights.device)]
+        for (layer, _), parts in self._seen.items():
+            _move(layer, parts, weights)
+        self._is_done = True
+        self._seen = {}
+
+
+@contextmanager
+def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Batch-norm layers that would use a batch's statistics scale and shift only; none moves."""
+
+    def forward(layer: nn.Module, h: Tensor) -> Tensor:
+        zeros = h.new_zeros(h.shape[1])
+        return F.batch_norm(
+            h, zeros, zeros + 1, layer.weight, layer.bias, training=False, eps=layer.eps
+        )
+
+    with _forward_of(modules, forward):
+        yield
+
+
+@contextmanager
+def _forward_of(
+    modules: Sequence[nn.Module], forward: Callable[[nn.Module, Tensor], Tensor]
+) -> Iterator[None]:
+    layers = [layer for layer in modules_in(*modules) if uses_batch_statistics(layer)]
+    for layer in layers:
+        layer.__dict__["forward"] = partial(forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
+def _normalised(
+    layer: nn.Module, h: Tensor, rows: int, samples: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The layer's output, and mean and unbiased variance ``[rows, C]`` of each row."""
+    layer._check_input_dim(h)
+    if h.shape[0] != samples * rows:
+        raise ValueError(
+            f"net: expected {layer} in training mode to see one entry for each of the {samples} "
+            f"samples, because every configuration has statistics of its own, got "
+            f"{h.shape[0] / rows:g}; put it into evaluation mode or use GroupNorm or LayerNorm"
+        )
+    if h.numel() == rows * h.shape[1]:
+        raise ValueError(
+            f"x: expected more than one value per channel for {layer} in training mode, got one "
+            f"sample with {list(h.shape[1:])}"
+        )
+    # samples are outermost: all rows' channels side by side are the channels of one batch
+    apart = h.reshape(samples, rows * h.shape[1], *h.shape[2:])
+    mean = var = None
+    if not is_transformed():  # those take no tensors that are written to
+        held = layer.weight if layer.running_mean is None else layer.running_mean
+        dtype = h.dtype if held is None else held.dtype
+        mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=h.device)
+    weight, bias = (None if t is None else t.repeat(rows) for t in (layer.weight, layer.bias))
+    # with momentum 1 they become the batch's own
+    out = F.batch_norm(
+        apart, mean, var, weight, bias, training=True, momentum=1.0, eps=layer.eps
+    ).reshape(h.shape)
+    if not h.is_contiguous() and h.dim() == 4:
+        out = out.contiguous(memory_format=torch.channels_last)
+    if mean is None:
+        return out, None, None
+    return out, mean.unflatten(0, (rows, -1)), var.unflatten(0, (rows, -1))
+
+
+def _move(layer: nn.Module, parts: Sequence[_Seen], weights: Tensor) -> None:
+    weights = torch.cat([part.weights(weights) for part in parts]).to(layer.running_mean.dtype)
+    total = weights.sum()
+    weighs = total > 0
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked += weighs
+    momentum = layer.momentum
+    if momentum is None:  # the mean over all mini-batches
+        momentum = 1 / layer.num_batches_tracked.clamp(min=1)
+    momentum = momentum * weighs.to(weights.dtype)
+    for running, of_rows in (
+        (layer.running_mean, torch.cat([part.mean for part in parts])),
+        (layer.running_var, torch.cat([part.var for part in parts])),
+    ):
+        # 0 * NaN is NaN, and so is 0 / 0
+        mean = torch.where(weights[:, None] > 0, of_rows * weights[:, None], 0).sum(0)
+        mean = torch.where(weighs, mean / total, running)
+        running.copy_((1 - momentum) * running + momentum * mean)
