@@ -7,9 +7,9 @@
 namespace lasem_fast {
 namespace {
 
-const Kernels kAvx512Kernels = {kLevelAvx512, kLinearAvx512};
-const Kernels kAvx2Kernels = {kLevelAvx2, kLinearAvx2};
-const Kernels kDoubleKernels = {kLevelDouble, kLinearDouble};
+const Kernels kAvx512Kernels = {kLevelAvx512, kLinearAvx512, kNormAvx512};
+const Kernels kAvx2Kernels = {kLevelAvx2, kLinearAvx2, kNormAvx2};
+const Kernels kDoubleKernels = {kLevelDouble, kLinearDouble, kNormDouble};
 
 struct Isa {
   const char* name;

@@ -3,6 +3,7 @@
 
 #include "level.h"
 #include "linear.h"
+#include "norm.h"
 #include "stable_torch.h"
 
 namespace lasem_fast {
@@ -18,6 +19,7 @@ bool force_isa(const char* name);
 struct Kernels {
   const LevelKernels& level;
   const LinearKernels& linear;
+  const NormKernels& norm;
 };
 
 // Those of float32 or float64; an error where isa_name() is "" and float32 has none.

@@ -34,6 +34,17 @@ Tensor winograd_level_skip_backward(const Tensor& dy, const Tensor& code,
                                     const std::optional<Tensor>& live, int64_t skips,
                                     int64_t conv_h, int64_t conv_w, int64_t pool, int64_t pool_pad);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_level(
+    const Tensor& y, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+    const Tensor& branches, const std::optional<Tensor>& skip,
+    const std::optional<Tensor>& skip_rows, double eps, int64_t pool, int64_t pool_pad,
+    int64_t out_h, int64_t out_w, bool relu, bool relu_after);
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> norm_level_backward(
+    const Tensor& dout, const Tensor& y, const Tensor& code, const Tensor& mean, const Tensor& var,
+    const std::vector<Tensor>& weights, const Tensor& branches, const std::optional<Tensor>& live,
+    double eps, int64_t pool, int64_t pool_pad);
+
 Tensor channels_last_linear(const Tensor& x, const Tensor& weight, const Tensor& bias);
 
 std::tuple<Tensor, Tensor, Tensor> channels_last_linear_backward(const Tensor& dy, const Tensor& x,

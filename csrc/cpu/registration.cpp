@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(lasem_fast, CPU, m) {
   m.impl("winograd_level", TORCH_BOX(&lasem_fast::winograd_level));
   m.impl("winograd_level_backward", TORCH_BOX(&lasem_fast::winograd_level_backward));
   m.impl("winograd_level_skip_backward", TORCH_BOX(&lasem_fast::winograd_level_skip_backward));
+  m.impl("norm_level", TORCH_BOX(&lasem_fast::norm_level));
+  m.impl("norm_level_backward", TORCH_BOX(&lasem_fast::norm_level_backward));
   m.impl("channels_last_linear", TORCH_BOX(&lasem_fast::channels_last_linear));
   m.impl("channels_last_linear_backward", TORCH_BOX(&lasem_fast::channels_last_linear_backward));
   m.impl("posterior_head", TORCH_BOX(&lasem_fast::posterior_head));

@@ -37,10 +37,26 @@ class Scores(NamedTuple):
     counted: bool = False
 
 
+class Norm(NamedTuple):
+    """A batch norm behind a layer's core, which every row's mini-batch goes through by itself.
+
+    Attributes:
+        layers: the module of each branch.
+        weights: one per branch ``[C]``, or none.
+        biases: likewise.
+        eps: added to the variance.
+    """
+
+    layers: list[nn.Module]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    eps: float
+
+
 class Layer(NamedTuple):
     """One weighted layer in all its branches, with its epilogue.
 
-    ``pool(relu_after(relu(core(x)) + skip))``, where everything but the core may be missing.
+    ``pool(relu_after(relu(norm(core(x))) + skip))``, where everything but the core may be missing.
 
     Attributes:
         core: the convolution or linear layer of one branch; the others have the same settings.
@@ -50,6 +66,8 @@ class Layer(NamedTuple):
         relu: whether a ReLU follows the core.
         relu_after: whether a ReLU follows the sum with the skip.
         pool: the max-pool at the end.
+        norm: the batch norm, if it uses the mini-batch's statistics; None: there is none. Level
+            operations are not asked for layers with one, but for their core alone.
     """
 
     core: nn.Module
@@ -59,6 +77,11 @@ class Layer(NamedTuple):
     relu: bool
     relu_after: bool
     pool: Pool
+    norm: Norm | None = None
+
+    def core_alone(self) -> Layer:
+        """The layer without what follows its core."""
+        return self._replace(relu=False, relu_after=False, pool=Pool(), norm=None)
 
 
 class Skip(NamedTuple):
@@ -111,6 +134,24 @@ class LevelOperation(Protocol):
         """
 
 
+class Normed(NamedTuple):
+    """What a batch norm of R rows gives.
+
+    Attributes:
+        output: ``[R, N, H', W', C]``.
+        mean: of each row's mini-batch ``[R, C]``, without a gradient.
+        var: its unbiased variance, likewise.
+    """
+
+    output: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+NormOperation = Callable[[Layer, Tensor, Level, "Skip | None", "Liveness | None"], "Normed | None"]
+"""``(layer, y, level, skip, liveness)``: what follows the core of a layer with a norm, whose output
+is ``y [R, N, H, W, C]``; None for what it cannot take."""
+
 HeadOperation = Callable[[nn.Module, Fold, int, "Sequence[int] | None"], "Tensor | None"]
 """``(head, h, rows, order) -> logits [rows * N, K]``, rows outermost, row ``order[i]`` at place i
 (None: as they are)."""
@@ -134,12 +175,14 @@ class Operations(NamedTuple):
         heads_twice: the same with their random layers off and on at once: ``[2 * rows * N, K]``,
             first those without, which have no gradient.
         scores: the posterior head.
+        norms: batch norm in training mode.
     """
 
     levels: tuple[LevelOperation, ...] = ()
     heads: tuple[HeadOperation, ...] = ()
     heads_twice: tuple[HeadOperation, ...] = ()
     scores: tuple[ScoreOperation, ...] = ()
+    norms: tuple[NormOperation, ...] = ()
 
     def after(self, others: Operations) -> Operations:
         """These operations behind ``others``, for what those do not take."""
