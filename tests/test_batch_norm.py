@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Case, cases, small_net
+from nets import Case, Residual, cases, small_net
 from nets import batch as small_batch
 from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from row_lists import PLAIN, evaluator_of
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.backends import cpu_norm, cpu_ops, plain_torch
 from lasem_fast.tree.bounded import BoundedTree
 from lasem_fast.tree.budget import cuts_of, step_bytes
 
@@ -73,6 +74,22 @@ class NormResidual(nn.Module):
         return self.after(h + self.first(self.before(h).relu()))
 
 
+class BasicBlock(nn.Module):
+    """As in a residual network."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
+
+    def forward(self, h):
+        out = self.relu(self.bn1(self.conv1(h)))
+        return self.relu(self.bn2(self.conv2(out)) + h)
+
+
 @st.composite
 def normed_cases(draw, max_depth=4):
     """Drawn nets with batch norm in some stages, here and there in the head, of several samples."""
@@ -92,6 +109,8 @@ def normed_cases(draw, max_depth=4):
             if not of_vectors and draw(st.booleans()):
                 layers.append(NormResidual(outputs))
             stage = nn.Sequential(*layers)
+        elif type(stage) is Residual:
+            stage = BasicBlock(stage.first.in_channels)
         stages.append(stage)
     normed = lf.TransferNet(stages)
     head = copy.deepcopy(net.heads["a"])
@@ -106,11 +125,17 @@ def normed_cases(draw, max_depth=4):
 
 def searches(case, **options):
     """LASEMs on copies of the net, that evaluate in each of the ways that there are."""
-    for way in ("torch", "reference", "lists", "few"):
+    for way in ("torch", "reference", "few", "lists", "lists in C++"):
         backend = way if way in ("torch", "reference") else "torch"
         em = lf.LASEM(copy.deepcopy(case.net), case.space, backend=backend, **options)
         if way == "lists":
-            em._search.everything = evaluator_of(case.space, PLAIN)
+            operations = PLAIN._replace(norms=(plain_torch.run_norm,))
+            em._search.everything = evaluator_of(case.space, operations)
+        if way == "lists in C++":
+            if not cpu_ops.supported():
+                continue
+            operations = PLAIN._replace(norms=(cpu_norm.CpuNorm(torch.float64),))
+            em._search.everything = evaluator_of(case.space, operations)
         if way == "few":
             em._search.few.add("a")
         yield em
@@ -141,6 +166,43 @@ def test_statistics_move_by_the_configurations_that_the_m_step_follows(case, opt
             copy.deepcopy(case.net), case.space.bits, case.x, case.y, "a", posterior=weights
         )
         assert_step_equals(em.net, step, truth._replace(posterior=step.posterior))
+
+
+@settings(max_examples=20)
+@given(normed_cases(), st.booleans())
+def test_frozen_it_is_part_of_the_weights(case, bounded):
+    for layer in norm_layers(case.net).values():
+        layer.running_mean.uniform_()
+        layer.running_var.uniform_(1, 2)
+        layer.eval()
+    before = copy.deepcopy(case.net.state_dict())
+    truth = brute_force(case.net, case.space.bits, case.x, case.y, "a")
+    for em in searches(case):
+        tree = em._search.everything
+        if bounded and tree.__class__.__name__ == "Tree":
+            costs = step_bytes(em._network("a", case.x), tree.operations, case.x)
+            cuts = cuts_of(tree.plan, costs)
+            if cuts:
+                em._search.everything = BoundedTree(tree.plan, tree.operations, 1)
+                em._search.everything._cut = lambda network, x, cuts=cuts: cuts[0]
+        assert_step_equals(em.net, em(case.x, case.y, "a"), truth)
+        after = em.net.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_branches_whose_norms_differ_are_evaluated_apart():
+    changes = {
+        "eps": lambda norm: setattr(norm, "eps", 0.1),
+        "mode": lambda norm: norm.eval(),
+        "affine": lambda norm: norm.register_parameter("weight", None),
+    }
+    for change in changes.values():
+        net = _normed_net()
+        change(net.specific["a"][1][2])
+        x, y = small_batch()
+        truth = brute_force(copy.deepcopy(net), lf.ConfigSpace(3).bits, x, y, "a")
+        for em in searches(Case(net, lf.ConfigSpace(3), x, y)):
+            assert_step_equals(em.net, em(x, y, "a"), truth)
 
 
 def _normed_net(*more, depth=3, **options):

@@ -69,6 +69,30 @@ def test_the_builtin_residual_net_is_all_fused_layers():
     assert layers[1][-1] == ("layers.2", 1, True, 0, False, 1)
 
 
+class NormedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, h):
+        return (self.bn2(self.second(self.bn1(self.first(h)).relu())) + h).relu()
+
+
+def test_batch_norm_belongs_to_the_layer_before_it():
+    layers = program_of(NormedBlock()).layers
+    assert [(layer.name, layer.norm) for layer in layers] == [("first", "bn1"), ("second", "bn2")]
+    plain = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2))
+    (layer,) = program_of(plain).layers
+    assert (layer.norm, layer.relu, layer.pool.size) == ("1", True, 2)
+    patched = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    patched[1].forward = lambda h: h
+    assert "BatchNorm2d" in program_of(patched)
+    twice = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    assert "another one" in program_of(twice)
+    assert "2-D convolution" in program_of(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()
@@ -91,7 +115,10 @@ class Branching(Counting):
         (nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3)), "ReLU does not follow"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(), nn.Conv2d(2, 2, 3)), "random numbers"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(3, stride=1)), "max-pool"),
-        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)), "BatchNorm2d"),
+        (
+            nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.BatchNorm2d(2)),
+            "batch norm behind a ReLU",
+        ),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Linear(2, 2)), "linear layer on images"),
         (Counting(), "changes attributes"),
         (Branching(), "cannot be traced"),

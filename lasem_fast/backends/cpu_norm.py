@@ -160,32 +160,41 @@ def norm_level(
     )  # fmt: skip
 
 
-def norm(
-    layer: Layer, y: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None
-) -> Normed | None:
-    """The C++ batch norm; see :class:`~lasem_fast.backends.operations.NormOperation`."""
-    tensors = [y, *layer.norm.weights, *layer.norm.biases]
-    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
-        return None
-    if torch.is_autocast_enabled("cpu") or y.dim() != 5:
-        return None
-    pool, skip_data, skip_rows = layer.pool, None, None
-    size = tuple(pool.output(n) for n in y.shape[2:4])
-    if min(size) < 1:
-        return None
-    if skip is not None:
-        if skip.data.shape[1:] != y.shape[1:] or skip.data.dtype != y.dtype:
+class CpuNorm:
+    """The C++ batch norm; see :class:`~lasem_fast.backends.operations.NormOperation`.
+
+    Args:
+        dtype: what it takes; float64 is slow, for tests.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
+    def __call__(
+        self, layer: Layer, y: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None
+    ) -> Normed | None:
+        norm, pool = layer.norm, layer.pool
+        tensors = [y, *norm.weights, *norm.biases]
+        if any(t.device.type != "cpu" or t.dtype != self.dtype for t in tensors):
             return None
-        skip_data = skip.data.contiguous()
-        skip_rows = None if skip.rows is None else index_tensor(skip.rows, y.device)
-    out, mean, var = norm_level(
-        y.contiguous(),
-        [weight.contiguous() for weight in layer.norm.weights],
-        [bias.contiguous() for bias in layer.norm.biases],
-        branches=index_tensor(level.positions, y.device),
-        eps=layer.norm.eps, pool=pool.size, pool_pad=pool.padding, out_size=size,
-        relu=layer.relu, skip=skip_data, skip_rows=skip_rows, relu_after=layer.relu_after,
-        liveness=liveness,
-    )  # fmt: skip
-    count = y.shape[1] * y.shape[2] * y.shape[3]
-    return Normed(out, mean, var * (count / (count - 1)))
+        if torch.is_autocast_enabled("cpu") or y.dim() != 5:
+            return None
+        size = tuple(pool.output(n) for n in y.shape[2:4])
+        if min(size) < 1:
+            return None
+        skip_data = skip_rows = None
+        if skip is not None:
+            if skip.data.shape[1:] != y.shape[1:] or skip.data.dtype != y.dtype:
+                return None
+            skip_data = skip.data.contiguous()
+            skip_rows = None if skip.rows is None else index_tensor(skip.rows, y.device)
+        out, mean, var = norm_level(
+            y.contiguous(),
+            [weight.contiguous() for weight in norm.weights],
+            [bias.contiguous() for bias in norm.biases],
+            branches=index_tensor(level.positions, y.device),
+            eps=norm.eps, pool=pool.size, pool_pad=pool.padding, out_size=size, relu=layer.relu,
+            skip=skip_data, skip_rows=skip_rows, relu_after=layer.relu_after, liveness=liveness,
+        )  # fmt: skip
+        count = y.shape[1] * y.shape[2] * y.shape[3]
+        return Normed(out, mean, var * (count / (count - 1)))

@@ -38,19 +38,21 @@ class Scores(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm behind a layer's core, which every row's mini-batch goes through by itself.
+    """A batch norm behind a layer's core.
 
     Attributes:
         layers: the module of each branch.
         weights: one per branch ``[C]``, or none.
         biases: likewise.
         eps: added to the variance.
+        frozen: whether it uses running statistics; else those of every row's mini-batch by itself.
     """
 
     layers: list[nn.Module]
     weights: list[Tensor]
     biases: list[Tensor]
     eps: float
+    frozen: bool
 
 
 class Layer(NamedTuple):
@@ -66,8 +68,8 @@ class Layer(NamedTuple):
         relu: whether a ReLU follows the core.
         relu_after: whether a ReLU follows the sum with the skip.
         pool: the max-pool at the end.
-        norm: the batch norm, if it uses the mini-batch's statistics; None: there is none. Level
-            operations are not asked for layers with one, but for their core alone.
+        norm: the batch norm, or None. Level operations run the core of a layer with one alone, or
+            with a frozen one as part of its weights.
     """
 
     core: nn.Module
@@ -82,6 +84,21 @@ class Layer(NamedTuple):
     def core_alone(self) -> Layer:
         """The layer without what follows its core."""
         return self._replace(relu=False, relu_after=False, pool=Pool(), norm=None)
+
+    def with_norm_folded_in(self) -> Layer:
+        """The layer with its frozen batch norm as part of the weights."""
+        scales, shifts, weights, biases = self.norm.weights, self.norm.biases, [], []
+        for i, norm in enumerate(self.norm.layers):
+            factor = (norm.running_var + norm.eps).rsqrt()
+            bias = -norm.running_mean
+            if self.biases:
+                bias = self.biases[i] + bias
+            if scales:
+                factor = factor * scales[i]
+            bias = bias * factor
+            weights.append(self.weights[i] * factor[:, None, None, None])
+            biases.append(bias + shifts[i] if shifts else bias)
+        return self._replace(weights=weights, biases=biases, norm=None)
 
 
 class Skip(NamedTuple):

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from lasem_fast.backends.followed_core import Places, followed, follows
 from lasem_fast.backends.head_front import head_front
-from lasem_fast.backends.operations import Layer, Skip
+from lasem_fast.backends.operations import Layer, Normed, Skip
 from lasem_fast.levels.fold import Fold, folded, in_order, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness, passed_over
@@ -118,6 +118,35 @@ def run_level(
     if y.dim() == 4:
         y = y.permute(0, 2, 3, 1)
     return y.unflatten(0, (len(level), samples))
+
+
+def run_norm(
+    layer: Layer, y: Tensor, level: Level, skip: Skip | None, liveness: Liveness | None = None
+) -> Normed:
+    """What follows the core of a layer with a batch norm, each row by itself.
+
+    See :class:`~lasem_fast.backends.operations.NormOperation`.
+    """
+    passed_over(liveness)
+    rows, samples = y.shape[:2]
+    norm, positions = layer.norm, index_tensor(level.positions, y.device)
+    apart = y.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, R * C, H, W]
+    scale, shift = (torch.stack(of)[positions].flatten() if of else None
+                    for of in (norm.weights, norm.biases))  # fmt: skip
+    dtype = y.dtype if scale is None else scale.dtype
+    mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=y.device)
+    # with momentum 1 they become the mini-batch's own
+    out = F.batch_norm(apart, mean, var, scale, shift, True, 1.0, norm.eps)
+    out = out.unflatten(1, (rows, -1)).transpose(0, 1).flatten(0, 1)  # [R * N, C, H, W]
+    if layer.relu:
+        out = out.relu()
+    if skip is not None:
+        data = skip.data
+        if skip.rows is not None:
+            data = data.index_select(0, index_tensor(skip.rows, data.device))
+        out = out + _channels_first(data)
+    out = _pooled(layer, out).permute(0, 2, 3, 1).unflatten(0, (rows, samples))
+    return Normed(out, mean.unflatten(0, (rows, -1)), var.unflatten(0, (rows, -1)))
 
 
 def _end(layer: Layer, y: Tensor, skip: Skip | None) -> Tensor:

@@ -60,15 +60,29 @@ class BatchNorms:
 
         def forward(layer: nn.Module, h: Tensor) -> Tensor:
             out, mean, var = _normalised(layer, h, rows, samples)
-            if mean is not None and layer.running_mean is not None and layer.training:
-                number = calls[layer] = calls.get(layer, -1) + 1
-                if not self._is_done:  # a checkpointed branch runs again in the backward
-                    seen = self._seen.setdefault((layer, number), [])
-                    seen.append(_Seen(mean, var, weights))
+            calls[layer] = calls.get(layer, -1) + 1
+            if mean is not None:
+                self.note(layer, calls[layer], mean, var, weights)
             return out
 
         with _forward_of([module], forward):
             yield
+
+    def note(
+        self, layer: nn.Module, number: int, mean: Tensor, var: Tensor, weights: RowWeights
+    ) -> None:
+        """Keeps what a layer saw until the running statistics move.
+
+        Args:
+            layer: the batch norm.
+            number: how often it had been called in its branch before.
+            mean: of each row ``[R, C]``.
+            var: unbiased, likewise.
+            weights: gives the rows' weights.
+        """
+        # a checkpointed branch runs again in the backward
+        if not self._is_done and layer.training and layer.running_mean is not None:
+            self._seen.setdefault((layer, number), []).append(_Seen(mean, var, weights))
 
     @torch.no_grad()
     def move(self, weights: Tensor) -> None:

@@ -103,33 +103,40 @@ class PlainStage(NamedTuple):
         name: the weighted layer's name inside the stage ("" if it is the stage).
         core: the convolution or linear layer.
         after: elementwise and channelwise layers behind it.
+        norm: name of the batch norm between the two; None: there is none.
     """
 
     before: tuple[nn.Module, ...]
     name: str
     core: nn.Module
     after: tuple[nn.Module, ...]
+    norm: str | None = None
 
 
-def plain_stage(module: nn.Module) -> PlainStage | None:
-    """The parts of a plain stage, or None where the stage is anything else."""
+def plain_stage(module: nn.Module, *, with_norm: bool = False) -> PlainStage | None:
+    """The parts of a plain stage, or None where the stage is anything else.
+
+    ``with_norm``: a batch norm may follow the weighted layer.
+    """
     if type(module) is nn.Sequential:
         children = list(module._modules.items())  # named_children leaves out a layer's second use
     else:
         children = [("", module)]
-    at = -1
-    for i, (_, child) in enumerate(children):
+    at, norm = -1, None
+    for i, (child_name, child) in enumerate(children):
         if _is_core(child):
             if at >= 0:
                 return None
             at = i
+        elif with_norm and is_batch_norm(child) and 0 <= at == i - 1:
+            norm = child_name
         elif type(child) not in _AHEAD:
             return None
     if at < 0 or has_hooks(module) or any([has_hooks(child) for _, child in children]):
         return None
     name, core = children[at]
     before = tuple([child for _, child in children[:at]])
-    after = tuple([child for _, child in children[at + 1 :]])
+    after = tuple([child for _, child in children[at + (1 if norm is None else 2) :]])
     if not all([_may_go_before(child) for child in before]):
         return None
     spatial = _CONVOLUTIONS.get(type(core), 0)
@@ -138,7 +145,7 @@ def plain_stage(module: nn.Module) -> PlainStage | None:
             spatial = 0  # what was one channel is one run of features from here on
         elif type(child) not in _BEHIND[spatial] or _setting(child, "return_indices", False):
             return None
-    return PlainStage(before, name, core, after)
+    return PlainStage(before, name, core, after, norm)
 
 
 def flattens_samples(layer: nn.Module) -> bool:
@@ -236,11 +243,14 @@ def active_random(layers: Sequence[nn.Module]) -> list[nn.Module]:
     ]
 
 
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Whether a layer is one of PyTorch's own batch norms, as it is."""
+    return type(layer) in _BATCH_NORMS and "forward" not in layer.__dict__
+
+
 def uses_batch_statistics(layer: nn.Module) -> bool:
-    """Whether a layer is a plain batch norm that normalises by the mini-batch's own statistics."""
-    if type(layer) not in _BATCH_NORMS or "forward" in layer.__dict__:
-        return False
-    return layer.training or layer.running_mean is None
+    """Whether a layer is a batch norm that normalises by the mini-batch's own statistics."""
+    return is_batch_norm(layer) and (layer.training or layer.running_mean is None)
 
 
 def any_uses_batch_statistics(layers: Sequence[nn.Module]) -> bool:

@@ -15,6 +15,7 @@ from lasem_fast.backends import (
     choices,
     cpu_head,
     cpu_level,
+    cpu_norm,
     cpu_ops,
     cpu_scores,
     plain_torch,
@@ -122,6 +123,7 @@ def operations(backend: str) -> Operations:
                 plain_torch.channels_last_head,
             ),
             scores=(cpu_scores.scores,),
+            norms=(cpu_norm.CpuNorm(),),
         )
     if backend == "triton":
         # a net may stay on the CPU or move later, so the CPU's operations stand behind

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lasem_fast.backends.operations import LevelOperation
+from lasem_fast.backends.operations import Operations
 from lasem_fast.lifelong.run_checks import evaluating
 from lasem_fast.net import TransferNet
 from lasem_fast.networks.network import Network
@@ -43,7 +43,7 @@ def stage_ways(net: TransferNet, task: str, backend: str, x: Tensor) -> list[Sta
         backend: name of a backend that can run.
         x: a mini-batch, of which one sample is looked at.
     """
-    operations = dispatch.operations(backend).levels
+    operations = dispatch.operations(backend)
     network = Network(net.branches(task), net.heads[task], task)
     inputs = _inputs(net, network, x)
     with network.random_layers_off():
@@ -66,13 +66,12 @@ def _inputs(net: TransferNet, network: Network, x: Tensor) -> list[Tensor]:
     return inputs
 
 
-def _ways(
-    operations: Sequence[LevelOperation], network: Network, inputs: Sequence[Tensor]
-) -> list[StageWay]:
+def _ways(operations: Operations, network: Network, inputs: Sequence[Tensor]) -> list[StageWay]:
     ways = []
     for number, (branches, h) in enumerate(zip(network.stages, inputs, strict=True), start=1):
         there = [branch for branch in branches if branch is not None]
-        ways.append(_way(number, fused_stage.why_not(operations, there, h), bool(operations)))
+        found = fused_stage.why_not(operations.levels, there, h, operations.norms)
+        ways.append(_way(number, found, bool(operations.levels)))
     return ways
 
 

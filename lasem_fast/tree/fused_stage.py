@@ -8,17 +8,25 @@ left it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lasem_fast.backends import plain_torch
-from lasem_fast.backends.operations import Layer, LevelOperation, Skip
+from lasem_fast.backends.operations import (
+    Layer,
+    LevelOperation,
+    Norm,
+    Normed,
+    NormOperation,
+    Skip,
+)
 from lasem_fast.levels.fold import Carried, Fold, RowsFirst, folded
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.networks.layers import is_batch_norm, uses_batch_statistics
 from lasem_fast.transfer import Branch
 from lasem_fast.tree.lowering import FusedLayer, Program, common_program, layers_of
 
@@ -30,15 +38,25 @@ class Lowered(NamedTuple):
         program: the stage's.
         layers: the program's, in all the branches.
         operations: for each layer those that take it, best first.
+        norms: those of batch norms, best first.
     """
 
     program: Program
     layers: list[Layer]
     operations: list[list[LevelOperation]]
+    norms: Sequence[NormOperation]
+
+
+NormSeen = Callable[[list[nn.Module], Level, int, Normed], None]
+"""``(layers, level, number, normed)``: is told what a batch norm of these branches, used for the
+``number``-th time in its stage, saw of a level's rows."""
 
 
 def lowered(
-    operations: Sequence[LevelOperation], branches: Sequence[Branch], h: Fold
+    operations: Sequence[LevelOperation],
+    branches: Sequence[Branch],
+    h: Fold,
+    norms: Sequence[NormOperation] = (),
 ) -> Lowered | None:
     """A stage's layers; None where no operation takes any of them.
 
@@ -46,6 +64,7 @@ def lowered(
         operations: a backend's, best first.
         branches: the branches that a level uses, in the order of its ``used_branches``.
         h: the level before, or one like it (dtype, device).
+        norms: a backend's for batch norm in training mode.
     """
     if not operations:
         return None
@@ -53,14 +72,20 @@ def lowered(
     if isinstance(program, str):
         return None
     layers = _with_tensors(program, branches)
-    if layers is None:
+    if layers is None or (not norms and any(map(_is_normed, layers))):
         return None
     like = _some_tensor(h)
     takers = [[op for op in operations if not op.why_not(layer, like)] for layer in layers]
-    return Lowered(program, layers, takers) if any(takers) else None
+    return Lowered(program, layers, takers, norms) if any(takers) else None
 
 
-def run(stage: Lowered, h: Fold, level: Level, liveness: Liveness | None = None) -> Fold | None:
+def run(
+    stage: Lowered,
+    h: Fold,
+    level: Level,
+    liveness: Liveness | None = None,
+    seen: NormSeen | None = None,
+) -> Fold | None:
     """The stage's output on a level's rows.
 
     Args:
@@ -68,6 +93,7 @@ def run(stage: Lowered, h: Fold, level: Level, liveness: Liveness | None = None)
         h: the level before.
         level: the rows.
         liveness: which rows a later backward has to look at; None: all.
+        seen: is told what batch norms saw; None where the stage has none in training mode.
 
     Returns:
         The output, or None where the stage does not fit what comes in.
@@ -82,7 +108,17 @@ def run(stage: Lowered, h: Fold, level: Level, liveness: Liveness | None = None)
         rows = level if fused.source < program.inputs else going_on
         skip = None if fused.skip is None else _skip(values, fused.skip, program.inputs, level)
         carry = _is_read_later(program, fused.source, i)
-        y, x = _first(stage.operations[i], layer, x, rows, skip, liveness, carry)
+        if layer.norm is not None and layer.norm.frozen:
+            # not once and for all: a checkpointed level does the same again
+            layer = layer.with_norm_folded_in()
+        own, own_skip = (layer, skip) if layer.norm is None else (layer.core_alone(), None)
+        y, x = _first(stage.operations[i], own, x, rows, own_skip, liveness, carry)
+        if layer.norm is not None:
+            normed = _normed(stage.norms, layer, y, rows, skip, liveness)
+            y = normed.output
+            if seen is not None:
+                before = [other.norm for other in program.layers[:i]]
+                seen(layer.norm.layers, rows, before.count(fused.norm), normed)
         values[fused.source] = (x, x_rows)
         values.append((y, None))
     return _outputs(values, program, level)
@@ -95,7 +131,10 @@ def _going_on(level: Level) -> Level:
 
 
 def why_not(
-    operations: Sequence[LevelOperation], branches: Sequence[Branch], h: Tensor
+    operations: Sequence[LevelOperation],
+    branches: Sequence[Branch],
+    h: Tensor,
+    norms: Sequence[NormOperation] = (),
 ) -> list[tuple[str, str]] | str:
     """How a stage reaches the operations, for people: a reason why it does not, or its layers.
 
@@ -103,6 +142,7 @@ def why_not(
         operations: a backend's.
         branches: the stage's branches.
         h: an input ``[N, ...]`` of the stage.
+        norms: a backend's for batch norm in training mode.
 
     Returns:
         For each layer its name in the stage and "" or why no operation takes it; or the reason why
@@ -118,6 +158,8 @@ def why_not(
     for fused, layer in zip(program.layers, layers, strict=True):
         reasons = [operation.why_not(layer, h) for operation in operations]
         found.append((fused.name, "" if "" in reasons else "; ".join(reasons)))
+        if _is_normed(layer) and not norms:
+            return "it has BatchNorm in training mode, which no kernel of the backend has"
     return found
 
 
@@ -143,8 +185,37 @@ def _with_tensors(program: Program, branches: Sequence[Branch]) -> list[Layer] |
         ]
         if any(len({None if t is None else t.shape for t in of}) != 1 for of in tensors):
             return None
-        layers.append(_layer(fused, *tensors))
+        layer = _layer(fused, *tensors)
+        if fused.norm is not None:
+            layer = _with_norm(layer, fused.norm, branches)
+        if layer is None:
+            return None
+        layers.append(layer)
     return layers
+
+
+def _with_norm(layer: Layer, name: str, branches: Sequence[Branch]) -> Layer | None:
+    """The layer with its branches' batch norms; None where those are not of one form."""
+    norms = [branch.module.get_submodule(name) for branch in branches]
+    forms = {(n.eps, n.affine, n.num_features, uses_batch_statistics(n)) for n in norms}
+    if len(forms) > 1 or not all(map(is_batch_norm, norms)):
+        return None
+    tensors = [
+        [branch.parameter(n, name, key) for branch, n in zip(branches, norms, strict=True)]
+        for key in ("weight", "bias")
+    ]
+    scales, shifts = ([t for t in of if t is not None] for of in tensors)
+    if any(len(of) not in (0, len(norms)) for of in (scales, shifts)):
+        return None
+    if len(scales) != len(shifts):
+        return None
+    frozen = not uses_batch_statistics(norms[0])
+    return layer._replace(norm=Norm(norms, scales, shifts, norms[0].eps, frozen))
+
+
+def _is_normed(layer: Layer) -> bool:
+    """Whether a layer has a batch norm in training mode."""
+    return layer.norm is not None and not layer.norm.frozen
 
 
 def _layer(fused: FusedLayer, weights: list[Tensor], biases: list[Tensor | None]) -> Layer:
@@ -220,6 +291,22 @@ def _first(
         if out is not None:
             return out if isinstance(out, tuple) else (out, x)
     return plain_torch.run_level(layer, x, level, skip, liveness), x
+
+
+def _normed(
+    operations: Sequence[NormOperation],
+    layer: Layer,
+    y: Tensor,
+    level: Level,
+    skip: Skip | None,
+    liveness: Liveness | None,
+) -> Normed:
+    """What the first operation gives that takes the rows, or PyTorch."""
+    for operation in operations:
+        normed = operation(layer, y, level, skip, liveness)
+        if normed is not None:
+            return normed
+    return plain_torch.run_norm(layer, y, level, skip, liveness)
 
 
 def _outputs(values: list[Value], program: Program, level: Level) -> Fold:

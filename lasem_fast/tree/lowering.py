@@ -2,7 +2,7 @@
 
 A fused layer is a convolution or linear layer with what kernels do in its epilogue:
 
-    pool(relu_after(relu(core(source)) + skip))
+    pool(relu_after(relu(norm(core(source))) + skip))
 
 where everything but the core may be missing. A stage that is made of nothing else, however its
 ``forward`` is written, becomes a :class:`Program`; any other is refused with a reason, and runs in
@@ -24,6 +24,7 @@ from lasem_fast.levels.relu_and_pool import Pool, max_pool, relu_and_pool
 from lasem_fast.networks.layers import (
     flattens_samples,
     has_hooks,
+    is_batch_norm,
     is_random,
     plain_stage,
     same_settings,
@@ -45,6 +46,7 @@ class FusedLayer(NamedTuple):
         skip: the value that is added then, or None.
         relu_after: whether another ReLU follows that sum.
         pool: the max-pool at the end.
+        norm: name of the batch norm behind the core, or None.
     """
 
     name: str
@@ -55,6 +57,7 @@ class FusedLayer(NamedTuple):
     skip: int | None = None
     relu_after: bool = False
     pool: Pool = Pool()
+    norm: str | None = None
 
 
 class Program(NamedTuple):
@@ -167,8 +170,10 @@ def layers_of(program: Program, module: nn.Module) -> list[nn.Module]:
 
 def _plain(module: nn.Module) -> Program | None:
     """The program of a convolution or linear layer with ReLU and max-pool; needs no tracing."""
-    stage = plain_stage(module)
+    stage = plain_stage(module, with_norm=True)
     if stage is None or type(stage.core) not in _CORES:
+        return None
+    if stage.norm is not None and not _are_images(stage.core, module._modules[stage.norm]):
         return None
     behind = relu_and_pool(stage.after)
     if behind is None or (behind.pool.size > 1 and type(stage.core) is not nn.Conv2d):
@@ -179,8 +184,14 @@ def _plain(module: nn.Module) -> Program | None:
         return None
     if flatten and type(stage.core) is not nn.Linear:
         return None
-    layer = FusedLayer(stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool)
+    layer = FusedLayer(
+        stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool, norm=stage.norm
+    )
     return Program(1, (layer,), (1,))
+
+
+def _are_images(core: nn.Module, norm: nn.Module) -> bool:
+    return type(core) is nn.Conv2d and type(norm) is nn.BatchNorm2d
 
 
 def _skip_layer(module: SkipLayer) -> Program | str:
@@ -297,6 +308,8 @@ class _Builder:
                 raise _Refused("it has a linear layer on images, or a convolution on vectors")
             fields = FusedLayer(node.target, layer, value, flatten)
             self.known[node] = _Layer(fields)
+        elif is_batch_norm(layer):
+            self._norm(node, layer)
         elif type(layer) is nn.ReLU:
             self._relu(node)
         elif type(layer) is nn.MaxPool2d:
@@ -338,6 +351,16 @@ class _Builder:
         layer = self._open(node.args[0], "a ReLU")
         name = "relu" if layer.fields.skip is None else "relu_after"
         layer.fields = layer.fields._replace(**{name: True})  # it commutes with a max-pool
+        self._same(node)
+
+    def _norm(self, node: fx.Node, norm: nn.Module) -> None:
+        layer = self._open(node.args[0], "a batch norm")
+        fields = layer.fields
+        if not _are_images(fields.core, norm):
+            raise _Refused("it has a batch norm that does not follow a 2-D convolution")
+        if fields != FusedLayer(fields.name, fields.core, fields.source, fields.flatten):
+            raise _Refused("it has a batch norm behind a ReLU, a sum, a max-pool or another one")
+        layer.fields = fields._replace(norm=node.target)
         self._same(node)
 
     def _pool(self, node: fx.Node, pool: Pool | None) -> None:

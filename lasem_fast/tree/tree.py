@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lasem_fast.backends import plain_torch
-from lasem_fast.backends.operations import Operations
+from lasem_fast.backends.operations import Normed, Operations
 from lasem_fast.levels.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.levels.liveness import TreeLiveness
-from lasem_fast.levels.plan import Plan, SubPlan
+from lasem_fast.levels.plan import Level, Plan, SubPlan
 from lasem_fast.levels.row_liveness import Liveness, passed_over
 from lasem_fast.levels.row_weights import row_weights
 from lasem_fast.networks import checks
@@ -124,7 +125,10 @@ class Tree:
             used = [branches[b] for b in level.used_branches]
             live = None if liveness is None else liveness.levels[i]
             lowered = self._lowered(used, h, i)
-            out = None if lowered is None else fused_stage.run(lowered, h, level, live)
+            out = None
+            if lowered is not None:
+                seen = None if network.batch_norms is None else partial(self._note, network, i)
+                out = fused_stage.run(lowered, h, level, live, seen)
             if out is not None:
                 h = out
             elif self.plan.continues(i):
@@ -141,10 +145,11 @@ class Tree:
 
     def _lowered(self, used: Sequence[Branch], h: Fold, stage: int) -> Lowered | None:
         if self.lowered is None:
-            return fused_stage.lowered(self.operations.levels, used, h)
+            return fused_stage.lowered(self.operations.levels, used, h, self.operations.norms)
         key = self.first + stage, self.plan.levels[stage].used_branches
         if key not in self.lowered:
-            self.lowered[key] = fused_stage.lowered(self.operations.levels, used, h)
+            operations = self.operations
+            self.lowered[key] = fused_stage.lowered(operations.levels, used, h, operations.norms)
         return self.lowered[key]
 
     def _branch_out(
@@ -207,6 +212,22 @@ class Tree:
             return nullcontext()
         weights = row_weights(self.part, stage, rows)
         return network.rows_apart(module, len(rows), h.shape[0] // len(rows), weights)
+
+    def _note(
+        self,
+        network: Network,
+        stage: int,
+        layers: list[nn.Module],
+        level: Level,
+        number: int,
+        normed: Normed,
+    ) -> None:
+        """Tells the network's batch norms what they saw of a level's rows."""
+        for branch, layer in zip(level.used_branches, layers, strict=True):
+            rows = level.rows_of(branch)
+            index = index_tensor(rows, normed.mean.device)
+            weights = row_weights(self.part, stage, rows)
+            network.batch_norms.note(layer, number, normed.mean[index], normed.var[index], weights)
 
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
