@@ -105,7 +105,8 @@ def _scale(net: TransferNet, batch: int) -> None:
     layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.normal_(layer.bias, std=0.1)
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias, std=0.1)
     with torch.no_grad():
         layers[-1].weight /= batch**0.5
 
@@ -170,6 +171,13 @@ def grouped(device: str) -> list[Case]:
         Case(net, 10, "fp32", device, groups, without, favours=2 ** len(groups) // 8)
         for net, groups in rows
     ]
+
+
+def normed(device: str) -> list[Case]:
+    """Nets with batch norm in training mode, which no other column but the naive loop can fold."""
+    rows = [("cifar-4-norm", None), ("residual-17-norm", (2, 2, 2, 2))]
+    without = (*COMPILED, *VMAP, "plain tree", "plain tree, channels last")
+    return [Case(net, 10, "fp32", device, groups, without) for net, groups in rows]
 
 
 def smoke(device: str) -> list[Case]:

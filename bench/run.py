@@ -21,6 +21,7 @@ SUITES = {
     "gpu": cases.gpu,
     "steps": cases.steps,
     "grouped": cases.grouped,
+    "normed": cases.normed,
     "smoke": cases.smoke,
 }
 FINISHED, REFUSED, LEFT_OUT = 0, 1, 3

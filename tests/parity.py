@@ -17,7 +17,7 @@ import lasem_fast as lf
 from bench.cases import TASK, Case, Problem
 from bench.gate import Gate, answer_of
 from bench.peers import library_column
-from lasem_fast.tools.builtin import Skip
+from lasem_fast.tools.builtin import Skip, conv_layer
 from lasem_fast.transfer import TensorFactorization, TransferMechanism
 
 
@@ -45,6 +45,10 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, pool: int = 1, **options) 
     options = {"padding": kernel // 2, **options}
     layers = [nn.Conv2d(inputs, outputs, kernel, **options), nn.ReLU()]
     return nn.Sequential(*layers, *([nn.MaxPool2d(pool, ceil_mode=True)] if pool > 1 else []))
+
+
+def _normed(inputs: int, outputs: int, pool: int = 1) -> nn.Module:
+    return nn.Sequential(*conv_layer(inputs, outputs, 3, pool, norm=True))
 
 
 def _linear(inputs: int, outputs: int, *before: nn.Module) -> nn.Module:
@@ -75,6 +79,15 @@ NETS = {
         lambda: [_conv(2, 4), Skip(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()), _conv(4, 3, pool=2)],
         27,
         (2, 6, 6),
+    ),
+    "batch norm": SmallNet(
+        lambda: [_normed(2, 3), _normed(3, 4, pool=2), _normed(4, 4, pool=3)], 4, (2, 9, 8)
+    ),
+    "batch norm in blocks": SmallNet(
+        lambda: [_conv(2, 4), Skip(*_normed(4, 4), *_normed(4, 4)), _normed(4, 3, pool=2)],
+        27,
+        (2, 6, 6),
+        groups=(1, 2),
     ),
     "runs of 8 channels": SmallNet(
         lambda: [_conv(3, 8), _conv(8, 16, pool=2), _conv(16, 8, pool=3)], 32, (3, 10, 9)

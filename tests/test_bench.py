@@ -201,7 +201,7 @@ def test_nets_are_as_published(name):
     case = Case(name, 1, groups=NETS[name].groups)
     problem = case.problem()
     assert problem.net(problem.x, cases.TASK, config=problem.space.all).shape == (1, cases.CLASSES)
-    kinds = {"cifar-8": 256, "residual-17": 16, "stl-9": 8}
+    kinds = {"cifar-8": 256, "residual-17": 16, "residual-17-norm": 16, "stl-9": 8}
     assert len(problem.space) == kinds.get(name, 2**problem.net.depth)
 
 

@@ -7,6 +7,7 @@ results can be compared exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -41,40 +42,56 @@ class Skip(nn.Module):
         return h + self.layers(h)
 
 
-def conv_layer(inputs: int, outputs: int, kernel: int, pool: int = 1) -> list[nn.Module]:
-    """The paper's layer: SAME convolution, ReLU, and SAME max-pool where ``pool`` > 1."""
-    layers = [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU()]
+def conv_layer(
+    inputs: int, outputs: int, kernel: int, pool: int = 1, norm: bool = False
+) -> list[nn.Module]:
+    """The paper's layer: SAME convolution, ReLU, and SAME max-pool where ``pool`` > 1.
+
+    With ``norm`` a batch norm stands between the first two, in place of the bias.
+    """
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not norm),
+        *([nn.BatchNorm2d(outputs)] if norm else []),
+        nn.ReLU(),
+    ]
     if pool > 1:
         layers.append(nn.MaxPool2d(pool, ceil_mode=True))
     return layers
 
 
 def conv_stages(
-    inputs: int, channels: Sequence[int], kernels: Sequence[int], pools: Sequence[int]
+    inputs: int,
+    channels: Sequence[int],
+    kernels: Sequence[int],
+    pools: Sequence[int],
+    norm: bool = False,
 ) -> list[nn.Module]:
     """One stage per layer."""
     before = [inputs, *channels[:-1]]
     return [
-        nn.Sequential(*conv_layer(*layer))
+        nn.Sequential(*conv_layer(*layer, norm))
         for layer in zip(before, channels, kernels, pools, strict=True)
     ]
 
 
-def residual_stages() -> list[nn.Module]:
+def residual_stages(norm: bool = False) -> list[nn.Module]:
     """The 17-layer residual net as 8 stages of 3, 2, 2, ... layers; no skip crosses a stage."""
+    layer = partial(conv_layer, norm=norm)
     stages: list[nn.Module] = [
-        nn.Sequential(*conv_layer(3, 64, 7, pool=2), _skip(64)),
-        _skip(64),
+        nn.Sequential(*layer(3, 64, 7, pool=2), _skip(64, norm)),
+        _skip(64, norm),
     ]
     for inputs in (64, 128, 256):
         outputs = 2 * inputs
-        down = [*conv_layer(inputs, outputs, 3, pool=2), *conv_layer(outputs, outputs, 3)]
-        stages += [nn.Sequential(*down), _skip(outputs)]
+        down = [*layer(inputs, outputs, 3, pool=2), *layer(outputs, outputs, 3)]
+        stages += [nn.Sequential(*down), _skip(outputs, norm)]
     return stages
 
 
-def _skip(channels: int) -> nn.Module:
-    return Skip(*conv_layer(channels, channels, 3), *conv_layer(channels, channels, 3))
+def _skip(channels: int, norm: bool) -> nn.Module:
+    return Skip(
+        *conv_layer(channels, channels, 3, norm=norm), *conv_layer(channels, channels, 3, norm=norm)
+    )
 
 
 def dense_head(inputs: int, hidden: Sequence[int], classes: int) -> nn.Module:
@@ -86,10 +103,16 @@ def dense_head(inputs: int, hidden: Sequence[int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
 
 
-# The residual net serves CIFAR-100: its input is 32 x 32.
+# The residual net serves CIFAR-100: its input is 32 x 32. Those with batch norm are ours.
 NETS = {
     "cifar-4": Builtin(
         lambda: conv_stages(3, (32, 32, 64, 64), (3,) * 4, (1, 2) * 2),
+        lambda classes: dense_head(4096, (64,), classes),
+        (3, 32, 32),
+        10,
+    ),
+    "cifar-4-norm": Builtin(
+        lambda: conv_stages(3, (32, 32, 64, 64), (3,) * 4, (1, 2) * 2, norm=True),
         lambda classes: dense_head(4096, (64,), classes),
         (3, 32, 32),
         10,
@@ -127,6 +150,13 @@ NETS = {
     ),
     "residual-17": Builtin(
         residual_stages,
+        lambda classes: dense_head(2048, (1000,), classes),
+        (3, 32, 32),
+        10,
+        groups=(2, 2, 2, 2),
+    ),
+    "residual-17-norm": Builtin(
+        partial(residual_stages, norm=True),
         lambda classes: dense_head(2048, (1000,), classes),
         (3, 32, 32),
         10,
