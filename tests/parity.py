@@ -81,7 +81,7 @@ NETS = {
         (2, 6, 6),
     ),
     "batch norm": SmallNet(
-        lambda: [_normed(2, 3), _normed(3, 4, pool=2), _normed(4, 4, pool=3)], 4, (2, 9, 8)
+        lambda: [_normed(2, 3), _normed(3, 4, pool=2), _normed(4, 4, pool=3)], 16, (2, 9, 8)
     ),
     "batch norm in blocks": SmallNet(
         lambda: [_conv(2, 4), Skip(*_normed(4, 4), *_normed(4, 4)), _normed(4, 3, pool=2)],

@@ -52,7 +52,7 @@ def drawn(seed: int) -> Case:
     pick = random.Random(seed)
     torch.manual_seed(seed)
     rows, samples = pick.randint(1, 6), pick.randint(1, 11)
-    height, width = pick.choice([1, 2, 3, 5, 8, 17]), pick.choice([1, 2, 4, 7, 13])
+    height, width = pick.choice([1, 2, 3, 5, 8, 17, 40]), pick.choice([1, 2, 4, 7, 13])
     if samples * height * width == 1:
         samples = 2
     channels = pick.choice([1, 2, 3, 8, 15, 16, 17, 33, 130])

@@ -21,8 +21,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Fixed, so that the sums do not depend on the number of threads.
-constexpr int64_t kParts = 8;
+// Parts of a row: a rule of its size, so that the sums do not depend on the number of threads.
+constexpr int64_t kMostParts = 8, kPixelsOfAPart = 1024;
 
 NormShape shape_of(const Tensor& y, int64_t pool, int64_t pool_pad, int64_t out_h, int64_t out_w) {
   check_float(y, "y");
@@ -34,7 +34,8 @@ NormShape shape_of(const Tensor& y, int64_t pool, int64_t pool_pad, int64_t out_
   s.rows = y.size(0), s.samples = y.size(1), s.height = y.size(2), s.width = y.size(3);
   s.channels = y.size(4), s.out_height = out_h, s.out_width = out_w;
   s.pool = pool, s.pool_pad = pool_pad;
-  s.parts = std::max<int64_t>(1, std::min(kParts, s.samples));
+  const int64_t pixels = s.samples * s.height * s.width;
+  s.parts = std::max<int64_t>(1, std::min({kMostParts, s.samples, pixels / kPixelsOfAPart}));
   check_tensor(y, "y", y.scalar_type(), {s.rows, s.samples, s.height, s.width, s.channels});
   STD_TORCH_CHECK(s.samples * s.height * s.width > 1 && s.channels > 0,
                   "y must have more than one value per channel, and a channel");
@@ -76,6 +77,28 @@ int64_t tasks_of(int64_t items) {
   return std::min<int64_t>(torch::stable::get_num_threads(), items);
 }
 
+// Sums of each part, what they say of a row, and then each image of it. Where there are rows for all
+// threads each thread takes whole ones, which are still in its caches the second time; the sums are
+// the same either way.
+template <class Sum, class Row, class Image>
+void for_rows(const NormShape& s, int64_t tasks, const Sum& sum, const Row& row,
+              const Image& image) {
+  const int64_t parts = s.rows * s.parts, images = s.rows * s.samples;
+  if (s.rows >= tasks) {
+    for_items(tasks, s.rows, [&](int64_t task, int64_t r) {
+      for (int64_t i = 0; i < s.parts; ++i) sum(task, r * s.parts + i);
+      row(r);
+      for (int64_t i = 0; i < s.samples; ++i) image(r * s.samples + i);
+    });
+    return;
+  }
+  for_items(tasks, parts, sum);
+  for_items(tasks, s.rows, [&](int64_t, int64_t r) { row(r); });
+  for_ranges(tasks, images, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) image(i);
+  });
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const NormShape& s, const Tensor& y, const std::vector<Tensor>& weights,
@@ -97,13 +120,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   char* base = static_cast<char*>(scratch.data()) + sums.bytes();
   T* scale = reinterpret_cast<T*>(base + scale_at);
   T* shift = reinterpret_cast<T*>(base + shift_at);
-  for_items(tasks_of(parts), parts, [&](int64_t, int64_t part) {
-    kernels.moments(s, y.const_data_ptr(), of_parts, part);
-  });
-
+  NormForward args{};
+  args.y = y.const_data_ptr(), args.mean = mean.const_data_ptr();
+  args.scale = scale, args.shift = shift;
+  args.skip = skip ? skip->const_data_ptr() : nullptr, args.skip_rows = skip_rows;
+  args.out = out.mutable_data_ptr();
+  args.code = static_cast<uint8_t*>(code.mutable_data_ptr());
+  T* means = mean.mutable_data_ptr<T>();
+  T* vars = var.mutable_data_ptr<T>();
   const PerBranch<T> weight(weights, 1), bias(biases, 0);
   const double pixels = static_cast<double>(s.height * s.width);
-  for (int64_t row = 0; row < s.rows; ++row)
+  const auto finish = [&](int64_t row) {
     for (int64_t c = 0; c < s.channels; ++c) {
       double count = 0, middle = 0, square = 0;
       for (int64_t part = 0; part < s.parts; ++part) {
@@ -115,22 +142,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         count += n;
       }
       const int64_t at = row * s.channels + c;
-      mean.mutable_data_ptr<T>()[at] = static_cast<T>(middle);
-      var.mutable_data_ptr<T>()[at] = static_cast<T>(square / count);
+      means[at] = static_cast<T>(middle);
+      vars[at] = static_cast<T>(square / count);
       scale[at] = static_cast<T>(weight.at(branch_of[row], c) / std::sqrt(square / count + eps));
       shift[at] = static_cast<T>(bias.at(branch_of[row], c));
     }
-
-  NormForward args{};
-  args.y = y.const_data_ptr(), args.mean = mean.const_data_ptr();
-  args.scale = scale, args.shift = shift;
-  args.skip = skip ? skip->const_data_ptr() : nullptr, args.skip_rows = skip_rows;
-  args.out = out.mutable_data_ptr();
-  args.code = static_cast<uint8_t*>(code.mutable_data_ptr());
-  const int64_t images = s.rows * s.samples;
-  for_ranges(tasks_of(images), images, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) kernels.forward(s, args, image);
-  });
+  };
+  for_rows(
+      s, tasks_of(parts),
+      [&](int64_t, int64_t part) { kernels.moments(s, args.y, of_parts, part); }, finish,
+      [&](int64_t image) { kernels.forward(s, args, image); });
   return {out, code, mean, var};
 }
 
@@ -144,10 +165,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
                          sizeof(T));
   std::vector<Tensor> dweights, dbiases;
   for (const Tensor& weight : weights)
-    for (auto* list : {&dweights, &dbiases}) {
-      list->push_back(torch::stable::empty_like(weight));
-      std::memset(list->back().mutable_data_ptr(), 0, sizeof(T) * s.channels);
-    }
+    for (auto* list : {&dweights, &dbiases}) list->push_back(torch::stable::empty_like(weight));
   const int64_t parts = s.rows * s.parts, row_size = s.rows * s.channels;
   const int64_t tasks = tasks_of(parts);
   Layout sums(sizeof(double)), own(sizeof(T));
@@ -168,44 +186,59 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(
   args.scale = scale, args.slope = slope, args.shift = shift;
   args.code = static_cast<const uint8_t*>(code.const_data_ptr());
   args.dy = dy.mutable_data_ptr();
-  for_items(tasks, parts, [&](int64_t task, int64_t part) {
-    if (live[part / s.parts])
-      kernels.gradient_sums(s, args, of_parts, base + near_at + task * near.bytes(), part);
-  });
-
   const PerBranch<T> weight(weights, 1);
   const double count = static_cast<double>(s.samples * s.height * s.width);
-  for (int64_t row = 0; row < s.rows; ++row) {
-    if (!live[row]) continue;
+  const T* vars = var.const_data_ptr<T>();
+  const auto finish = [&](int64_t row) {
+    if (!live[row]) return;
+    double* of_row = of_parts + row * s.parts * part_size(s);
     for (int64_t c = 0; c < s.channels; ++c) {
       double gradient = 0, product = 0;
       for (int64_t part = 0; part < s.parts; ++part) {
-        const double* of_part = of_parts + (row * s.parts + part) * part_size(s);
+        const double* of_part = of_row + part * part_size(s);
         gradient += of_part[c];
         product += of_part[s.channels + c];
       }
       const int64_t at = row * s.channels + c;
-      const double inverse = 1 / std::sqrt(var.const_data_ptr<T>()[at] + eps);
+      const double inverse = 1 / std::sqrt(vars[at] + eps);
       const double factor = weight.at(branch_of[row], c) * inverse;
       scale[at] = static_cast<T>(factor);
       slope[at] = static_cast<T>(-factor * inverse * inverse * product / count);
       shift[at] = static_cast<T>(-factor * gradient / count);
-      if (weights.empty()) continue;
-      dweights[branch_of[row]].template mutable_data_ptr<T>()[c] +=
-          static_cast<T>(product * inverse);
-      dbiases[branch_of[row]].template mutable_data_ptr<T>()[c] += static_cast<T>(gradient);
+      of_row[c] = product * inverse;  // what the row adds to its branch's gradients
+      of_row[s.channels + c] = gradient;
+    }
+  };
+  for_rows(
+      s, tasks,
+      [&](int64_t task, int64_t part) {
+        if (live[part / s.parts])
+          kernels.gradient_sums(s, args, of_parts, base + near_at + task * near.bytes(), part);
+      },
+      finish,
+      [&](int64_t image) {
+        if (live[image / s.samples])
+          kernels.backward(s, args, image);
+        else
+          std::memset(static_cast<T*>(args.dy) + image * s.image(), 0, sizeof(T) * s.image());
+      });
+
+  // in the order of the rows, each branch's in double
+  const auto total = std::make_unique<double[]>(part_size(s));
+  for (size_t branch = 0; branch < weights.size(); ++branch) {
+    std::fill_n(total.get(), part_size(s), 0.0);
+    for (int64_t row = 0; row < s.rows; ++row) {
+      if (!live[row] || branch_of[row] != static_cast<int64_t>(branch)) continue;
+      const double* of_row = of_parts + row * s.parts * part_size(s);
+      for (int64_t i = 0; i < part_size(s); ++i) total[i] += of_row[i];
+    }
+    T* dweight = dweights[branch].template mutable_data_ptr<T>();
+    T* dbias = dbiases[branch].template mutable_data_ptr<T>();
+    for (int64_t c = 0; c < s.channels; ++c) {
+      dweight[c] = static_cast<T>(total[c]);
+      dbias[c] = static_cast<T>(total[s.channels + c]);
     }
   }
-
-  const int64_t images = s.rows * s.samples;
-  for_ranges(tasks_of(images), images, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) {
-      if (live[image / s.samples])
-        kernels.backward(s, args, image);
-      else
-        std::memset(static_cast<T*>(args.dy) + image * s.image(), 0, sizeof(T) * s.image());
-    }
-  });
   return {dy, dweights, dbiases};
 }
 
