@@ -69,7 +69,7 @@ sanitize: $(VENV)/.ready
 	PYTHONPATH=build/sanitized $(BIN)/pytest -o pythonpath=tests \
 	--deselect tests/test_cpu_kernels.py::test_memory_of_outputs_is_used_again_and_given_back \
 	tests/test_cpu_kernels.py tests/test_level_rows.py tests/test_cpu_level.py \
-	tests/test_channels_last_linear.py $(ARGS)
+	tests/test_channels_last_linear.py tests/test_cpu_norm.py $(ARGS)
 
 # The float32 kernels' AVX-512 forms on a CPU with AVX2 alone, instruction by instruction in SIMDe
 # (Debian: libsimde-dev). The processes that one test starts would find the package itself.
@@ -79,7 +79,7 @@ test-avx512: $(VENV)/.ready
 	LASEM_FAST_CPU_ISA=avx512 PYTHONPATH=build/emulated $(BIN)/pytest -o pythonpath=tests \
 	--deselect tests/test_cpu_kernels.py::test_environment_chooses \
 	tests/test_cpu_kernels.py tests/test_level_rows.py tests/test_cpu_level.py \
-	tests/test_channels_last_linear.py $(ARGS)
+	tests/test_channels_last_linear.py tests/test_cpu_norm.py $(ARGS)
 
 # torch comes first and by version, so that nothing else decides which build of it is taken.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/cpu/*)

@@ -35,10 +35,11 @@ def test_every_layout(backend, layout):
     parity.check(backend, parity.problem("pool 2", layout=layout))
 
 
+@pytest.mark.parametrize("net", ["pool 2", "batch norm"])
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_autocast_on_the_cpu(backend):
+def test_autocast_on_the_cpu(backend, net):
     _needs(backend)
-    parity.check(backend, parity.problem("pool 2", dtype="bf16"))
+    parity.check(backend, parity.problem(net, dtype="bf16"))
 
 
 @pytest.mark.parametrize("net", ["pool 2", "linear"])
