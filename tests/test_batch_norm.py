@@ -429,3 +429,35 @@ def test_a_single_value_per_channel_is_refused():
         em = lf.LASEM(net, backend=backend)
         with pytest.raises(ValueError, match="x: expected more than one value per channel"):
             em(torch.randn(1, 2), torch.tensor([0]), "a")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("rows", [(0, 3), (0, 1, 3), (1,), None])
+def test_channels_last_batches_of_one(rows, samples, frozen):
+    """PyTorch 2.13's backward is wrong where the stride of a single image is an odd one."""
+    torch.manual_seed(0)
+    stages = [
+        nn.BatchNorm2d(2),
+        nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)),
+        nn.Sequential(nn.GELU(), nn.BatchNorm2d(2)),
+    ]
+    net = lf.TransferNet(stages)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(24, 3)))
+    net.double().train(not frozen)
+    space = lf.ConfigSpace(3)
+    if rows is not None:
+        space = lf.ConfigSpace.from_configs([2 * row for row in rows], depth=3)
+    x = torch.randn(samples, 2, 4, 3, dtype=torch.float64)
+    y = torch.randint(3, (samples,))
+    truth = brute_force(copy.deepcopy(net), space.bits, x, y, "a")
+    for last in (x, x.contiguous(memory_format=torch.channels_last)):
+        case = Case(net, space, last, y)
+        for em in searches(case):
+            leaf = last.detach().requires_grad_()
+            assert_step_equals(em.net, em(leaf, y, "a"), truth)
+            ours = leaf.grad
+            leaf = x.detach().requires_grad_()
+            other = lf.LASEM(copy.deepcopy(net), space, backend="reference")
+            other(leaf, y, "a").loss.backward()
+            assert_equals(ours, leaf.grad, "gradient of x")

@@ -99,9 +99,9 @@ class NormLevel(torch.autograd.Function):
     @staticmethod
     def _plain_backward(ctx, dout, inputs, skip, code, branches, skip_rows, live):
         def normalise(y, *parameters):
-            rows = y.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, R * C, H, W]
+            rows = y.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()  # [N, R * C, H, W]
             plain = F.batch_norm(rows, None, None, training=True, eps=ctx.eps)
-            plain = plain.unflatten(1, (y.shape[0], 1, -1))
+            plain = plain.flatten().view(len(plain), y.shape[0], 1, -1, *plain.shape[2:])
             if parameters:
                 scale, shift = (
                     torch.stack(list(of))[..., None, None]

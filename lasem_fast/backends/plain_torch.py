@@ -130,14 +130,16 @@ def run_norm(
     passed_over(liveness)
     rows, samples = y.shape[:2]
     norm, positions = layer.norm, index_tensor(level.positions, y.device)
-    apart = y.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, R * C, H, W]
+    # [N, R * C, H, W], contiguous with a contiguous gradient: see lasem_fast.networks.batch_norm
+    apart = y.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
     scale, shift = (torch.stack(of)[positions].flatten() if of else None
                     for of in (norm.weights, norm.biases))  # fmt: skip
     dtype = y.dtype if scale is None else scale.dtype
     mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=y.device)
     # with momentum 1 they become the mini-batch's own
     out = F.batch_norm(apart, mean, var, scale, shift, True, 1.0, norm.eps)
-    out = out.unflatten(1, (rows, -1)).transpose(0, 1).flatten(0, 1)  # [R * N, C, H, W]
+    out = out.flatten().view(samples, rows, -1, *out.shape[2:])
+    out = out.transpose(0, 1).flatten(0, 1)  # [R * N, C, H, W]
     if layer.relu:
         out = out.relu()
     if skip is not None:

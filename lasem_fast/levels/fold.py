@@ -51,11 +51,16 @@ class RowsFirst(NamedTuple):
         """A view of a folded batch ``[N * P, C, H, W]`` or ``[N * P, F]`` of P ``rows``."""
         if isinstance(h, RowsFirst):
             return h
-        data = h.unflatten(0, (-1, rows)).transpose(0, 1)
+        # a reshape may give a single image odd strides, with which PyTorch 2.13 computes wrong
+        # gradients of batch norm
+        data = h[None] if rows == 1 else h.unflatten(0, (-1, rows)).transpose(0, 1)
         return cls(data if data.dim() == 3 else data.permute(0, 1, 3, 4, 2))
 
     def folded(self) -> Tensor:
         """All rows in nested-loop order, ``[N * P, C, H, W]`` or ``[N * P, F]``."""
+        if len(self.data) == 1:
+            data = self.data[0]
+            return data if data.dim() == 2 else data.permute(0, 3, 1, 2)
         data = self.data.transpose(0, 1)
         return (data if data.dim() == 3 else data.permute(0, 1, 4, 2, 3)).flatten(0, 1)
 
@@ -109,6 +114,8 @@ def rows_of(h: Tensor, width: int, rows: tuple[int, ...]) -> Tensor:
     if len(rows) == width and rows == tuple(range(width)):
         return h
     split = h.unflatten(0, (-1, width))
+    if len(rows) == 1:
+        return split[:, rows[0]]
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     if step > 0 and rows == tuple(range(rows[0], rows[-1] + 1, step)):
         return split[:, rows[0] : rows[-1] + 1 : step].flatten(0, 1)

@@ -144,7 +144,9 @@ def _normalised(
             f"sample with {list(h.shape[1:])}"
         )
     # samples are outermost: all rows' channels side by side are the channels of one batch
-    apart = h.reshape(samples, rows * h.shape[1], *h.shape[2:])
+    # (contiguous, and its gradient too, which goes through a vector: where a single image or its
+    # gradient has odd strides, the gradient that PyTorch 2.13 gives is wrong)
+    apart = h.reshape(samples, rows * h.shape[1], *h.shape[2:]).contiguous()
     mean = var = None
     if not is_transformed():  # those take no tensors that are written to
         held = layer.weight if layer.running_mean is None else layer.running_mean
@@ -152,9 +154,11 @@ def _normalised(
         mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=h.device)
     weight, bias = (None if t is None else t.repeat(rows) for t in (layer.weight, layer.bias))
     # with momentum 1 they become the batch's own
-    out = F.batch_norm(
-        apart, mean, var, weight, bias, training=True, momentum=1.0, eps=layer.eps
-    ).reshape(h.shape)
+    out = (
+        F.batch_norm(apart, mean, var, weight, bias, training=True, momentum=1.0, eps=layer.eps)
+        .flatten()
+        .view(h.shape)
+    )
     if not h.is_contiguous() and h.dim() == 4:
         out = out.contiguous(memory_format=torch.channels_last)
     if mean is None:

@@ -19,6 +19,7 @@ from lasem_fast.transfer import TensorFactorization
 from . import layers
 from .layers import Shape
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LARGEST = 500  # numbers in one sample of an activation
 TASKS = ("a", "b")
 
@@ -167,15 +168,11 @@ def _conv_stage(pick: Random, shape: Shape) -> tuple[nn.Module, Shape]:
 
 def _odd_stage(pick: Random, shape: Shape) -> tuple[nn.Module, Shape, str]:
     """A stage that a fast backend may refuse by name, but not get wrong."""
-    kind = pick.choice(["writes", "mixes", "folds", "batch norm", "spectral norm"])
+    kind = pick.choice(["writes", "mixes", "folds", "spectral norm"])
     if kind == "writes":
         return nn.Sequential(nn.Identity(), layers.AddsInPlace(shape)), shape, kind
     if kind == "folds" and len(shape) == 2:
         return layers.FoldsSteps(), shape[1:], kind
-    if kind == "batch norm" and len(shape) == 3:
-        layer = nn.BatchNorm2d(shape[0])
-        layer.stays_in_training = True
-        return layer, shape, kind
     if kind == "spectral norm":
         layer = nn.Linear(shape[-1], shape[-1])
         return nn.utils.parametrizations.spectral_norm(layer), shape, kind
@@ -310,6 +307,7 @@ def draw(
     outputs, samples = pick.randint(1, 4), pick.randint(1, 4)
     overflow = odd and plain and pick.random() < 0.15
     strides, last = pick.random() < 0.2, pick.random() < 0.25
+    norms_train = pick.random() < 0.5
 
     def make(mechanism: object = transfer) -> lf.TransferNet:
         with torch.random.fork_rng(devices=[]):
@@ -340,7 +338,7 @@ def draw(
                     for parameter in net.heads[tasks[0]].parameters():
                         parameter.mul_(1e4)
             for layer in net.modules():
-                if getattr(layer, "stays_in_training", False):
+                if type(layer) in _BATCH_NORMS and norms_train:
                     layer.train()
         return net
 
@@ -382,6 +380,7 @@ def draw(
             "transfer": str(transfer),
             "strided": strides,
             "last": last,
+            "norms_train": norms_train,
         },
     )
 
