@@ -16,6 +16,7 @@ from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.backends import cpu_norm, cpu_ops, plain_torch
+from lasem_fast.capture_trial import obstacles
 from lasem_fast.tree.bounded import BoundedTree
 from lasem_fast.tree.budget import cuts_of, step_bytes
 
@@ -420,6 +421,14 @@ def test_what_is_refused_in_words():
         em = lf.LASEM(small_net(1, extra=(Pixels,)), backend=backend)
         with pytest.raises(ValueError, match=r"BatchNorm1d.* one entry for each .* got 144"):
             em(x, y, "a")
+
+
+def test_a_capture_says_why_it_cannot_be():
+    em = lf.LASEM(_normed_net(), backend="torch")
+    optimizer = torch.optim.SGD(em.net.parameters(), lr=0.1)
+    assert any("BatchNorm" in reason for reason in obstacles(em, optimizer, small_batch()[0]))
+    em.net.eval()
+    assert not any("BatchNorm" in reason for reason in obstacles(em, optimizer, small_batch()[0]))
 
 
 def test_a_single_value_per_channel_is_refused():
