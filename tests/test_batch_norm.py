@@ -438,6 +438,14 @@ def test_a_single_value_per_channel_is_refused():
         em = lf.LASEM(net, backend=backend)
         with pytest.raises(ValueError, match="x: expected more than one value per channel"):
             em(torch.randn(1, 2), torch.tensor([0]), "a")
+    net = lf.TransferNet([nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(3, 2)))
+    case = Case(
+        net.double(), lf.ConfigSpace(1), torch.randn(1, 2, 1, 1).double(), torch.tensor([0])
+    )
+    for em in searches(case):
+        with pytest.raises(ValueError, match="x: expected more than one value per channel"):
+            em(case.x, case.y, "a")
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -134,7 +134,8 @@ def run_norm(
     apart = y.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
     scale, shift = (torch.stack(of)[positions].flatten() if of else None
                     for of in (norm.weights, norm.biases))  # fmt: skip
-    dtype = y.dtype if scale is None else scale.dtype
+    held = scale if norm.layers[0].running_mean is None else norm.layers[0].running_mean
+    dtype = y.dtype if held is None else held.dtype
     mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=y.device)
     # with momentum 1 they become the mini-batch's own
     out = F.batch_norm(apart, mean, var, scale, shift, True, 1.0, norm.eps)

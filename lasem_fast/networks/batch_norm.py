@@ -127,6 +127,15 @@ def _forward_of(
             del layer.__dict__["forward"]
 
 
+def check_values(layer: nn.Module, values: int) -> None:
+    """A variance needs more than one of a channel's values."""
+    if values == 1:
+        raise ValueError(
+            f"x: expected more than one value per channel for {layer} in training mode, got one "
+            f"sample of one"
+        )
+
+
 def _normalised(
     layer: nn.Module, h: Tensor, rows: int, samples: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -138,11 +147,7 @@ def _normalised(
             f"samples, because every configuration has statistics of its own, got "
             f"{h.shape[0] / rows:g}; put it into evaluation mode or use GroupNorm or LayerNorm"
         )
-    if h.numel() == rows * h.shape[1]:
-        raise ValueError(
-            f"x: expected more than one value per channel for {layer} in training mode, got one "
-            f"sample with {list(h.shape[1:])}"
-        )
+    check_values(layer, h.numel() // (rows * h.shape[1]) if h.numel() else 0)
     # samples are outermost: all rows' channels side by side are the channels of one batch
     # (contiguous, and its gradient too, which goes through a vector: where a single image or its
     # gradient has odd strides, the gradient that PyTorch 2.13 gives is wrong)

@@ -26,6 +26,7 @@ from lasem_fast.backends.operations import (
 from lasem_fast.levels.fold import Carried, Fold, RowsFirst, folded
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.networks.batch_norm import check_values
 from lasem_fast.networks.layers import is_batch_norm, uses_batch_statistics
 from lasem_fast.transfer import Branch
 from lasem_fast.tree.lowering import FusedLayer, Program, common_program, layers_of
@@ -302,6 +303,7 @@ def _normed(
     liveness: Liveness | None,
 ) -> Normed:
     """What the first operation gives that takes the rows, or PyTorch."""
+    check_values(layer.norm.layers[0], y[0, ..., 0].numel())
     for operation in operations:
         normed = operation(layer, y, level, skip, liveness)
         if normed is not None:
