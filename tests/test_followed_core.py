@@ -12,6 +12,10 @@ from lasem_fast.levels.row_liveness import Liveness
 
 CORES = {
     "conv": (lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1, dtype=torch.float64), (7, 6)),
+    "channels last": (
+        lambda: nn.Conv2d(3, 8, 3, dtype=torch.float64).to(memory_format=torch.channels_last),
+        (7, 6),
+    ),
     "no bias": (lambda: nn.Conv2d(3, 8, (3, 1), bias=False, dtype=torch.float64), (5, 4)),
     "dilated": (lambda: nn.Conv2d(3, 8, 2, dilation=2, dtype=torch.float64), (5, 6)),
     "1d": (lambda: nn.Conv1d(3, 8, 3, padding=2, dtype=torch.float64), (6,)),
@@ -20,6 +24,7 @@ CORES = {
 LIVE = {
     "all": [[1, 1], [1, 1], [1, 1]],
     "some": [[1, 0], [1, 1], [0, 0]],
+    "around one": [[1, 1], [0, 1], [1, 1]],
     "one branch": [[0, 1], [0, 1], [0, 0]],
     "none": [[0, 0], [0, 0], [0, 0]],
 }
@@ -35,7 +40,10 @@ def test_gradients_are_those_of_the_live_rows(core, live, samples_first):
     samples, parents, branches = 2, 3, 2
     alive = torch.tensor(LIVE[live], dtype=torch.bool)
     rows = torch.arange(6).view(parents, branches).flip(0)  # in another order than the batch
-    x = torch.randn(samples * parents, 3, *image, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(samples * parents, 3, *image, dtype=torch.float64)
+    if core == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
     leaves = [x, layer.weight, *([] if layer.bias is None else [layer.bias])]
     liveness = Liveness()
     assert follows(layer, x, liveness)
