@@ -197,4 +197,4 @@ class CpuNorm:
             skip=skip_data, skip_rows=skip_rows, relu_after=layer.relu_after, liveness=liveness,
         )  # fmt: skip
         count = y.shape[1] * y.shape[2] * y.shape[3]
-        return Normed(out, mean, var * (count / (count - 1)))
+        return Normed(out, torch.cat([mean, var * (count / (count - 1))], dim=1))

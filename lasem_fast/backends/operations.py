@@ -156,13 +156,12 @@ class Normed(NamedTuple):
 
     Attributes:
         output: ``[R, N, H', W', C]``.
-        mean: of each row's mini-batch ``[R, C]``, without a gradient.
-        var: its unbiased variance, likewise.
+        statistics: of each row's mini-batch, mean and unbiased variance ``[R, 2 * C]``, without a
+            gradient.
     """
 
     output: Tensor
-    mean: Tensor
-    var: Tensor
+    statistics: Tensor
 
 
 NormOperation = Callable[[Layer, Tensor, Level, "Skip | None", "Liveness | None"], "Normed | None"]

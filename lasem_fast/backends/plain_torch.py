@@ -149,7 +149,7 @@ def run_norm(
             data = data.index_select(0, index_tensor(skip.rows, data.device))
         out = out + _channels_first(data)
     out = _pooled(layer, out).permute(0, 2, 3, 1).unflatten(0, (rows, samples))
-    return Normed(out, mean.unflatten(0, (rows, -1)), var.unflatten(0, (rows, -1)))
+    return Normed(out, torch.cat([mean.view(rows, -1), var.view(rows, -1)], dim=1))
 
 
 def _end(layer: Layer, y: Tensor, skip: Skip | None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from lasem_fast._host_values import is_transformed
 from lasem_fast.networks.layers import modules_in, uses_batch_statistics
 
-RowWeights = Callable[[Tensor], Tensor]
-"""From the weights of the configurations ``[C]`` to those of some rows ``[R]``."""
+OfRows = Callable[[Tensor, dict[Any, Tensor]], Tensor]
+"""From the weights of the configurations ``[C]`` to those of some rows ``[R]``; what is found on
+the way is kept in the dictionary for others with the same weights."""
 
 
 class _Seen(NamedTuple):
-    """A layer's statistics of some rows: mean and unbiased variance, ``[R, C]``."""
+    """A layer's statistics of some rows: mean and unbiased variance, ``[R, 2 * C]``."""
 
-    mean: Tensor
-    var: Tensor
-    weights: RowWeights
+    statistics: Tensor
+    weights: OfRows
 
 
 class BatchNorms:
@@ -45,9 +45,7 @@ class BatchNorms:
         self._is_done = False
 
     @contextmanager
-    def apart(
-        self, module: nn.Module, rows: int, samples: int, weights: RowWeights
-    ) -> Iterator[None]:
+    def apart(self, module: nn.Module, rows: int, samples: int, weights: OfRows) -> Iterator[None]:
         """Whatever runs in ``module`` meanwhile sees the rows of its input apart.
 
         Args:
@@ -59,30 +57,27 @@ class BatchNorms:
         calls: dict[nn.Module, int] = {}
 
         def forward(layer: nn.Module, h: Tensor) -> Tensor:
-            out, mean, var = _normalised(layer, h, rows, samples)
+            out, seen = _normalised(layer, h, rows, samples)
             calls[layer] = calls.get(layer, -1) + 1
-            if mean is not None:
-                self.note(layer, calls[layer], mean, var, weights)
+            if seen is not None:
+                self.note(layer, calls[layer], seen, weights)
             return out
 
         with _forward_of([module], forward):
             yield
 
-    def note(
-        self, layer: nn.Module, number: int, mean: Tensor, var: Tensor, weights: RowWeights
-    ) -> None:
+    def note(self, layer: nn.Module, number: int, statistics: Tensor, weights: OfRows) -> None:
         """Keeps what a layer saw until the running statistics move.
 
         Args:
             layer: the batch norm.
             number: how often it had been called in its branch before.
-            mean: of each row ``[R, C]``.
-            var: unbiased, likewise.
+            statistics: of each row, mean and unbiased variance ``[R, 2 * C]``.
             weights: gives the rows' weights.
         """
         # a checkpointed branch runs again in the backward
         if not self._is_done and layer.training and layer.running_mean is not None:
-            self._seen.setdefault((layer, number), []).append(_Seen(mean, var, weights))
+            self._seen.setdefault((layer, number), []).append(_Seen(statistics, weights))
 
     @torch.no_grad()
     def move(self, weights: Tensor) -> None:
@@ -93,8 +88,10 @@ class BatchNorms:
         """
         if self._configs is not None:
             weights = weights[torch.tensor(self._configs, device=weights.device)]
+        known: dict[Any, Tensor] = {}
         for (layer, _), parts in self._seen.items():
-            _move(layer, parts, weights)
+            of_rows = _joined([part.weights(weights, known) for part in parts])
+            _move(layer, _joined([part.statistics for part in parts]), of_rows)
         self._is_done = True
         self._seen = {}
 
@@ -138,8 +135,8 @@ def check_values(layer: nn.Module, values: int) -> None:
 
 def _normalised(
     layer: nn.Module, h: Tensor, rows: int, samples: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The layer's output, and mean and unbiased variance ``[rows, C]`` of each row."""
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's output, and mean and unbiased variance ``[rows, 2 * C]`` of each row."""
     layer._check_input_dim(h)
     if h.shape[0] != samples * rows:
         raise ValueError(
@@ -167,25 +164,27 @@ def _normalised(
     if not h.is_contiguous() and h.dim() == 4:
         out = out.contiguous(memory_format=torch.channels_last)
     if mean is None:
-        return out, None, None
-    return out, mean.unflatten(0, (rows, -1)), var.unflatten(0, (rows, -1))
+        return out, None
+    return out, torch.cat([mean.view(rows, -1), var.view(rows, -1)], dim=1)
 
 
-def _move(layer: nn.Module, parts: Sequence[_Seen], weights: Tensor) -> None:
-    weights = torch.cat([part.weights(weights) for part in parts]).to(layer.running_mean.dtype)
-    total = weights.sum()
-    weighs = total > 0
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _move(layer: nn.Module, statistics: Tensor, weights: Tensor) -> None:
+    """Moves a layer by the statistics ``[R, 2 * C]`` of rows with these weights ``[R]``."""
+    weights = weights.to(layer.running_mean.dtype)
+    total, weighs = weights.sum(), weights > 0
+    moves = total > 0
     if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked += weighs
+        layer.num_batches_tracked += moves
     momentum = layer.momentum
     if momentum is None:  # the mean over all mini-batches
         momentum = 1 / layer.num_batches_tracked.clamp(min=1)
-    momentum = momentum * weighs.to(weights.dtype)
-    for running, of_rows in (
-        (layer.running_mean, torch.cat([part.mean for part in parts])),
-        (layer.running_var, torch.cat([part.var for part in parts])),
-    ):
-        # 0 * NaN is NaN, and so is 0 / 0
-        mean = torch.where(weights[:, None] > 0, of_rows * weights[:, None], 0).sum(0)
-        mean = torch.where(weighs, mean / total, running)
-        running.copy_((1 - momentum) * running + momentum * mean)
+    momentum = momentum * moves.to(weights.dtype)
+    # chosen, not multiplied: 0 * NaN is NaN; and no product of matrices, which autocast rounds
+    shares = (weights / total)[:, None] * statistics
+    seen = torch.where(weighs[:, None], shares, 0).sum(0)
+    for running, mean in zip((layer.running_mean, layer.running_var), seen.chunk(2), strict=True):
+        running.lerp_(mean, momentum)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.networks.batch_norm import BatchNorms, RowWeights
+from lasem_fast.networks.batch_norm import BatchNorms, OfRows
 from lasem_fast.networks.layers import (
     PlainStage,
     active_random,
@@ -52,7 +52,7 @@ class Network(NamedTuple):
         return self._replace(may_draw=random, may_write=in_place, batch_norms=norms)
 
     def rows_apart(
-        self, module: nn.Module, rows: int, samples: int, weights: RowWeights
+        self, module: nn.Module, rows: int, samples: int, weights: OfRows
     ) -> AbstractContextManager:
         """Meanwhile batch norm in ``module`` sees its input's rows apart.
 

@@ -7,7 +7,8 @@ and once more for the M-step. Nothing is shared between configurations but the w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class NaiveLoop:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
         outputs = []
         for number, config in zip(self.numbers, self.configs, strict=True):
-            own = itemgetter(slice(number, number + 1))
+            own = partial(_own, number)
             h = x.clone()  # a stage may write to its input
             for i, (branches, shared) in enumerate(zip(network.stages, config, strict=True)):
                 branch = branches[SHARED if shared else SPECIFIC]
@@ -58,6 +59,11 @@ class NaiveLoop:
             logits = self.logits(network, x)
             return Whole(logits, logits)
         return _TwoForwards(self, network, x)
+
+
+def _own(number: int, weights: Tensor, known: Any) -> Tensor:
+    """The weight of one configuration, ``[1]``."""
+    return weights[number : number + 1]
 
 
 class _TwoForwards:

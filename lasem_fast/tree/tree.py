@@ -20,7 +20,7 @@ from lasem_fast.levels.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.levels.liveness import TreeLiveness
 from lasem_fast.levels.plan import Level, Plan, SubPlan
 from lasem_fast.levels.row_liveness import Liveness, passed_over
-from lasem_fast.levels.row_weights import row_weights
+from lasem_fast.levels.row_weights import RowWeights
 from lasem_fast.networks import checks
 from lasem_fast.networks.layers import (
     active_random_layers,
@@ -210,7 +210,7 @@ class Tree:
         """Meanwhile batch norm in a branch sees its rows apart."""
         if network.batch_norms is None:
             return nullcontext()
-        weights = row_weights(self.part, stage, rows)
+        weights = RowWeights(self.part, stage, rows)
         return network.rows_apart(module, len(rows), h.shape[0] // len(rows), weights)
 
     def _note(
@@ -225,9 +225,8 @@ class Tree:
         """Tells the network's batch norms what they saw of a level's rows."""
         for branch, layer in zip(level.used_branches, layers, strict=True):
             rows = level.rows_of(branch)
-            index = index_tensor(rows, normed.mean.device)
-            weights = row_weights(self.part, stage, rows)
-            network.batch_norms.note(layer, number, normed.mean[index], normed.var[index], weights)
+            seen = normed.statistics[index_tensor(rows, normed.statistics.device)]
+            network.batch_norms.note(layer, number, seen, RowWeights(self.part, stage, rows))
 
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
