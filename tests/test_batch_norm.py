@@ -335,6 +335,18 @@ def test_a_layer_that_is_used_twice_moves_twice():
         torch.testing.assert_close(dict(net.named_buffers())[name], tensor, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_they_move_at_every_step(momentum):
+    net = _normed_net(momentum=momentum)
+    em = lf.LASEM(net, backend="torch")
+    for seed in range(4):
+        x, y = small_batch(seed=seed)
+        before = copy.deepcopy(net)
+        step = em(x, y, "a")
+        expected = statistics_after(before, em.space.bits, x, "a", step.posterior)
+        assert_statistics_equal(net, expected)
+
+
 def test_a_task_that_has_ended_is_trained_like_any_net():
     net = _normed_net()
     em = lf.LASEM(net, backend="torch")

@@ -181,7 +181,7 @@ def _move(layer: nn.Module, statistics: Tensor, weights: Tensor) -> None:
         layer.num_batches_tracked += moves
     momentum = layer.momentum
     if momentum is None:  # the mean over all mini-batches
-        momentum = 1 / layer.num_batches_tracked.clamp(min=1)
+        momentum = 1 / layer.num_batches_tracked.clamp(min=1).to(weights.dtype)
     momentum = momentum * moves.to(weights.dtype)
     # chosen, not multiplied: 0 * NaN is NaN; and no product of matrices, which autocast rounds
     shares = (weights / total)[:, None] * statistics
