@@ -75,3 +75,16 @@ def test_killed_workers_leave_the_folder_of_a_quiet_run(methods, workers, tmp_pa
     whole = killed_experiment.contents(quiet)
     assert {path.rpartition("/")[2] for path in whole} == {"run.json"}
     assert killed_experiment.contents(killed) == whole
+
+
+@pytest.mark.parametrize("methods", [RUN, SEARCH])
+def test_what_a_worker_left_that_was_killed_behind_its_result_is_removed(methods, tmp_path):
+    text = drawn_experiment.config(methods, seeds="[0]").replace("epochs = 3", "epochs = 1")
+    killed_experiment.run(text, str(tmp_path))
+    finished = killed_experiment.contents(tmp_path)
+    for result in tmp_path.rglob("run.json"):
+        left = result.parent / "state" / "task1-00.json"
+        left.parent.mkdir()
+        left.write_text("{}")
+    killed_experiment.run(text, str(tmp_path))
+    assert killed_experiment.contents(tmp_path) == finished

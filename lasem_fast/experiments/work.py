@@ -35,6 +35,8 @@ def work(plain: dict[str, Any], out: str) -> None:
     # what is free, then together what is shared out, then what another one had and may have left
     for shared, wait in ((False, False), (True, False), (False, True)):
         for unit in experiment.units():
+            if unit.finished and unit.state.exists():
+                _tidy(unit)
             if unit.shared != shared or unit.finished or unit.folder in failed:
                 continue
             if not _done(experiment, unit, wait):
@@ -65,6 +67,18 @@ def _done(experiment: Experiment, unit: Unit, wait: bool) -> bool:
         write_text(unit.folder / "error.txt", "".join(traceback.format_exception(error)))
         return False
     return True
+
+
+def _tidy(unit: Unit) -> None:
+    """Removes the state of a finished run whose worker was killed before it did so."""
+    unit.lock.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(Timeout), ExitStack() as stack:  # while another one works on it, it stays
+        if unit.shared:
+            lock = ReadWriteLock(f"{unit.lock}.shared")
+            stack.enter_context(lock.write_lock(timeout=0))
+        else:
+            stack.enter_context(FileLock(unit.lock).acquire(timeout=0))
+        results.remove_state(unit)
 
 
 def _take_part(experiment: Experiment, unit: Unit) -> None:
