@@ -72,6 +72,18 @@ def test_what_mixes_samples_is_refused_by_name(kind, place, backend):
     assert list(before) == list(em.state_dict())
 
 
+@pytest.mark.parametrize("samples", [1, 4])
+def test_behind_a_relu_that_is_shut_too(samples):
+    """Of the shared branch all that comes is zero, and zeros mixed are zeros."""
+    shut = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU())
+    net = lf.TransferNet([shut, Own(MIXING["mean"])])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    nn.init.constant_(net.shared[0][0].bias, -1e3)
+    x, y = batch(samples, dtype=torch.float32)
+    with pytest.raises(ValueError, match="independently, got stage 2"):
+        lf.LASEM(net, backend="torch")(x, y, "a")
+
+
 @pytest.mark.parametrize(
     "function",
     [
