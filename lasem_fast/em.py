@@ -401,18 +401,20 @@ class LASEM(nn.Module):
                 f"x: expected a mini-batch with a finite loss, got {float(m_step.nll)} for the "
                 f"configuration of task {task!r}"
             )
-        if network.batch_norms is not None and self._keeps_state():
-            network.batch_norms.move(torch.ones(1, device=x.device))
         loss = m_step.nll.sum()
         here = torch.arange(len(self.space), device=loss.device) == row
         posterior = here.to(loss.dtype)
-        return EMStep(
+        step = EMStep(
             loss=self._with_auxiliary(loss, posterior, task),
             posterior=posterior,
             log_likelihood=torch.where(here, m_step.log_likelihood, -torch.inf),
             nll=torch.where(here, m_step.nll.detach(), torch.inf),
             dropped_mass=self._nothing_dropped,
         )
+        # last, when nothing can fail any more
+        if network.batch_norms is not None and self._keeps_state():
+            network.batch_norms.move(torch.ones(1, device=x.device))
+        return step
 
     def _with_auxiliary(self, loss: Tensor, weights: Tensor, task: str) -> Tensor:
         """Adds each stage's auxiliary term, by the weight of the configurations that share it."""
