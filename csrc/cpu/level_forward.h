@@ -201,7 +201,7 @@ struct Tail {
   bool relu, relu_after;
 };
 
-// As pool_unit, for any tail. The first maximum of a window wins, and NaN, as in PyTorch.
+// As pool_unit, for any tail.
 template <int kPool, int R>
 static void pool_unit_with_tail(const LevelPlan& p, const Unit& u, const Vec (&o)[R][R],
                                 const Sink& sink, const Tail& tail) {
@@ -211,29 +211,14 @@ static void pool_unit_with_tail(const LevelPlan& p, const Unit& u, const Vec (&o
     for (int wx = 0; wx < windows && u.wx + wx < s.out_width; ++wx) {
       Vec best = zero();
       Code code = code_splat(kNothing);
-      bool starts = !tail.relu_after;  // else with what the ReLU gives where nothing passes
+      bool starts = !tail.relu_after;
       for (int t = 0; t < kPool * kPool; ++t) {
         const int i = wy * kPool + t / kPool, j = wx * kPool + t % kPool;
         const int64_t y = u.y + i, x = u.x + j;
         if (y < 0 || y >= s.conv_height || x < 0 || x >= s.conv_width) continue;
-        Vec v = o[i][j];
-        Code c = code_splat(t);
-        if (tail.relu) {
-          const Mask open = opens(v);
-          v = keep(open, v);
-          c = code_select(open, c, code_splat(t + kClosed));
-        }
-        if (tail.skip)
-          v = add(v, load_some(tail.skip + (y * s.conv_width + x) * s.out_channels, sink.lanes));
-        if (starts) {
-          best = v;
-          code = c;
-          starts = false;
-          continue;
-        }
-        const Mask m = wins(v, best);
-        best = select(m, v, best);
-        code = code_select(m, c, code);
+        const Scalar* added =
+            tail.skip ? tail.skip + (y * s.conv_width + x) * s.out_channels : nullptr;
+        take(best, code, starts, t, o[i][j], tail.relu, added, sink.lanes);
       }
       const int64_t at = wy * sink.row + wx * sink.column;
       sink.streams ? stream(sink.y + at, best) : store_some(sink.y + at, best, sink.lanes);

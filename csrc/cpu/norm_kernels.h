@@ -86,26 +86,11 @@ static void norm_forward(const NormShape& s, const NormForward& args, int64_t im
                   start = load_some(shift + c, lanes);
         Vec best = zero();
         Code code = code_splat(kNothing);
-        bool starts = !s.relu_after;  // else with what the ReLU gives where nothing passes
+        bool starts = !s.relu_after;
         for_window(s, wy, wx, [&](int t, int64_t pixel) {
           const int64_t at = pixel * channels + c;
-          Vec v = fma(sub(load_some(y + at, lanes), middle), slope, start);
-          Code won = code_splat(t);
-          if (s.relu) {
-            const Mask open = opens(v);
-            v = keep(open, v);
-            won = code_select(open, won, code_splat(t + kClosed));
-          }
-          if (skip) v = add(v, load_some(skip + at, lanes));
-          if (starts) {
-            best = v;
-            code = won;
-            starts = false;
-            return;
-          }
-          const Mask m = wins(v, best);
-          best = select(m, v, best);
-          code = code_select(m, won, code);
+          const Vec v = fma(sub(load_some(y + at, lanes), middle), slope, start);
+          take(best, code, starts, t, v, s.relu, skip ? skip + at : nullptr, lanes);
         });
         store_some(out + c, best, lanes);
         code_store_some(codes + c, code, lanes);

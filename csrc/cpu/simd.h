@@ -226,5 +226,29 @@ LASEM_INLINE void code_store_some(uint8_t* p, Code c, int64_t n) {
   n >= kLanes ? code_store(p, c) : code_store_n(p, c, n);
 }
 
+
+// Takes position t of a window into what passes of it so far: v, through a ReLU where there is one,
+// and what is added to it, if anything. The first maximum wins, and NaN, as in PyTorch. With a ReLU
+// behind the sum a window `starts` not with its first value but with zero() and kNothing.
+LASEM_INLINE void take(Vec& best, Code& code, bool& starts, int t, Vec v, bool relu,
+                       const Scalar* added, int64_t lanes) {
+  Code own = code_splat(t);
+  if (relu) {
+    const Mask open = opens(v);
+    v = keep(open, v);
+    own = code_select(open, own, code_splat(t + kClosed));
+  }
+  if (added) v = add(v, load_some(added, lanes));
+  if (starts) {
+    best = v;
+    code = own;
+    starts = false;
+    return;
+  }
+  const Mask m = wins(v, best);
+  best = select(m, v, best);
+  code = code_select(m, own, code);
+}
+
 }  // namespace LASEM_ISA
 }  // namespace lasem_fast

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.levels.fold import Fold, RowsFirst
-from lasem_fast.networks.layers import does_nothing, flattens_samples, has_hooks
+from lasem_fast.networks.layers import (
+    any_uses_batch_statistics,
+    does_nothing,
+    flattens_samples,
+    has_hooks,
+    modules_in,
+)
 
 
 class HeadFront(NamedTuple):
@@ -52,8 +58,9 @@ def head_front(head: nn.Module, h: Fold, rows: int) -> HeadFront | None:
         rows: number of leaves P.
 
     Returns:
-        None for any other head or form, and where the weight is larger than the leaves: then
-        putting it into their order costs too much.
+        None for any other head or form, with batch norm in training mode behind the linear layer,
+        and where the weight is larger than the leaves: then putting it into their order costs too
+        much.
     """
     if not isinstance(h, RowsFirst) or h.data.dim() != 5:
         return None
@@ -68,6 +75,8 @@ def head_front(head: nn.Module, h: Fold, rows: int) -> HeadFront | None:
     linear, (samples, height, width, channels) = layers[1], h.data.shape[1:]
     if linear.in_features != height * width * channels or linear.out_features > rows * samples:
         return None
+    if any_uses_batch_statistics(modules_in(*layers[2:])):
+        return None  # it sees samples outermost
     if dropout is not None and not _draws_alike(dropout, h.data):
         return None
     return HeadFront(h.data, 0.0 if dropout is None else dropout.p, linear, layers[2:])

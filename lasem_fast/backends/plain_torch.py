@@ -15,6 +15,7 @@ from lasem_fast.backends.operations import Layer, Normed, Skip
 from lasem_fast.levels.fold import Fold, folded, in_order, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness, passed_over
+from lasem_fast.networks.batch_norm import normalised
 from lasem_fast.networks.layers import PlainStage, plain_stage, same_form
 from lasem_fast.networks.network import tensors_in_force
 from lasem_fast.transfer import Branch
@@ -130,17 +131,11 @@ def run_norm(
     passed_over(liveness)
     rows, samples = y.shape[:2]
     norm, positions = layer.norm, index_tensor(level.positions, y.device)
-    # [N, R * C, H, W], contiguous with a contiguous gradient: see lasem_fast.networks.batch_norm
-    apart = y.permute(1, 0, 4, 2, 3).flatten(1, 2).contiguous()
+    apart = y.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, R * C, H, W]
     scale, shift = (torch.stack(of)[positions].flatten() if of else None
                     for of in (norm.weights, norm.biases))  # fmt: skip
-    held = scale if norm.layers[0].running_mean is None else norm.layers[0].running_mean
-    dtype = y.dtype if held is None else held.dtype
-    mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=y.device)
-    # with momentum 1 they become the mini-batch's own
-    out = F.batch_norm(apart, mean, var, scale, shift, True, 1.0, norm.eps)
-    out = out.flatten().view(samples, rows, -1, *out.shape[2:])
-    out = out.transpose(0, 1).flatten(0, 1)  # [R * N, C, H, W]
+    out, statistics = normalised(norm.layers[0], apart, rows, scale, shift)
+    out = out.unflatten(1, (rows, -1)).transpose(0, 1).flatten(0, 1)  # [R * N, C, H, W]
     if layer.relu:
         out = out.relu()
     if skip is not None:
@@ -149,7 +144,7 @@ def run_norm(
             data = data.index_select(0, index_tensor(skip.rows, data.device))
         out = out + _channels_first(data)
     out = _pooled(layer, out).permute(0, 2, 3, 1).unflatten(0, (rows, samples))
-    return Normed(out, torch.cat([mean.view(rows, -1), var.view(rows, -1)], dim=1))
+    return Normed(out, statistics)
 
 
 def _end(layer: Layer, y: Tensor, skip: Skip | None) -> Tensor:

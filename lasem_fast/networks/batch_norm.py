@@ -57,7 +57,7 @@ class BatchNorms:
         calls: dict[nn.Module, int] = {}
 
         def forward(layer: nn.Module, h: Tensor) -> Tensor:
-            out, seen = _normalised(layer, h, rows, samples)
+            out, seen = _folded(layer, h, rows, samples)
             calls[layer] = calls.get(layer, -1) + 1
             if seen is not None:
                 self.note(layer, calls[layer], seen, weights)
@@ -133,10 +133,8 @@ def check_values(layer: nn.Module, values: int) -> None:
         )
 
 
-def _normalised(
-    layer: nn.Module, h: Tensor, rows: int, samples: int
-) -> tuple[Tensor, Tensor | None]:
-    """The layer's output, and mean and unbiased variance ``[rows, 2 * C]`` of each row."""
+def _folded(layer: nn.Module, h: Tensor, rows: int, samples: int) -> tuple[Tensor, Tensor | None]:
+    """What :func:`normalised` gives, of a folded batch."""
     layer._check_input_dim(h)
     if h.shape[0] != samples * rows:
         raise ValueError(
@@ -146,23 +144,42 @@ def _normalised(
         )
     check_values(layer, h.numel() // (rows * h.shape[1]) if h.numel() else 0)
     # samples are outermost: all rows' channels side by side are the channels of one batch
-    # (contiguous, and its gradient too, which goes through a vector: where a single image or its
-    # gradient has odd strides, the gradient that PyTorch 2.13 gives is wrong)
-    apart = h.reshape(samples, rows * h.shape[1], *h.shape[2:]).contiguous()
+    apart = h.reshape(samples, rows * h.shape[1], *h.shape[2:])
+    weight, bias = (None if t is None else t.repeat(rows) for t in (layer.weight, layer.bias))
+    out, statistics = normalised(layer, apart, rows, weight, bias)
+    out = out.view(h.shape)
+    if not h.is_contiguous() and h.dim() == 4:
+        out = out.contiguous(memory_format=torch.channels_last)
+    return out, statistics
+
+
+def normalised(
+    layer: nn.Module, apart: Tensor, rows: int, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's batch norm of rows that are side by side as channels.
+
+    Args:
+        layer: a batch norm like that of each row.
+        apart: ``[N, rows * C, ...]``.
+        rows: how many there are.
+        weight: ``[rows * C]``, or None.
+        bias: likewise.
+
+    Returns:
+        The output, contiguous; mean and unbiased variance of each row, ``[rows, 2 * C]``, or None
+        inside torch.func transforms.
+    """
     mean = var = None
     if not is_transformed():  # those take no tensors that are written to
         held = layer.weight if layer.running_mean is None else layer.running_mean
-        dtype = h.dtype if held is None else held.dtype
-        mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=h.device)
-    weight, bias = (None if t is None else t.repeat(rows) for t in (layer.weight, layer.bias))
+        dtype = apart.dtype if held is None else held.dtype
+        mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=apart.device)
+    # contiguous, and its gradient too, which goes through a vector: where a single image or its
+    # gradient has odd strides, the gradient that PyTorch 2.13 gives is wrong
+    apart = apart.contiguous()
     # with momentum 1 they become the batch's own
-    out = (
-        F.batch_norm(apart, mean, var, weight, bias, training=True, momentum=1.0, eps=layer.eps)
-        .flatten()
-        .view(h.shape)
-    )
-    if not h.is_contiguous() and h.dim() == 4:
-        out = out.contiguous(memory_format=torch.channels_last)
+    out = F.batch_norm(apart, mean, var, weight, bias, training=True, momentum=1.0, eps=layer.eps)
+    out = out.flatten().view(apart.shape)
     if mean is None:
         return out, None
     return out, torch.cat([mean.view(rows, -1), var.view(rows, -1)], dim=1)

@@ -7,7 +7,7 @@ a loop over rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -24,11 +24,9 @@ from lasem_fast.levels.row_weights import RowWeights
 from lasem_fast.networks import checks
 from lasem_fast.networks.layers import (
     active_random_layers,
-    any_uses_batch_statistics,
     has_hooks,
     has_tensors,
     may_write_input,
-    modules_in,
     plain_stage,
 )
 from lasem_fast.networks.network import Network
@@ -208,8 +206,6 @@ class Tree:
         self, network: Network, module: nn.Module, h: Tensor, stage: int, rows: Sequence[int]
     ) -> AbstractContextManager:
         """Meanwhile batch norm in a branch sees its rows apart."""
-        if network.batch_norms is None:
-            return nullcontext()
         weights = RowWeights(self.part, stage, rows)
         return network.rows_apart(module, len(rows), h.shape[0] // len(rows), weights)
 
@@ -231,10 +227,7 @@ class Tree:
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
         leaves, order = len(self.plan.levels[-1]), self.plan.order
-        normed = network.batch_norms is not None and any_uses_batch_statistics(
-            modules_in(network.head)
-        )
-        for operation in () if normed else self.operations.heads:
+        for operation in self.operations.heads:
             logits = operation(network.head, h, leaves, order)
             if logits is not None:
                 checks.check_logits(logits, leaves, samples, network.task)
@@ -265,12 +258,11 @@ class Tree:
     def _samples_first_logits(self, network: Network, h: Fold, leaves: int, samples: int) -> Tensor:
         """PyTorch's ``[N * P, K]``."""
         h = folded(h)
-        stage, every = len(self.plan.levels), range(leaves)
         writes = network.head_writes_input or (network.may_write and may_write_input(network.head))
         if writes:
             h = h.clone()
         version = checks.version_of(h)
-        with self._apart(network, network.head, h, stage, every):
+        with self._apart(network, network.head, h, len(self.plan.levels), range(leaves)):
             logits = network.head(h)
         checks.check_logits(logits, leaves, samples, network.task)
         if not writes:
