@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import module as torchs
 
-from lasem_fast.backends.followed_core import Places, followed, follows
 from lasem_fast.backends.head_front import head_front
 from lasem_fast.backends.operations import Layer, Normed, Skip
+from lasem_fast.backends.wide_core import Wide, is_taken, wide_core
 from lasem_fast.levels.fold import Fold, folded, in_order, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness, passed_over
@@ -19,6 +20,9 @@ from lasem_fast.networks.batch_norm import normalised
 from lasem_fast.networks.layers import PlainStage, plain_stage, same_form
 from lasem_fast.networks.network import tensors_in_force
 from lasem_fast.transfer import Branch
+
+# Measured with PyTorch 2.13 and oneDNN on two cores.
+_MANY_PIXELS, _MANY_VALUES = 256, 2**15
 
 
 def wide_level(
@@ -40,21 +44,68 @@ def wide_level(
     if wide is None:
         return None
     stage, weights = wide
-    h = folded(h)
+    h, after = folded(h), stage.after
     for layer in stage.before:
         h = layer(h)
     if isinstance(stage.core, nn.Linear) and h.dim() != 2:
         return None
-    if follows(stage.core, h, liveness):
+    called = torchs._has_any_global_hook()
+    relu = not called and bool(after) and _is_relu(after[0])
+    taken = not called and is_taken(stage.core, h)
+    turned = taken and _gains_by_turning(stage, h, rows)
+    if turned or (taken and liveness is not None and torch.is_grad_enabled()):
         numbers = range(rows * len(branches))
-        places = Places(numbers, len(branches), samples_first=True)
-        h = followed(stage.core, h, weights["weight"], weights.get("bias"), liveness, places)
+        # the gradients of ReLU and pool, one of which follows a turned core, are new
+        how = Wide(stage.core, numbers, len(branches), relu and turned, turned, turned, turned)
+        h = wide_core(how, h, weights["weight"], weights.get("bias"), liveness)
     else:
         h = _with_weights(stage.core, weights, h)
         passed_over(liveness)
-    for layer in stage.after:
+    if relu and not turned:
+        h = h.relu_()
+    for layer in after[relu:]:
         h = layer(h)
-    return _branches_into_batch(h, len(branches))
+    return (
+        _turned_back(h, rows, len(branches)) if turned else _branches_into_batch(h, len(branches))
+    )
+
+
+def _is_relu(layer: nn.Module) -> bool:
+    return type(layer) is nn.ReLU and "forward" not in layer.__dict__
+
+
+def _gains_by_turning(stage: PlainStage, h: Tensor, rows: int) -> bool:
+    """Whether a CPU is faster at the stage's images with rows outermost and channels last.
+
+    Max-pools are, several times; the batch has to be put into that order and back for it, and over
+    small images convolutions take longer. Dropout draws its masks in the batch's order.
+    """
+    kinds = set(map(type, stage.after))
+    return (
+        type(stage.core) is nn.Conv2d
+        and nn.MaxPool2d in kinds
+        and kinds <= {nn.ReLU, nn.MaxPool2d, nn.Identity}
+        and h.shape[2] * h.shape[3] >= _MANY_PIXELS
+        and h.numel() >= rows * _MANY_VALUES  # by row: one tells how much memory all take
+    )
+
+
+def _turned_back(h: Tensor, rows: int, branches: int) -> Tensor:
+    """``[P * N, B * K, H, W]``, channels last, as ``[N * P * B, K, H, W]``."""
+    split = _GradientLast.apply(h).unflatten(0, (rows, -1)).unflatten(2, (branches, -1))
+    return split.transpose(0, 1).flatten(0, 2)
+
+
+class _GradientLast(torch.autograd.Function):
+    """The same values, whose gradient has its channels last."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx, dh):
+        return dh.contiguous(memory_format=torch.channels_last)
 
 
 class TorchLevel:
@@ -183,9 +234,9 @@ def _core(
         x = x.contiguous(memory_format=torch.channels_last)
         if x.device.type != "cpu":
             weights["weight"] = weights["weight"].contiguous(memory_format=torch.channels_last)
-    if follows(layer.core, x, liveness):
-        places = Places(rows, len(rows) // parents, samples_first=False)
-        return followed(layer.core, x, weights["weight"], weights.get("bias"), liveness, places)
+    if liveness is not None and torch.is_grad_enabled() and is_taken(layer.core, x):
+        how = Wide(layer.core, rows, len(rows) // parents, rows_first=True)
+        return wide_core(how, x, weights["weight"], weights.get("bias"), liveness)
     passed_over(liveness)
     return _with_weights(layer.core, weights, x)
 

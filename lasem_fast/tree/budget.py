@@ -94,7 +94,7 @@ def step_bytes(network: Network, operations: Operations, x: Tensor) -> StepBytes
         found.held.append(held)
         found.once.append(max(0, one.held - one.rows * held))
         found.passing.append(passing)
-        found.passing_once.append(one.gradients + max(0, one.passing - one.rows * passing))
+        found.passing_once.append(max(one.gradients, one.whole - one.rows * passing))
         found.output.append(one.output)
     return found
 
@@ -105,14 +105,16 @@ class _Measured(NamedTuple):
     Attributes:
         rows: how many it has.
         held: bytes alive after its forward.
-        passing: bytes that its backward takes beside that, without gradients of weights.
-        gradients: bytes of those.
+        passing: bytes that its backward takes beside that, to give gradients of its inputs.
+        whole: likewise, to give those of its weights too; some kernels always make both.
+        gradients: bytes of its weights' gradients.
         output: bytes of one row's output.
     """
 
     rows: int
     held: int
     passing: int
+    whole: int
     gradients: int
     output: int
 
@@ -128,22 +130,27 @@ def _measured(network: Network, operations: Operations, x: Tensor) -> Iterator[_
         inputs = _tensors(h)  # an image's own gradient is a little more than a step needs
         for tensor in inputs:
             tensor.requires_grad_(tensor.is_floating_point())
-        count = Count()
-        count.ignore(*weights, *inputs)
-        with count:
-            if stage is None:
-                out = tree.finish(network, h, x.shape[0])
-            else:
-                out = tree.advance(network._replace(stages=[stage]), h, 0, 1)
-            held = count.peak = count.alive
-            _backward(_tensors(out), inputs)
-        whole = out if isinstance(out, Tensor) else folded(out)
+        own = [t for t in _weights_of(network, i) if t.requires_grad]
+        held, passing, whole = 0, 0, 0
+        for wrt in (inputs, [*inputs, *dict.fromkeys(own)]):
+            count = Count()
+            count.ignore(*weights, *inputs)
+            with count:
+                if stage is None:
+                    out = tree.finish(network, h, x.shape[0])
+                else:
+                    out = tree.advance(network._replace(stages=[stage]), h, 0, 1)
+                held = count.peak = count.alive
+                _backward(_tensors(out), wrt)
+            passing, whole = whole, count.peak - held
+        output = out if isinstance(out, Tensor) else folded(out)
         yield _Measured(
             rows=len(there),
             held=held,
-            passing=count.peak - held,
-            gradients=sum(_bytes(t) for t in _weights_of(network, i) if t.requires_grad),
-            output=_bytes(whole) // len(there),
+            passing=passing,
+            whole=whole,
+            gradients=sum(map(_bytes, own)),
+            output=_bytes(output) // len(there),
         )
         h = _detached(split_rows(out, len(there), [1] * len(there))[0]) if stage else out
 

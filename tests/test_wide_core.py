@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lasem_fast as lf
-from lasem_fast.backends.followed_core import Places, _gradients, followed, follows
+from lasem_fast.backends.wide_core import Wide, _of_layer, _turned, is_taken, wide_core
 from lasem_fast.levels.row_liveness import Liveness
 
 CORES = {
@@ -30,79 +30,94 @@ LIVE = {
 }
 
 
-@pytest.mark.parametrize("samples_first", [True, False])
+# rows outermost in the output; turned
+ORDERS = {"samples first": (False, False), "rows first": (True, False), "turned": (True, True)}
+CASES = [(core, order) for core, (_, image) in CORES.items() for order in ORDERS
+         if order != "turned" or len(image) == 2]  # fmt: skip
+
+
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("live", LIVE)
-@pytest.mark.parametrize("core", CORES)
-def test_gradients_are_those_of_the_live_rows(core, live, samples_first):
+@pytest.mark.parametrize(("core", "order"), CASES)
+def test_gradients_are_those_of_the_live_rows(core, order, live, relu):
     torch.manual_seed(0)
     make, image = CORES[core]
     layer = make()  # both branches' weights side by side
     samples, parents, branches = 2, 3, 2
     alive = torch.tensor(LIVE[live], dtype=torch.bool)
-    rows = torch.arange(6).view(parents, branches).flip(0)  # in another order than the batch
     x = torch.randn(samples * parents, 3, *image, dtype=torch.float64)
     if core == "channels last":
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     leaves = [x, layer.weight, *([] if layer.bias is None else [layer.bias])]
     liveness = Liveness()
-    assert follows(layer, x, liveness)
-    y = followed(
-        layer,
-        x,
-        layer.weight,
-        layer.bias,
-        liveness,
-        Places(rows.flatten().tolist(), branches, samples_first),
-    )
-    assert torch.equal(y, layer(x))
+    assert is_taken(layer, x)
+    rows = torch.arange(6).view(parents, branches).flip(0)  # in another order than the batch
+    how = Wide(layer, rows.flatten().tolist(), branches, relu, *ORDERS[order])
+    y = wide_core(how, x, layer.weight, layer.bias, liveness)
+    plain = layer(x).relu() if relu else layer(x)
+    expected = _turned(plain, parents) if how.turned else plain
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert not how.turned or y.is_contiguous(memory_format=torch.channels_last)
     dy = torch.randn_like(y)
-    first = parents if samples_first else samples
-    mask = alive[:, None] if not samples_first else alive[None]
-    split = dy.unflatten(0, (-1, first)).unflatten(2, (branches, -1))
-    masked = (split * mask.reshape(*mask.shape, *[1] * (split.dim() - 4 + 1))).flatten(2, 3)
-    truth = torch.autograd.grad(layer(x), leaves, masked.flatten(0, 1))
+    split = _by_parent(dy, how).unflatten(2, (branches, -1))
+    masked = torch.empty_like(dy)
+    of_rows = _by_parent(masked, how).unflatten(2, (branches, -1))
+    of_rows.copy_(split * alive.reshape(parents, 1, branches, *[1] * (split.dim() - 3)))
+    truth = torch.autograd.grad(expected, leaves, masked)
     liveness.live = torch.empty(6, dtype=torch.bool).index_put_((rows,), alive)
-    found = torch.autograd.grad(y, leaves, dy)  # what the dead rows get is never looked at
+    found = torch.autograd.grad(y, leaves, _poisoned(dy, alive, how))
     for a, b in zip(found, truth, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("core", ["conv", "linear"])
-def test_gradients_of_gradients(core):
+def _by_parent(batch, how):
+    if how.rows_first:
+        return batch.unflatten(0, (how.parents, -1))
+    return batch.unflatten(0, (-1, how.parents)).transpose(0, 1)
+
+
+def _poisoned(dy, alive, how):
+    """What the dead rows get is never looked at."""
+    poisoned = dy.clone()
+    split = _by_parent(poisoned, how).unflatten(2, (how.branches, -1))
+    for parent, branch in (~alive).nonzero().tolist():
+        split[parent, :, branch] = torch.nan
+    return poisoned
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("core", "turned"), [("conv", False), ("conv", True), ("linear", False)])
+def test_gradients_of_gradients(core, turned, relu):
     torch.manual_seed(0)
     make, image = CORES[core]
     layer = make()
     x = torch.randn(4, 3, *image, dtype=torch.float64, requires_grad=True)
     live = torch.tensor([True, False, True, True])
-
-    def level(x, *parameters):
-        liveness = Liveness(live)
-        return followed(layer, x, *parameters, liveness, Places(range(4), 2, True)).square()
-
-    y = layer(x)
+    how = Wide(layer, range(4), 2, relu, turned, turned)
+    inputs = (x, layer.weight, layer.bias)
+    y = layer(x).relu() if relu else layer(x)
     mask = live.view(2, 2)[None].expand(2, -1, -1).reshape(4, 2).repeat_interleave(4, 1)
     mask = mask.view(4, 8, *[1] * len(image))
-    inputs = (x, layer.weight, layer.bias)
     results = []
-    for out in ((y * mask).square(), level(*inputs)):
-        first = torch.autograd.grad((out * mask).sum(), inputs, create_graph=True)
+    ours = wide_core(how, *inputs, Liveness(live))
+    ours = _by_parent(ours, how).transpose(0, 1).flatten(0, 1)
+    for out in (y, ours):
+        first = torch.autograd.grad((out.square() * mask).sum(), inputs, create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_what_it_does_not_follow():
-    live, x = Liveness(), torch.randn(4, 4, 6, 6)
-    assert not follows(nn.Conv2d(4, 4, 3), x, None)
-    assert not follows(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), x, live)
-    assert not follows(nn.Conv2d(4, 4, 3, padding="same"), x, live)
-    assert not follows(nn.Conv2d(4, 4, 3, groups=2), x, live)
-    assert not follows(nn.Linear(6, 2), x, live)
-    with torch.no_grad():
-        assert not follows(nn.Conv2d(4, 4, 3), x, live)
+def test_what_is_left_to_the_layer_itself():
+    x = torch.randn(4, 4, 6, 6)
+    assert is_taken(nn.Conv2d(4, 4, 3), x)
+    assert not is_taken(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), x)
+    assert not is_taken(nn.Conv2d(4, 4, 3, padding="same"), x)
+    assert not is_taken(nn.Conv2d(4, 4, 3, groups=2), x)
+    assert not is_taken(nn.Linear(6, 2), x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not follows(nn.Conv2d(4, 4, 3), x, live)
+        assert not is_taken(nn.Conv2d(4, 4, 3), x)
 
 
 def test_pruned_steps_of_the_torch_backend_use_it(monkeypatch):
@@ -126,4 +141,4 @@ def _net(conv, padding=1):
 
 def test_gradients_without_a_bias_are_none():
     layer = nn.Linear(3, 2, bias=False)
-    assert _gradients(layer, torch.ones(1, 3), layer.weight, torch.ones(1, 2), [1, 1, 0])[2] is None
+    assert _of_layer(layer, torch.ones(1, 3), layer.weight, torch.ones(1, 2), [1, 1, 0])[2] is None
