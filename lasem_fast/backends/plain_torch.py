@@ -83,6 +83,7 @@ def _gains_by_turning(stage: PlainStage, h: Tensor, rows: int) -> bool:
     kinds = set(map(type, stage.after))
     return (
         type(stage.core) is nn.Conv2d
+        and h.dim() == 4
         and nn.MaxPool2d in kinds
         and kinds <= {nn.ReLU, nn.MaxPool2d, nn.Identity}
         and h.shape[2] * h.shape[3] >= _MANY_PIXELS
