@@ -17,7 +17,7 @@ from lasem_fast.capture_trial import first_line, obstacles, rehearse, trial
 from lasem_fast.em import LASEM
 from lasem_fast.em_step import EMStep
 from lasem_fast.networks import checks
-from lasem_fast.networks.layers import has_hooks
+from lasem_fast.networks.layers import is_patched
 
 _grad = attrgetter("grad")
 # a quantized tensor has a dtype of its own
@@ -276,5 +276,5 @@ def _check_arguments(em: Any, optimizer: Any, x: Any, y: Any, task: Any) -> None
 def _constant_weights(em: LASEM) -> list[Tensor]:
     """The weights that nothing changes between a step's beginning and its forward."""
     # others' code may write past a weight's version counter, through .data
-    others = type(em).forward is not LASEM.forward or any(map(has_hooks, em.modules()))
+    others = type(em).forward is not LASEM.forward or any(map(is_patched, em.modules()))
     return [] if others else [*em.net.parameters()]

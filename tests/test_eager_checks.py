@@ -110,6 +110,24 @@ def _patched_forward_of_both(net):
         branch[0][0].forward = forward
 
 
+def _patched_relu_of_both(net):
+    for branch in _both(net, "a"):
+        branch[0][1].forward = torch.abs
+
+
+def _patched_pool_of_both(net):
+    for branch in _both(net, "a"):
+        branch[0][2].forward = _averages
+
+
+def _averages(h):
+    return nn.functional.avg_pool2d(h, 2)
+
+
+def _patched_stage(net):
+    net.shared[1].forward = torch.sigmoid
+
+
 def _hook(net):
     net.shared[0][0].register_forward_hook(lambda m, inputs, out: 2 * out)
 
@@ -132,8 +150,9 @@ def _writes_to_its_input(net):
 
 CHANGES = [
     _replace_a_layer, _replace_a_stage, _add_a_layer, _remove_a_layer, _other_parameters,
-    _weight_norm, _old_weight_norm, _weight_as_plain_tensor, _patched_forward, _hook, _frozen,
-    _eval_of_a_layer, _writes_to_its_input,
+    _weight_norm, _old_weight_norm, _weight_as_plain_tensor, _patched_forward,
+    _patched_forward_of_both, _patched_relu_of_both, _patched_pool_of_both, _patched_stage, _hook,
+    _frozen, _eval_of_a_layer, _writes_to_its_input,
 ]  # fmt: skip
 
 
@@ -153,14 +172,6 @@ def test_a_change_between_two_steps_is_seen(change, reads_values, monkeypatch):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-10, atol=1e-12, msg=name)
-
-
-def test_a_forward_put_in_the_place_of_both_branches_runs_on_the_wide_weights():
-    """The branches' layers are of one form then, and the forward reads one of them."""
-    em = lf.LASEM(_net(), backend="torch")
-    before = _gradients(em)["loss"]
-    _patched_forward_of_both(em.net)
-    assert not torch.equal(_gradients(em)["loss"], before)
 
 
 @pytest.mark.parametrize(

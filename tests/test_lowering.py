@@ -93,6 +93,31 @@ def test_batch_norm_belongs_to_the_layer_before_it():
     assert "2-D convolution" in program_of(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
 
 
+FORWARDS = {
+    "stage": lambda h: h.repeat(1, 2, 1, 1)[:, :3, :2, :2],
+    "0": lambda h: h.repeat(1, 2, 1, 1)[:, :3, :4, :4],
+    "1": torch.abs,
+    "2": lambda h: F.avg_pool2d(h, 2),
+}
+
+
+@pytest.mark.parametrize("place", FORWARDS)
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_forward_put_in_the_place_of_a_layers_own_is_called(backend, place):
+    """One that both branches share, so that they do not differ by it."""
+    if lf.backends()[backend] != "available":
+        pytest.skip(lf.backends()[backend])
+    torch.manual_seed(0)
+    net = lf.TransferNet([nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+    for stage in (net.shared[0], net.specific["a"][0]):
+        (stage if place == "stage" else stage[int(place)]).forward = FORWARDS[place]
+        assert "another forward" in program_of(stage)
+    x, y = torch.randn(2, 2, 6, 6), torch.tensor([0, 2])
+    found, wanted = (lf.LASEM(net, backend=b)(x, y, "a") for b in (backend, "reference"))
+    torch.testing.assert_close(found.log_likelihood, wanted.log_likelihood)
+
+
 class Counting(nn.Module):
     def __init__(self):
         super().__init__()

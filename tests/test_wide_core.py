@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import parity
 import pytest
 import torch
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.backends import plain_torch
 from lasem_fast.backends.wide_core import Wide, _of_layer, _turned, is_taken, wide_core
 from lasem_fast.levels.row_liveness import Liveness
+from lasem_fast.tree.budget import Cut
 
 CORES = {
     "conv": (lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1, dtype=torch.float64), (7, 6)),
@@ -142,3 +145,47 @@ def _net(conv, padding=1):
 def test_gradients_without_a_bias_are_none():
     layer = nn.Linear(3, 2, bias=False)
     assert _of_layer(layer, torch.ones(1, 3), layer.weight, torch.ones(1, 2), [1, 1, 0])[2] is None
+
+
+@pytest.fixture
+def turned(monkeypatch):
+    """Turns stages of any size; the levels that were."""
+    seen, real = [], plain_torch.wide_core
+    monkeypatch.setattr(plain_torch, "_MANY_PIXELS", 0)
+    monkeypatch.setattr(plain_torch, "_MANY_VALUES", 0)
+    monkeypatch.setattr(
+        plain_torch, "wide_core", lambda how, *rest: (seen.append(how.turned), real(how, *rest))[1]
+    )
+    return seen
+
+
+@pytest.mark.parametrize("layout", parity.LAYOUTS)
+@pytest.mark.parametrize("net", [name for name in parity.NETS if "pool" in name])
+def test_turned_stages_are_those_of_brute_force(net, layout, turned):
+    parity.check("torch", parity.problem(net, layout=layout))
+    assert net != "pool 2" or True in turned
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"prune": 0.3}, {"m_step_draws": 2}], ids=str)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_turned_steps_are_those_that_are_not(options, bounded, samples, turned, monkeypatch):
+    x = torch.randn(samples, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for many in (0, 10**9):
+        monkeypatch.setattr(plain_torch, "_MANY_VALUES", many)
+        torch.manual_seed(0)
+        ends = [nn.ReLU(), nn.MaxPool2d(2)], [nn.ReLU()], [nn.MaxPool2d(3, 2, padding=1), nn.ReLU()]
+        net = lf.TransferNet(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), *end) for end in ends)
+        net.add_task("t", nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+        max_memory = 10**12 if bounded else None
+        em = lf.LASEM(net.double(), backend="torch", max_memory=max_memory, **options)
+        if bounded:
+            em._search.everything._cut = lambda *_: Cut(stage=1, rows=1, peak=0)
+        for seed in range(3):  # a narrow posterior changes how the next steps go
+            torch.manual_seed(seed)
+            em(x, torch.arange(samples), "t").loss.backward()
+        found.append([p.grad for p in net.parameters()])
+    assert True in turned
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -13,7 +13,7 @@ from lasem_fast.networks.layers import (
     any_uses_batch_statistics,
     does_nothing,
     flattens_samples,
-    has_hooks,
+    is_patched,
     modules_in,
 )
 
@@ -64,13 +64,13 @@ def head_front(head: nn.Module, h: Fold, rows: int) -> HeadFront | None:
     """
     if not isinstance(h, RowsFirst) or h.data.dim() != 5:
         return None
-    if type(head) is not nn.Sequential or has_hooks(head):
+    if type(head) is not nn.Sequential or is_patched(head):
         return None
-    layers = [layer for layer in head if has_hooks(layer) or not does_nothing(layer)]
-    if not layers or not flattens_samples(layers[0]) or has_hooks(layers[0]):
+    layers = [layer for layer in head if is_patched(layer) or not does_nothing(layer)]
+    if not layers or not flattens_samples(layers[0]) or is_patched(layers[0]):
         return None
     dropout = layers.pop(1) if len(layers) > 1 and type(layers[1]) is nn.Dropout else None
-    if len(layers) < 2 or type(layers[1]) is not nn.Linear or has_hooks(layers[1]):
+    if len(layers) < 2 or type(layers[1]) is not nn.Linear or is_patched(layers[1]):
         return None
     linear, (samples, height, width, channels) = layers[1], h.data.shape[1:]
     if linear.in_features != height * width * channels or linear.out_features > rows * samples:
@@ -84,7 +84,7 @@ def head_front(head: nn.Module, h: Fold, rows: int) -> HeadFront | None:
 
 def _draws_alike(dropout: nn.Dropout, data: Tensor) -> bool:
     """Whether PyTorch draws the dropout's mask from the same numbers as :func:`_dropped`."""
-    return data.device.type == "cpu" and dropout.p < 1 and not has_hooks(dropout)
+    return data.device.type == "cpu" and dropout.p < 1 and not is_patched(dropout)
 
 
 def _dropped(data: Tensor, p: float) -> Tensor:

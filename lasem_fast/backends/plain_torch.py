@@ -49,36 +49,37 @@ def wide_level(
         h = layer(h)
     if isinstance(stage.core, nn.Linear) and h.dim() != 2:
         return None
-    called = torchs._has_any_global_hook()
-    relu = not called and bool(after) and _is_relu(after[0])
-    taken = not called and is_taken(stage.core, h)
+    hooked = torchs._has_any_global_hook()  # it is the modules themselves that call these
+    relu = not hooked and bool(after) and type(after[0]) is nn.ReLU
+    taken = not hooked and is_taken(stage.core, h)
     turned = taken and _gains_by_turning(stage, h, rows)
     if turned or (taken and liveness is not None and torch.is_grad_enabled()):
-        numbers = range(rows * len(branches))
-        # the gradients of ReLU and pool, one of which follows a turned core, are new
-        how = Wide(stage.core, numbers, len(branches), relu and turned, turned, turned, turned)
+        how = Wide(
+            stage.core,
+            rows=range(rows * len(branches)),
+            branches=len(branches),
+            relu=relu and turned,
+            rows_first=turned,
+            turned=turned,
+        )
         h = wide_core(how, h, weights["weight"], weights.get("bias"), liveness)
     else:
         h = _with_weights(stage.core, weights, h)
         passed_over(liveness)
     if relu and not turned:
         h = h.relu_()
-    for layer in after[relu:]:
+    for layer in after[1:] if relu else after:
         h = layer(h)
-    return (
-        _turned_back(h, rows, len(branches)) if turned else _branches_into_batch(h, len(branches))
-    )
-
-
-def _is_relu(layer: nn.Module) -> bool:
-    return type(layer) is nn.ReLU and "forward" not in layer.__dict__
+    if turned:
+        return _turned_back(h, rows, len(branches))
+    return _branches_into_batch(h, len(branches))
 
 
 def _gains_by_turning(stage: PlainStage, h: Tensor, rows: int) -> bool:
     """Whether a CPU is faster at the stage's images with rows outermost and channels last.
 
-    Max-pools are, several times; the batch has to be put into that order and back for it, and over
-    small images convolutions take longer. Dropout draws its masks in the batch's order.
+    Max-pools are; the batch has to be put into that order and back for it, and over small images
+    convolutions take longer. Dropout draws its masks in the batch's order.
     """
     kinds = set(map(type, stage.after))
     return (

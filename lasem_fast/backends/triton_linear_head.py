@@ -16,7 +16,7 @@ from lasem_fast.levels.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
 from lasem_fast.levels.row_liveness import Liveness
-from lasem_fast.networks.layers import does_nothing, flattens_samples, has_hooks
+from lasem_fast.networks.layers import does_nothing, flattens_samples, is_patched
 
 _OPERATION = TritonLevel()
 
@@ -63,7 +63,7 @@ def _run(
     head: nn.Module, h: Fold, rows: int, order: Sequence[int] | None, *, pair: bool
 ) -> Tensor | None:
     layers = list(head) if type(head) is nn.Sequential else [head]
-    if any(has_hooks(layer) for layer in (head, *layers)):
+    if any(is_patched(layer) for layer in (head, *layers)):
         return None
     layers = [layer for layer in layers if not does_nothing(layer)]
     flat = bool(layers) and flattens_samples(layers[0])

@@ -1,8 +1,7 @@
 """A convolution or linear layer of all branches side by side, in PyTorch on a CPU.
 
-What autograd's own layer does not have: it can run its images with rows outermost and channels
-last, where max-pools are several times as fast; its ReLU is part of it; and its backward leaves out
-rows that do not count.
+What autograd's own layer does not have: its backward leaves out rows that do not count, and it can
+turn its images to rows outermost and channels last, with a ReLU behind it.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Wide(NamedTuple):
         relu: whether a ReLU follows, and is part of it.
         rows_first: whether the batch is ``[P * N]``, else ``[N * P]`` with samples outermost.
         turned: whether the input has samples outermost and the output, images with their channels
-            last, rows; then ``rows_first`` is the output's.
-        own_gradient: whether nobody else holds the output's gradient: it may be written to.
+            last, rows; then ``rows_first`` is the output's, and its gradient is written to: nobody
+            else may hold it.
     """
 
     core: nn.Module
@@ -44,7 +43,6 @@ class Wide(NamedTuple):
     relu: bool = False
     rows_first: bool = False
     turned: bool = False
-    own_gradient: bool = False
 
     @property
     def parents(self) -> int:
@@ -92,6 +90,7 @@ class _WideCore(torch.autograd.Function):
             y = how.core._conv_forward(h, weight, bias)
         if how.relu:
             y.relu_()
+        # x is what a gradient of the gradient is traced to
         ctx.save_for_backward(x, h if how.turned else None, weight, y if how.relu else None)
         ctx.how, ctx.liveness, ctx.biased = how, liveness, bias is not None
         return y
@@ -100,7 +99,6 @@ class _WideCore(torch.autograd.Function):
     def backward(ctx, dy) -> Any:
         x, h, weight, y = ctx.saved_tensors
         if ctx.how.turned:
-            # as the forward's it has no graph of its own
             x = _turned(x, ctx.how.parents) if second_order.wanted() else h
         wanted = [*ctx.needs_input_grad[:2], ctx.biased and ctx.needs_input_grad[2]]
         live = None if ctx.liveness is None else ctx.liveness.live
@@ -211,7 +209,7 @@ class _Part:
             if y is None:
                 return dy
             y = self._slice(y)
-            if self.how.own_gradient and not torch.is_grad_enabled():
+            if self.how.turned and not torch.is_grad_enabled():
                 return _relu_backward.grad_input(dy, y, 0, grad_input=dy)
             return _relu_backward(dy, y, 0)
         width = dy.shape[1] // self.how.branches

@@ -132,7 +132,7 @@ def plain_stage(module: nn.Module, *, with_norm: bool = False) -> PlainStage | N
             norm = child_name
         elif type(child) not in _AHEAD:
             return None
-    if at < 0 or has_hooks(module) or any([has_hooks(child) for _, child in children]):
+    if at < 0 or is_patched(module) or any([is_patched(child) for _, child in children]):
         return None
     name, core = children[at]
     before = tuple([child for _, child in children[:at]])
@@ -199,10 +199,11 @@ def _may_go_before(module: nn.Module) -> bool:
     return known and keeps_batch and not in_place and not indices and not is_random(module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs more than its forward."""
+def is_patched(module: nn.Module) -> bool:
+    """Whether calling the module runs anything but its type's forward: hooks, or another one."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -131,18 +131,14 @@ def _measured(network: Network, operations: Operations, x: Tensor) -> Iterator[_
         for tensor in inputs:
             tensor.requires_grad_(tensor.is_floating_point())
         own = [t for t in _weights_of(network, i) if t.requires_grad]
-        held, passing, whole = 0, 0, 0
-        for wrt in (inputs, [*inputs, *dict.fromkeys(own)]):
-            count = Count()
-            count.ignore(*weights, *inputs)
-            with count:
-                if stage is None:
-                    out = tree.finish(network, h, x.shape[0])
-                else:
-                    out = tree.advance(network._replace(stages=[stage]), h, 0, 1)
-                held = count.peak = count.alive
-                _backward(_tensors(out), wrt)
-            passing, whole = whole, count.peak - held
+
+        def forward(stage=stage, h=h, tree=tree) -> Fold:
+            if stage is None:
+                return tree.finish(network, h, x.shape[0])
+            return tree.advance(network._replace(stages=[stage]), h, 0, 1)
+
+        _, _, passing = _counted(forward, inputs, [*weights, *inputs])
+        out, held, whole = _counted(forward, [*inputs, *own], [*weights, *inputs])
         output = out if isinstance(out, Tensor) else folded(out)
         yield _Measured(
             rows=len(there),
@@ -153,6 +149,22 @@ def _measured(network: Network, operations: Operations, x: Tensor) -> Iterator[_
             output=_bytes(output) // len(there),
         )
         h = _detached(split_rows(out, len(there), [1] * len(there))[0]) if stage else out
+
+
+def _counted(
+    forward: Callable[[], Fold], wrt: Sequence[Tensor], known: Sequence[Tensor]
+) -> tuple[Fold, int, int]:
+    """The output, the bytes that it leaves alive beside ``known``, and what a backward takes more.
+
+    ``wrt``: what the backward is asked gradients of.
+    """
+    count = Count()
+    count.ignore(*known)
+    with count:
+        out = forward()
+        held = count.peak = count.alive
+        _backward(_tensors(out), wrt)
+    return out, held, count.peak - held
 
 
 def _backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 from lasem_fast.levels.relu_and_pool import Pool, max_pool, relu_and_pool
 from lasem_fast.networks.layers import (
     flattens_samples,
-    has_hooks,
     is_batch_norm,
+    is_patched,
     is_random,
     plain_stage,
     same_settings,
@@ -113,7 +113,7 @@ class _Seen(NamedTuple):
         return (
             module.training == self.training
             and tuple(module._modules.values()) == self.children
-            and not has_hooks(module)
+            and not is_patched(module)
             and (self.settings is None or _settings(module) == self.settings)
         )
 
@@ -198,8 +198,10 @@ def _skip_layer(module: SkipLayer) -> Program | str:
     pool = Pool() if type(module.pool) is nn.Identity else max_pool(module.pool)
     if pool is None:
         return f"its pool is no plain max-pool of 2 or 3: {module.pool!r}"
-    if any(has_hooks(m) for m in module.modules()) or type(module.conv) is not nn.Conv2d:
-        return "its convolution is no plain nn.Conv2d, or it has hooks"
+    if any(is_patched(m) for m in module.modules()) or type(module.conv) is not nn.Conv2d:
+        return (
+            "its convolution is no plain nn.Conv2d, or it has hooks or a forward put in its place"
+        )
     inputs = 1 if module.begins else 2
     skip = inputs - 1
     if module.ends:
@@ -228,8 +230,9 @@ class _Refused(Exception):
 
 
 def _trace(module: nn.Module) -> Program | str:
-    if any(has_hooks(m) for m in module.modules()):
-        return "it has hooks"
+    patched = next((m for m in module.modules() if is_patched(m)), None)
+    if patched is not None:
+        return f"it has a {type(patched).__name__} with hooks or another forward than its type's"
     before = [(m, dict(vars(m))) for m in module.modules() if not _is_torchs(m)]
     try:
         graph = fx.Tracer().trace(module)

@@ -24,8 +24,8 @@ from lasem_fast.levels.row_weights import RowWeights
 from lasem_fast.networks import checks
 from lasem_fast.networks.layers import (
     active_random_layers,
-    has_hooks,
     has_tensors,
+    is_patched,
     may_write_input,
     plain_stage,
 )
@@ -326,7 +326,7 @@ def split_at(network: Network, plan: Plan, cut: int) -> tuple[Network, Plan, int
 def _split(branches: Sequence[Branch | None]) -> tuple[list, list] | None:
     """A stage cut in two before its first random layer, or None where that cannot be done."""
     modules = [branch.module for branch in branches if branch is not None]
-    if any(type(m) is not nn.Sequential or has_hooks(m) for m in modules):
+    if any(type(m) is not nn.Sequential or is_patched(m) for m in modules):
         return None
     at = min(
         next((i for i, layer in enumerate(m) if active_random_layers(layer)), len(m))
