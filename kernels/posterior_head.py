@@ -72,6 +72,51 @@ def _squared_error(
 
 
 @triton.jit
+def with_log_probs(total, top, mass, log_prob, there, LIKELIHOOD: tl.constexpr):
+    """Running sum of log P(y_i | x_i, c) and, for their mean, largest one and sum of shares."""
+    total += tl.where(there, log_prob, 0.0).to(tl.float64)
+    if LIKELIHOOD == MEAN:
+        larger = tl.where(there, tl.maximum(top, log_prob), top)
+        old = tl.where(top == larger, 1.0, tl.exp(top - larger))
+        new = tl.where(there, tl.exp(log_prob - larger), 0.0)
+        mass = mass * old.to(tl.float64) + new.to(tl.float64)
+        top = larger
+    return total, top, mass
+
+
+@triton.jit
+def store_mean_nll(at, total, n_samples):
+    """The mean NLL of a running sum, +inf where it is not finite."""
+    mean_nll = (-tl.sum(total, axis=0) / n_samples).to(tl.float32)
+    tl.store(at, tl.where(tl.abs(mean_nll) < float("inf"), mean_nll, float("inf")))
+
+
+@triton.jit
+def store_score(
+    c, total, top, mass, log_prior, wins, initial, score, log_likelihood, nll, n_samples,
+    LIKELIHOOD: tl.constexpr, PRIOR: tl.constexpr,
+):  # fmt: skip
+    """L_c, mean NLL and log P(c) + L_c of configuration ``c`` from its running sums."""
+    summed = tl.sum(total, axis=0)
+    mean_nll = (-summed / n_samples).to(tl.float32)
+    finite = tl.abs(mean_nll) < float("inf")
+    value = summed
+    if LIKELIHOOD == MEAN:
+        largest = tl.max(top, axis=0)
+        share = tl.where(top == -float("inf"), 0.0, tl.exp(top - largest)).to(tl.float64)
+        total_mass = tl.sum(mass * share, axis=0)
+        value = largest.to(tl.float64) + tl.log(total_mass / n_samples)
+    prior = tl.zeros((), tl.float64)
+    if PRIOR == COUNTS:
+        prior = tl.log(tl.load(wins + c).to(tl.float64) + initial)
+    if PRIOR == LOG_PRIOR:
+        prior = tl.load(log_prior + c).to(tl.float64)
+    tl.store(score + c, tl.where(finite, prior + value, -float("inf")))
+    tl.store(log_likelihood + c, tl.where(finite, value, -float("inf")).to(tl.float32))
+    tl.store(nll + c, tl.where(finite, mean_nll, float("inf")))
+
+
+@triton.jit
 def score_configurations(
     logits, target, log_prior, wins, initial, score, log_likelihood, nll, m_nll,
     n_samples, n_outputs, stride_m, stride_c, stride_n, stride_k, target_stride_n, target_stride_k,
@@ -105,41 +150,71 @@ def score_configurations(
             picked = tl.load(row + tl.where(known, label, 0) * stride_k, mask=known, other=0.0)
             log_prob = picked.to(tl.float32) - top_logit - log_mass
             log_prob = tl.where(known, log_prob, float("nan"))
-        total += tl.where(there, log_prob, 0.0).to(tl.float64)
-        if LIKELIHOOD == MEAN:
-            larger = tl.where(there, tl.maximum(top, log_prob), top)
-            old = tl.where(top == larger, 1.0, tl.exp(top - larger))
-            new = tl.where(there, tl.exp(log_prob - larger), 0.0)
-            mass = mass * old.to(tl.float64) + new.to(tl.float64)
-            top = larger
-    summed = tl.sum(total, axis=0)
-    mean_nll = (-summed / n_samples).to(tl.float32)
-    finite = tl.abs(mean_nll) < float("inf")
+        total, top, mass = with_log_probs(total, top, mass, log_prob, there, LIKELIHOOD)
     if tl.program_id(1) == 1:
-        tl.store(m_nll + c, tl.where(finite, mean_nll, float("inf")))
+        store_mean_nll(m_nll + c, total, n_samples)
         return
-    value = summed
-    if LIKELIHOOD == MEAN:
-        largest = tl.max(top, axis=0)
-        share = tl.where(top == -float("inf"), 0.0, tl.exp(top - largest)).to(tl.float64)
-        total_mass = tl.sum(mass * share, axis=0)
-        value = largest.to(tl.float64) + tl.log(total_mass / n_samples)
-    prior = tl.zeros((), tl.float64)
-    if PRIOR == COUNTS:
-        prior = tl.log(tl.load(wins + c).to(tl.float64) + initial)
-    if PRIOR == LOG_PRIOR:
-        prior = tl.load(log_prior + c).to(tl.float64)
-    tl.store(score + c, tl.where(finite, prior + value, -float("inf")))
-    tl.store(log_likelihood + c, tl.where(finite, value, -float("inf")).to(tl.float32))
-    tl.store(nll + c, tl.where(finite, mean_nll, float("inf")))
+    store_score(
+        c, total, top, mass, log_prior, wins, initial, score, log_likelihood, nll, n_samples,
+        LIKELIHOOD, PRIOR,
+    )  # fmt: skip
 
 
 @triton.jit
-def _posterior_of(score, top, total):
+def posterior_of(score, top, total):
     """exp(score - top) / total in float32; the difference is taken in float64."""
     usable = top > -float("inf")
     p = tl.exp((score - top).to(tl.float32)) / total.to(tl.float32)
     return tl.where(usable, p, 0.0)
+
+
+@triton.jit
+def softmax_over(score, n_configs, BLOCK_C: tl.constexpr):
+    """Largest score, and the sum of exp(score - largest), of all configurations."""
+    largest = tl.full((BLOCK_C,), -float("inf"), tl.float64)
+    for start in range(0, n_configs, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        value = tl.load(score + c, mask=c < n_configs, other=-float("inf"))
+        largest = tl.maximum(largest, value)
+    top = tl.max(largest, axis=0)
+    partial = tl.zeros((BLOCK_C,), tl.float64)
+    for start in range(0, n_configs, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        value = tl.load(score + c, mask=c < n_configs, other=-float("inf"))
+        partial += tl.exp((value - top).to(tl.float32)).to(tl.float64)
+    return top, tl.sum(partial, axis=0)
+
+
+@triton.jit
+def store_loss(
+    score, nll, wins, loss, top, total, n_configs, COUNT: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """The loss, NaN where no configuration is usable, and the winner's count."""
+    # nor with a log-prior of NaN or +inf
+    usable = (top > -float("inf")) & (total < float("inf"))
+    expected = tl.zeros((BLOCK_C,), tl.float64)
+    best = tl.full((), -1.0, tl.float32)
+    winner = tl.zeros((), tl.int32)
+    for start in range(0, n_configs, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = c < n_configs
+        value = tl.load(score + c, mask=inside, other=-float("inf"))
+        p = posterior_of(value, top, total)
+        # 0 * inf is NaN: a configuration that overflowed has no gradient of its own, but its
+        # activations are in those of the weights, which the loss has to show
+        cost = tl.load(nll + c, mask=inside, other=0.0)
+        expected += p.to(tl.float64) * cost.to(tl.float64)
+        p = tl.where(inside, p, -1.0)
+        here = tl.max(p, axis=0)
+        lowest = tl.min(tl.where(p == here, c, n_configs), axis=0)
+        winner = tl.where(here > best, lowest, winner)
+        best = tl.maximum(best, here)
+    loss_value = tl.where(usable, tl.sum(expected, axis=0), float("nan"))
+    tl.store(loss, loss_value.to(tl.float32))
+    if COUNT:
+        # an address, so that nothing is read or written where nothing is usable
+        at = wins + tl.where(usable, winner, 0)
+        tl.store(at, tl.load(at, mask=usable, other=0) + 1, mask=usable)
 
 
 @triton.jit
@@ -170,49 +245,12 @@ def weigh_configurations(
     first = tl.program_id(0)
     if PAIR:
         logits += stride_m
-    largest = tl.full((BLOCK_C,), -float("inf"), tl.float64)
-    for start in range(0, n_configs, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        value = tl.load(score + c, mask=c < n_configs, other=-float("inf"))
-        largest = tl.maximum(largest, value)
-    top = tl.max(largest, axis=0)
-    partial = tl.zeros((BLOCK_C,), tl.float64)
-    for start in range(0, n_configs, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        value = tl.load(score + c, mask=c < n_configs, other=-float("inf"))
-        partial += tl.exp((value - top).to(tl.float32)).to(tl.float64)
-    total = tl.sum(partial, axis=0)
-    # nor with a log-prior of NaN or +inf
-    usable = (top > -float("inf")) & (total < float("inf"))
-
+    top, total = softmax_over(score, n_configs, BLOCK_C)
     if first == 0:
-        expected = tl.zeros((BLOCK_C,), tl.float64)
-        best = tl.full((), -1.0, tl.float32)
-        winner = tl.zeros((), tl.int32)
-        for start in range(0, n_configs, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            inside = c < n_configs
-            value = tl.load(score + c, mask=inside, other=-float("inf"))
-            p = _posterior_of(value, top, total)
-            # 0 * inf is NaN: a configuration that overflowed has no gradient of its own, but its
-            # activations are in those of the weights, which the loss has to show
-            cost = tl.load(nll + c, mask=inside, other=0.0)
-            expected += p.to(tl.float64) * cost.to(tl.float64)
-            p = tl.where(inside, p, -1.0)
-            here = tl.max(p, axis=0)
-            lowest = tl.min(tl.where(p == here, c, n_configs), axis=0)
-            winner = tl.where(here > best, lowest, winner)
-            best = tl.maximum(best, here)
-        loss_value = tl.where(usable, tl.sum(expected, axis=0), float("nan"))
-        tl.store(loss, loss_value.to(tl.float32))
-        if COUNT:
-            # an address, so that nothing is read or written where nothing is usable
-            at = wins + tl.where(usable, winner, 0)
-            tl.store(at, tl.load(at, mask=usable, other=0) + 1, mask=usable)
-
+        store_loss(score, nll, wins, loss, top, total, n_configs, COUNT, BLOCK_C)
     for config in range(first, n_configs, tl.num_programs(0)):
         c = tl.cast(config, tl.int64)
-        p = _posterior_of(tl.load(score + c), top, total)
+        p = posterior_of(tl.load(score + c), top, total)
         tl.store(posterior + c, p)
         scale = p / n_samples
         for start in range(0, n_samples, BLOCK_N):

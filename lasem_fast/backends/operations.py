@@ -37,6 +37,26 @@ class Scores(NamedTuple):
     counted: bool = False
 
 
+class Targets(NamedTuple):
+    """What outputs of all configurations are scored by.
+
+    Attributes:
+        y: the mini-batch's.
+        likelihood: how outputs are scored.
+        prior: of the configurations.
+        task: whose prior it is.
+        count: whether the prior may be updated.
+        check: raises for outputs ``[C, N, K]`` to which ``y`` does not fit; reads no values.
+    """
+
+    y: Tensor
+    likelihood: Likelihood
+    prior: Prior
+    task: str
+    count: bool
+    check: Callable[[Tensor], None]
+
+
 class Norm(NamedTuple):
     """A batch norm behind a layer's core.
 
@@ -172,6 +192,14 @@ HeadOperation = Callable[[nn.Module, Fold, int, "Sequence[int] | None"], "Tensor
 """``(head, h, rows, order) -> logits [rows * N, K]``, rows outermost, row ``order[i]`` at place i
 (None: as they are)."""
 
+ScoredHeadOperation = Callable[
+    [nn.Module, Fold, Sequence[int], "Sequence[int] | None", Targets, bool], "Scores | None"
+]
+"""``(head, h, leaves, order, targets, pair) -> scores``: a head whose outputs nobody sees but the
+posterior head. ``leaves``: for each configuration, the row of ``h`` that is its leaf; ``order``: as
+for a head. ``pair``: the outputs without the head's random layers are the E-step's, those with them
+the M-step's."""
+
 ScoreOperation = Callable[
     [Tensor, Tensor, "Likelihood", "Prior", str, bool, bool, bool], "Scores | None"
 ]
@@ -190,6 +218,7 @@ class Operations(NamedTuple):
         heads: heads that can read a level's rows as they are.
         heads_twice: the same with their random layers off and on at once: ``[2 * rows * N, K]``,
             first those without, which have no gradient.
+        scored_heads: heads together with the posterior head.
         scores: the posterior head.
         norms: batch norm in training mode.
     """
@@ -197,6 +226,7 @@ class Operations(NamedTuple):
     levels: tuple[LevelOperation, ...] = ()
     heads: tuple[HeadOperation, ...] = ()
     heads_twice: tuple[HeadOperation, ...] = ()
+    scored_heads: tuple[ScoredHeadOperation, ...] = ()
     scores: tuple[ScoreOperation, ...] = ()
     norms: tuple[NormOperation, ...] = ()
 

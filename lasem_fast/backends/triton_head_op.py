@@ -38,11 +38,21 @@ def _(logits, target, log_prior, wins, initial, likelihood, sigma):
 def _(logits, target, log_prior, wins, initial, likelihood, sigma):
     from lasem_fast.kernels import posterior_head as kernels
 
-    _check(logits, target, log_prior, wins, initial, likelihood, sigma)
+    check_scored(logits, target, log_prior, wins, initial, likelihood, sigma)
     return kernels.posterior_head(logits, target, log_prior, wins, initial, likelihood, sigma)
 
 
-def _check(logits, target, log_prior, wins, initial, likelihood, sigma):
+def check_scored(
+    logits: Tensor,
+    target: Tensor,
+    log_prior: Tensor | None,
+    wins: Tensor | None,
+    initial: float | None,
+    likelihood: int,
+    sigma: float,
+) -> None:
+    """Raises ValueError for arguments of :func:`posterior_head` that do not fit each other."""
+
     def check(fits: bool, name: str, expected: str, got: object) -> None:
         if not fits:
             raise ValueError(f"{name}: expected {expected}, got {got}")

@@ -48,7 +48,7 @@ class GatherLevel:
             return f"{len(layer.weights)} branches: the Triton kernels have {_MOST_BRANCHES}"
         if not (x.is_cuda or (_INTERPRETED and x.device.type == "cpu")):
             return f"on {x.device}: the Triton kernels run on CUDA devices"
-        if _dtype(x, [*layer.weights, *layer.biases]) is None:
+        if computed_in(x, [*layer.weights, *layer.biases]) is None:
             return f"{x.dtype} inputs and {layer.weights[0].dtype} weights"
         conv = layer.core
         if type(conv) is nn.Conv2d:
@@ -71,7 +71,7 @@ class GatherLevel:
         if form is None:
             return None
         images, weights, geometry = form
-        dtype = _dtype(x, [*layer.weights, *layer.biases])
+        dtype = computed_in(x, [*layer.weights, *layer.biases])
         skips, width, data = (), 0, None
         if skip is not None:
             data = skip.data
@@ -202,7 +202,7 @@ def _unfolds_to_boxes(
     return False if boxes.can_read(like.view(form.x_shape)) else None
 
 
-def _dtype(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:
+def computed_in(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:
     """The dtype that PyTorch would compute the layer in; None where the kernels cannot."""
     if any(tensor.device != x.device for tensor in parameters):
         return None

@@ -9,9 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.backends.operations import Layer
+from lasem_fast.backends.operations import Layer, Scores, Targets
 from lasem_fast.backends.triton_dropout_op import dropped
-from lasem_fast.backends.triton_level import TritonLevel
+from lasem_fast.backends.triton_level import TritonLevel, computed_in
+from lasem_fast.backends.triton_scored_linear_op import DTYPES as SCORED_DTYPES
+from lasem_fast.backends.triton_scored_linear_op import scored_linear
+from lasem_fast.backends.triton_scores import KINDS, prior_form
 from lasem_fast.levels.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
@@ -59,9 +62,81 @@ def triton_head_twice(
     return _run(head, h, rows, order, pair=True)
 
 
+def triton_scored_head(
+    head: nn.Module,
+    h: Fold,
+    leaves: Sequence[int],
+    order: Sequence[int] | None,
+    targets: Targets,
+    pair: bool,
+) -> Scores | None:
+    """The same with the posterior head, which is part of the last layer's launches.
+
+    Returns:
+        The scores; None for any other head, input, likelihood or precision, where nothing needs a
+        gradient, and for outputs that are too many.
+    """
+    kind = KINDS.get(type(targets.likelihood))
+    chain = None if kind is None else _chain(head, h, len(leaves), pair)
+    if chain is None or not torch.is_grad_enabled():
+        return None
+    form = _last_form(chain, len(leaves), targets.y)
+    if form is None:
+        return None
+    targets.check(chain.x.new_empty(1, dtype=form.dtype).expand(form.outputs))
+    x = _before_last(chain, len(leaves), order, pair)
+    if x is None:
+        return None
+    images = x if x.dim() == 5 else x[:, :, None, None]
+    linear = chain.steps[-1].linear
+    y = targets.y.flatten(1) if kind == "gaussian" else targets.y
+    prior = prior_form(targets.prior, targets.task, targets.count)
+    scores = scored_linear(
+        images.contiguous(), linear.weight.contiguous(), *(_biases(linear) or [None]),
+        index_tensor(tuple(leaves), x.device), y, **prior._asdict(), likelihood=kind,
+        sigma=getattr(targets.likelihood, "sigma", 1.0), paired=pair,
+    )  # fmt: skip
+    return Scores(*scores, counted=prior.wins is not None)
+
+
+class _Chain(NamedTuple):
+    """A head of linear layers on its leaves.
+
+    Attributes:
+        x: the leaves, ``[P, N, H, W, C]`` or ``[P, N, F]``.
+        flat: whether samples are flattened first.
+        steps: the layers; at least one.
+    """
+
+    x: Tensor
+    flat: bool
+    steps: list[_Step]
+
+    def layer(self, step: _Step) -> Layer:
+        linear, behind = step.linear, step.behind
+        return Layer(linear, [linear.weight], _biases(linear), self.flat, behind.relu, False,
+                     behind.pool)  # fmt: skip
+
+
+class _LastForm(NamedTuple):
+    """What a head's outputs are: their dtype and shape ``[C, N, K]``."""
+
+    dtype: torch.dtype
+    outputs: tuple[int, int, int]
+
+
 def _run(
     head: nn.Module, h: Fold, rows: int, order: Sequence[int] | None, *, pair: bool
 ) -> Tensor | None:
+    chain = _chain(head, h, rows, pair)
+    x = None if chain is None else _before_last(chain, rows, order, pair)
+    if x is not None:
+        x = _linear(chain, chain.steps[-1], x, rows, order)
+    return None if x is None else x.flatten(0, 1)
+
+
+def _chain(head: nn.Module, h: Fold, rows: int, pair: bool) -> _Chain | None:
+    """The head's layers; None for any other head or input, with ``pair`` without dropout too."""
     layers = list(head) if type(head) is nn.Sequential else [head]
     if any(is_patched(layer) for layer in (head, *layers)):
         return None
@@ -71,26 +146,57 @@ def _run(
     if not steps or (pair and not any(step.drop for step in steps)):
         return None
     x = _rows_first(h, rows)
-    if x is None:
+    if x is None or (x.dim() == 5 and not flat):
         return None
-    for number, (drop, linear, behind) in enumerate(steps, 1):
-        layer = Layer(linear, [linear.weight], _biases(linear), flat, behind.relu, False,
-                      behind.pool)  # fmt: skip
-        if _OPERATION.why_not(layer, x) or (x.dim() == 5 and not flat):
+    return _Chain(x, flat, steps)
+
+
+def _before_last(
+    chain: _Chain, rows: int, order: Sequence[int] | None, pair: bool
+) -> Tensor | None:
+    """What the last linear layer reads; with ``pair`` first without dropout, then with it."""
+    x = chain.x
+    for step in chain.steps:
+        if _OPERATION.why_not(chain.layer(step), x):
             return None
-        if drop:
+        if step.drop:
             images = x if x.dim() == 5 else x[:, :, None, None]
-            images = dropped(images, drop, rows, pair=pair, places=_places(order, x.device))
+            images = dropped(images, step.drop, rows, pair=pair, places=_places(order, x.device))
             x = images if x.dim() == 5 else images.flatten(2)
-        count = x.shape[0]
-        last = number == len(steps)
-        level = _one_branch(count, rows, tuple(order) if last and order is not None else None)
-        # rows without dropout send no gradient back
-        liveness = Liveness(_second_half(rows, x.device)) if count > rows else None
-        x = _OPERATION(layer, x, level, None, liveness)
+        if step is chain.steps[-1]:
+            return x
+        x = _linear(chain, step, x, rows, None)
         if x is None:
             return None
-    return x.flatten(0, 1)
+    return None
+
+
+def _linear(
+    chain: _Chain, step: _Step, x: Tensor, rows: int, order: Sequence[int] | None
+) -> Tensor | None:
+    """One layer on all rows, which come out in an order."""
+    count = x.shape[0]
+    level = _one_branch(count, rows, None if order is None else tuple(order))
+    # rows without dropout send no gradient back
+    liveness = Liveness(_second_half(rows, x.device)) if count > rows else None
+    return _OPERATION(chain.layer(step), x, level, None, liveness)
+
+
+def _last_form(chain: _Chain, configs: int, y: Tensor) -> _LastForm | None:
+    """Of a head whose last layer's launches can be the posterior head's too; else None."""
+    x, step = chain.x, chain.steps[-1]
+    linear = step.linear
+    dtype = computed_in(x, [linear.weight, *_biases(linear)])
+    if dtype not in SCORED_DTYPES or torch.float64 in (x.dtype, y.dtype):
+        return None
+    if (len(chain.steps) == 1 and x.dtype != dtype) or step.behind.relu:
+        return None
+    if _OPERATION.why_not(chain.layer(step), x) or not x.shape[1]:
+        return None
+    sizes = configs, x.shape[1], linear.in_features, linear.out_features
+    from lasem_fast.kernels.scored_linear import takes  # and triton with it
+
+    return _LastForm(dtype, (configs, x.shape[1], linear.out_features)) if takes(*sizes) else None
 
 
 def _places(order: Sequence[int] | None, device: torch.device) -> Tensor | None:

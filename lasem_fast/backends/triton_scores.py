@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lasem_fast.priors import Count, Prior, Uniform
 
 # Triton itself reads this once, when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_KINDS = {Joint: "joint", Mean: "mean", Gaussian: "gaussian"}
+KINDS = {Joint: "joint", Mean: "mean", Gaussian: "gaussian"}
 
 
 def scores(
@@ -42,25 +43,39 @@ def scores(
     Returns:
         The scores; None for another likelihood, double precision, or a CPU without the interpreter.
     """
-    kind = _KINDS.get(type(likelihood))
+    kind = KINDS.get(type(likelihood))
     if kind is None or torch.float64 in (logits.dtype, y.dtype):
         return None
     if logits.device.type == "cpu" and not _INTERPRETED:
         return None
     if kind == "gaussian":
         logits, y = logits.flatten(3 if paired else 2), y.flatten(1)
+    form = prior_form(prior, task, count and not _looked_at_first(logits))
+    out = posterior_head(
+        logits, y, **form._asdict(), likelihood=kind, sigma=getattr(likelihood, "sigma", 1.0),
+        nll_grad=nll_grad and not paired,
+    )  # fmt: skip
+    return Scores(*out, counted=form.wins is not None)
+
+
+class PriorForm(NamedTuple):
+    """A prior as :func:`~lasem_fast.backends.triton_head_op.posterior_head` takes it."""
+
+    log_prior: Tensor | None
+    wins: Tensor | None
+    initial: float | None
+
+
+def prior_form(prior: Prior, task: str, count: bool) -> PriorForm:
+    """A task's prior; with ``count`` its wins too, if they are all that an update changes."""
     wins = log_prior = initial = None
-    if count and type(prior).update is Prior.update and not _looked_at_first(logits):
+    if count and type(prior).update is Prior.update:
         wins = prior.states[task].wins
     if type(prior).log_prob is Count.log_prob and wins is not None:
         initial = prior.initial
     elif type(prior) is not Uniform:
         log_prior = prior.log_prob(task).contiguous()
-    out = posterior_head(
-        logits, y, log_prior=log_prior, wins=wins, initial=initial, likelihood=kind,
-        sigma=getattr(likelihood, "sigma", 1.0), nll_grad=nll_grad and not paired,
-    )  # fmt: skip
-    return Scores(*out, counted=wins is not None)
+    return PriorForm(log_prior, wins, initial)
 
 
 def _looked_at_first(logits: Tensor) -> bool:

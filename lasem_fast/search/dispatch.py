@@ -132,6 +132,7 @@ def operations(backend: str) -> Operations:
                 levels=_ON_GPU if torch.cuda.is_available() else _WITHOUT_DEVICE,
                 heads=(triton_linear_head.triton_head,),
                 heads_twice=(triton_linear_head.triton_head_twice,),
+                scored_heads=(triton_linear_head.triton_scored_head,),
                 scores=(triton_scores.scores,),
             )
         )

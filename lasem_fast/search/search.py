@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lasem_fast._host_values import is_transformed
-from lasem_fast.backends.operations import Scores
+from lasem_fast.backends.operations import Scores, Targets
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.likelihoods import Likelihood
 from lasem_fast.networks import checks
@@ -76,7 +76,9 @@ class Search:
         self.m_step = m_step
         self.max_memory = max_memory
         self.everything = dispatch.evaluator(backend, space.configs, max_memory)
-        self._scores = dispatch.operations(backend).scores
+        operations = dispatch.operations(backend)
+        self._scores = operations.scores
+        self._gives_scores = bool(operations.scored_heads)
         self._some: tuple[tuple[int, ...], Evaluator] | None = None
         # tasks whose last M-step followed so little that a forward of its own is cheaper
         self.few: set[str] = set()
@@ -111,7 +113,12 @@ class Search:
                 weights = self.m_step.weights(posterior)
                 if weights.weighs is not None and reads_values:
                     rows = _numbers(weights.weighs)
-            evaluation = self._evaluate(network, x, rows, frozen is not None, reads_values)
+            targets = None
+            if frozen is None and rows is None and not reads_values:
+                targets = self._targets(y, network.task, counts)
+            evaluation = self._evaluate(network, x, rows, frozen is not None, reads_values, targets)
+            if evaluation.scores is not None:
+                return _of_scores(evaluation.scores)
             e_output = evaluation.e_step
             checks.check_logits_device(e_output, y, network.task)
             self.likelihood.check_target(y, e_output, values=reads_values)
@@ -188,6 +195,7 @@ class Search:
         rows: tuple[int, ...] | None,
         one_pass: bool,
         reads_values: bool,
+        targets: Targets | None,
     ) -> Evaluation:
         evaluator = self.present_evaluator() if rows is None else self._evaluator_of(rows)
         if network.batch_norms is not None:
@@ -196,7 +204,11 @@ class Search:
         if reads_values and follow == "some" and not one_pass and network.task in self.few:
             follow = "few"
         return checks.or_misfit(
-            lambda: evaluator.evaluate(network, x, one_pass=one_pass, follow=follow), network, x
+            lambda: evaluator.evaluate(
+                network, x, one_pass=one_pass, follow=follow, targets=targets
+            ),
+            network,
+            x,
         )
 
     def present_evaluator(self) -> Evaluator:
@@ -216,6 +228,19 @@ class Search:
         if self._some is None or self._some[0] != rows:
             self._some = rows, self.evaluator_of([self.space[row] for row in rows])
         return self._some[1]
+
+    def _targets(self, y: Tensor, task: str, counts: bool) -> Targets | None:
+        """What outputs may be scored by where they are made, if nothing else is done with them."""
+        if not (self.m_step.is_exact and self._gives_scores) or torch.compiler.is_compiling():
+            return None
+        if is_transformed():
+            return None
+
+        def check(output: Tensor) -> None:
+            checks.check_logits_device(output, y, task)
+            self.likelihood.check_target(y, output, values=False)
+
+        return Targets(y, self.likelihood, self.prior, task, counts, check)
 
     def _scored(
         self, evaluation: Evaluation, y: Tensor, task: str, reads_values: bool, counts: bool

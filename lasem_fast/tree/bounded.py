@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lasem_fast.backends.operations import Operations
+from lasem_fast.backends.operations import Operations, Targets
 from lasem_fast.levels.fold import Fold, split_rows
 from lasem_fast.levels.liveness import TreeLiveness
 from lasem_fast.levels.plan import Plan, SubPlan
@@ -46,7 +46,13 @@ class BoundedTree:
         return self.evaluate(network, x, one_pass=True).m_step(None).logits
 
     def evaluate(
-        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+        self,
+        network: Network,
+        x: Tensor,
+        *,
+        one_pass: bool,
+        follow: Follow = "all",
+        targets: Targets | None = None,
     ) -> Evaluation:
         """Outputs for both steps of EM.
 
@@ -56,7 +62,7 @@ class BoundedTree:
         cut = self._cut(network, x)
         if cut is None:
             tree = Tree(self.plan, self.operations)
-            return tree.evaluate(network, x, one_pass=one_pass, follow=follow)
+            return tree.evaluate(network, x, one_pass=one_pass, follow=follow, targets=targets)
         parts = self._parts(cut)
         random = None if one_pass else first_random_stage(network)
         return _Chunked(self, network, x, cut, parts, random)
@@ -93,7 +99,7 @@ def _ordinary(network: Network) -> Network:
 class _Chunked:
     """One mini-batch under all configurations, some sub-trees at a time."""
 
-    whole = pair = None
+    scores = whole = pair = None
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from lasem_fast.backends.operations import Scores, Targets
 from lasem_fast.levels.liveness import TreeLiveness
 from lasem_fast.networks.network import Network
 
@@ -28,6 +29,11 @@ class Part(NamedTuple):
 
 class Evaluation(Protocol):
     """One mini-batch under all configurations."""
+
+    @property
+    def scores(self) -> Scores | None:
+        """The whole step's, where one operation gave them with the outputs, which are then not
+        there; None anywhere else."""
 
     @property
     def whole(self) -> Tensor | None:
@@ -63,7 +69,13 @@ class Evaluator(Protocol):
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
 
     def evaluate(
-        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+        self,
+        network: Network,
+        x: Tensor,
+        *,
+        one_pass: bool,
+        follow: Follow = "all",
+        targets: Targets | None = None,
     ) -> Evaluation:
         """Starts on a mini-batch.
 
@@ -72,6 +84,8 @@ class Evaluator(Protocol):
             x: the mini-batch.
             one_pass: there is no E-step of its own: both steps see the M-step's outputs.
             follow: how many configurations the M-step will ask for.
+            targets: what an operation that gives scores together with outputs may score them by;
+                None: only outputs are asked for.
         """
 
 
@@ -91,6 +105,10 @@ class Whole(NamedTuple):
     pair: Tensor | None = None
 
     @property
+    def scores(self) -> None:
+        return None
+
+    @property
     def whole(self) -> Tensor | None:
         return self.noisy if self.calm is self.noisy else None
 
@@ -105,3 +123,22 @@ class Whole(NamedTuple):
 
     def share_of(self, weighs: Tensor) -> float | None:
         return None if self.liveness is None else self.liveness.share_of(weighs)
+
+
+class Scored:
+    """Scores of all configurations, made with their outputs, which nobody holds."""
+
+    whole = pair = None
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores = scores
+
+    @property
+    def e_step(self) -> Tensor:
+        raise RuntimeError("outputs were scored where they were made")
+
+    def m_step(self, weighs: Tensor | None) -> Part:
+        raise RuntimeError("outputs were scored where they were made")
+
+    def share_of(self, weighs: Tensor) -> float | None:
+        return None

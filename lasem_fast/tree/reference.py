@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lasem_fast.backends.operations import Targets
 from lasem_fast.configs import Configuration
 from lasem_fast.levels.plan import SHARED, SPECIFIC
 from lasem_fast.networks import checks
@@ -52,7 +53,13 @@ class NaiveLoop:
         return torch.stack(outputs)
 
     def evaluate(
-        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+        self,
+        network: Network,
+        x: Tensor,
+        *,
+        one_pass: bool,
+        follow: Follow = "all",
+        targets: Targets | None = None,
     ) -> Evaluation:
         """Every configuration for the E-step (dropout off, no gradient), and for the M-step."""
         if one_pass:
@@ -69,7 +76,7 @@ def _own(number: int, weights: Tensor, known: Any) -> Tensor:
 class _TwoForwards:
     """As published: the M-step has a forward of its own."""
 
-    whole = pair = None
+    scores = whole = pair = None
 
     def __init__(self, loop: NaiveLoop, network: Network, x: Tensor) -> None:
         self.loop, self.network, self.x = loop, network, x

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.backends import plain_torch
-from lasem_fast.backends.operations import Normed, Operations
+from lasem_fast.backends.operations import Normed, Operations, Scores, Targets
 from lasem_fast.levels.fold import Fold, Stacks, folded, index_tensor, rows_of
 from lasem_fast.levels.liveness import TreeLiveness
 from lasem_fast.levels.plan import Level, Plan, SubPlan
@@ -32,7 +32,7 @@ from lasem_fast.networks.layers import (
 from lasem_fast.networks.network import Network
 from lasem_fast.transfer import Branch
 from lasem_fast.tree import fused_stage
-from lasem_fast.tree.evaluation import Evaluation, Follow, Part, Whole
+from lasem_fast.tree.evaluation import Evaluation, Follow, Part, Scored, Whole
 from lasem_fast.tree.fused_stage import Lowered
 
 Lowerings = dict[tuple[int, tuple[int, ...]], "Lowered | None"]
@@ -74,7 +74,13 @@ class Tree:
         return self.finish(network, self.advance(network, x, 0, len(network.stages)), x.shape[0])
 
     def evaluate(
-        self, network: Network, x: Tensor, *, one_pass: bool, follow: Follow = "all"
+        self,
+        network: Network,
+        x: Tensor,
+        *,
+        one_pass: bool,
+        follow: Follow = "all",
+        targets: Targets | None = None,
     ) -> Evaluation:
         """Outputs for both steps of EM; what lies before the first random layer runs once."""
         if follow == "few" and not one_pass and torch.is_grad_enabled():
@@ -83,18 +89,24 @@ class Tree:
         if cut is None:
             liveness = self._liveness(follow)
             h = self.advance(network, x, 0, len(network.stages), liveness)
+            if (scores := self._scored(network, h, targets, pair=False)) is not None:
+                return Scored(scores)
             logits = self.finish(network, h, x.shape[0])
             return Whole(logits, logits, liveness)
         first = cut
         network, plan, cut = split_at(network, self.plan, cut)
         split = first if len(plan.levels) > len(self.plan.levels) else None
-        return Tree(plan, self.operations, split)._evaluate_twice(network, x, cut, follow)
+        return Tree(plan, self.operations, split)._evaluate_twice(network, x, cut, follow, targets)
 
-    def _evaluate_twice(self, network: Network, x: Tensor, cut: int, follow: Follow) -> Whole:
+    def _evaluate_twice(
+        self, network: Network, x: Tensor, cut: int, follow: Follow, targets: Targets | None
+    ) -> Evaluation:
         depth = len(network.stages)
         liveness = self._liveness(follow)
         trunk = self.advance(network, x, 0, cut, liveness)
         if cut == depth:
+            if (scores := self._scored(network, trunk, targets, pair=True)) is not None:
+                return Scored(scores)
             pair = self._finish_twice(network, trunk, x.shape[0])
             if pair is not None:
                 return Whole(pair[0].detach(), pair[1], liveness, pair)
@@ -238,6 +250,27 @@ class Tree:
             logits = logits.index_select(0, index_tensor(order, logits.device))
         return self._by_configuration(logits, 0)
 
+    def _scored(
+        self, network: Network, h: Fold, targets: Targets | None, pair: bool
+    ) -> Scores | None:
+        """The scores of the leaves, if an operation makes them with the head's outputs.
+
+        Args:
+            network: the task's.
+            h: the leaves.
+            targets: what they are scored by; None: they are not.
+            pair: whether the M-step's outputs are those with the head's random layers on.
+        """
+        if targets is None:
+            return None
+        order, places = self.plan.order, self.plan.places
+        leaves = places if order is None else tuple(order[place] for place in places)
+        for operation in self.operations.scored_heads:
+            scores = operation(network.head, h, leaves, order, targets, pair)
+            if scores is not None:
+                return scores
+        return None
+
     def _by_configuration(self, logits: Tensor, dim: int) -> Tensor:
         """What is in nested-loop order, one configuration after another."""
         places = self.plan.places
@@ -274,7 +307,7 @@ class Tree:
 class _TwoForwards:
     """A forward without a graph for the E-step, and one of what the M-step follows."""
 
-    whole = pair = None
+    scores = whole = pair = None
 
     def __init__(self, tree: Tree, network: Network, x: Tensor) -> None:
         self.tree, self.network, self.x = tree, network, x

@@ -46,7 +46,7 @@ def uses_tensor_cores(launch: Launch) -> bool:
     if launch.kernel.__name__ in ("box_forward_kernel", "box_dgrad_kernel", "box_wgrad_kernel"):
         return True
     precision = launch.arguments.get("PRECISION")
-    operand = launch.arguments.get("y", launch.arguments.get("dy"))
+    operand = next((launch.arguments[n] for n in ("y", "dy", "x") if n in launch.arguments), None)
     return precision == "tf32" or (precision is not None and operand.element_size() == 2)
 
 

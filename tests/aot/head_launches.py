@@ -1,4 +1,4 @@
-"""Launches of the posterior head: every likelihood and prior, short and long rows."""
+"""Launches of the posterior head, alone and with its linear layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor
 from bench.compiling import Launch, recorded
 from lasem_fast.backends.triton_head_op import LIKELIHOODS
 from lasem_fast.kernels.posterior_head import posterior_head
+from lasem_fast.kernels.scored_linear import scored_linear
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # configurations, samples, outputs
+_LAYERS = {"cifar-4": (16, 10, (1, 1, 64), 10), "widest": (64, 16, (4, 4, 64), 128)}
 _SHAPES = {"cifar-4": (16, 10, 10), "grouped": (256, 128, 1000), "largest": (65536, 3, 5000)}
 
 
@@ -25,6 +27,12 @@ def launches() -> dict[str, Launch]:
         for prior in ("given", "uniform"):
             found |= _head(likelihood, "bf16", "cifar-4", prior)
         found |= _head(likelihood, "bf16", "cifar-4", "count", paired=True)
+        found |= _scored(likelihood, "bf16", "cifar-4", paired=True)
+        found |= _scored(likelihood, "bf16", "cifar-4")
+    for precision in ("fp32", "tf32"):
+        found |= _scored("joint", precision, "cifar-4")
+    found |= _scored("joint", "bf16", "widest")
+    found |= _scored("mean", "fp32", "widest", paired=True)
     return found
 
 
@@ -51,5 +59,26 @@ def _head(
         posterior_head(logits, target, log_prior, wins, initial, kind, 1.0)
     return {
         f"{launch.kernel.__name__}/{dtype}/{shape}/{likelihood}_{prior}{'_pair' * paired}": launch
+        for launch in started
+    }
+
+
+def _scored(likelihood: str, precision: str, layer: str, paired: bool = False) -> dict[str, Launch]:
+    configs, samples, sample, outputs = _LAYERS[layer]
+    tf32 = precision == "tf32"
+    dtype = torch.float32 if tf32 else _DTYPES[precision]
+    x = _meta(2 * configs if paired else configs, samples, *sample, dtype=dtype)
+    weight = _meta(outputs, sample[0] * sample[1] * sample[2])
+    target = _meta(samples, dtype=torch.int64)
+    if likelihood == "gaussian":
+        target = _meta(samples, outputs)
+    wins = _meta(configs, dtype=torch.int64)
+    with recorded() as started:
+        scored_linear(
+            x, weight, _meta(outputs), wins, target, None, wins, 1.0,
+            LIKELIHOODS.index(likelihood), 1.0, paired, tf32,
+        )  # fmt: skip
+    return {
+        f"{launch.kernel.__name__}/{precision}/{layer}/{likelihood}{'_pair' * paired}": launch
         for launch in started
     }
