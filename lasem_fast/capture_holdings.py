@@ -6,14 +6,16 @@ from functools import partial
 from operator import attrgetter, is_, is_not
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lasem_fast.em import LASEM
+from lasem_fast.networks.layers import is_batch_norm, is_random
 
 # Calls between two full comparisons.
 _RARELY = 256
 _address, _trains = Tensor.data_ptr, attrgetter("requires_grad")
+_mode = attrgetter("training")
 _there = partial(is_not, None)
 
 
@@ -33,7 +35,7 @@ class Holdings:
         states = self.optimizer.state.values()
         prior = self.em._prior
         return (
-            self.em.training,
+            [module.training for module in self.em.modules()],
             [(w.data_ptr(), w.requires_grad) for w in self._weights_now()],
             [buffer.data_ptr() for buffer in (*prior.buffers(), *prior.states.all_buffers())],
             [[_mark(value) for value in state.values()] for state in states],
@@ -45,7 +47,8 @@ class Holdings:
         """Takes what is there now as what :meth:`seem_the_same` compares with."""
         self._calls = 0
         self._weights = self._weights_now()
-        self._training = self.em.training
+        self._moded = [self.em, *filter(_shows_its_mode, self.em.net.modules())]
+        self._modes = [*map(_mode, self._moded)]
         self._addresses = [*map(_address, self._in_memory())]
         self._trained = [w for w in self._weights if w.requires_grad]
         self._frozen = [w for w in self._weights if not w.requires_grad]
@@ -54,11 +57,12 @@ class Holdings:
     def seem_the_same(self) -> bool:
         """Whether nothing was replaced since :meth:`remember`, in a few microseconds.
 
-        Sees weights and the prior's counts by address and the optimiser by the identity of its
-        state, groups and their values. Every so often it says False, for a comparison in full.
+        Sees weights and the prior's counts by address, the optimiser by the identity of its state,
+        groups and their values, and the mode of layers that depend on theirs. Every so often it
+        says False, for a comparison in full.
         """
         self._calls += 1
-        if self._calls >= _RARELY or self.em.training != self._training:
+        if self._calls >= _RARELY or [*map(_mode, self._moded)] != self._modes:
             return False
         objects, lengths = self._optimizer_now()
         return (
@@ -89,6 +93,12 @@ class Holdings:
             objects += group.values()
             lengths += len(objects), len(group["params"])
         return objects, lengths
+
+
+def _shows_its_mode(module: nn.Module) -> bool:
+    """Whether what a module does itself may depend on its training mode."""
+    ours = type(module).__module__.startswith("torch.nn.")
+    return not ours or is_batch_norm(module) or is_random(module)
 
 
 def _mark(value: Any) -> Any:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lasem_fast.em import LASEM
-from lasem_fast.networks.layers import any_uses_batch_statistics, modules_in
 
 if TYPE_CHECKING:
     from lasem_fast.capture import CapturedStep
@@ -30,10 +29,6 @@ def obstacles(em: LASEM, optimizer: Optimizer, x: Tensor) -> list[str]:
             )
     if em.e_step_every > 1:
         reasons.append(f"em has e_step_every={em.e_step_every}, which counts on the host")
-    if any_uses_batch_statistics(modules_in(em.net)):
-        reasons.append(
-            "em.net has BatchNorm in training mode, whose statistics a captured step does not move"
-        )
     if em.validate:
         reasons.append("em has validate=True, which waits for the device in every step")
     if not all(group.get("capturable", True) for group in optimizer.param_groups):

@@ -16,7 +16,7 @@ from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.backends import cpu_norm, cpu_ops, plain_torch
-from lasem_fast.capture_trial import obstacles
+from lasem_fast.networks.batch_norm import BatchNorms
 from lasem_fast.tree.bounded import BoundedTree
 from lasem_fast.tree.budget import cuts_of, step_bytes
 
@@ -447,12 +447,46 @@ def test_what_is_refused_in_words():
             em(x, y, "a")
 
 
-def test_a_capture_says_why_it_cannot_be():
-    em = lf.LASEM(_normed_net(), backend="torch")
-    optimizer = torch.optim.SGD(em.net.parameters(), lr=0.1)
-    assert any("BatchNorm" in reason for reason in obstacles(em, optimizer, small_batch()[0]))
-    em.net.eval()
-    assert not any("BatchNorm" in reason for reason in obstacles(em, optimizer, small_batch()[0]))
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_move_without_a_look_at_a_value(momentum):
+    """So that a CUDA graph can hold it: a tensor on ``meta`` has no values."""
+    norms, on = BatchNorms(), {"device": "meta"}
+    layers = [nn.BatchNorm2d(n, momentum=momentum, **on) for n in (3, 5, 3)]
+    for layer, rows in zip(layers, (2, 2, 4), strict=True):
+        seen = torch.empty(rows, 2 * layer.num_features, **on)
+        for number in (0, 1):
+            norms.note(layer, number, seen, lambda weights, _, rows=rows: weights[:rows])
+    norms.move(torch.empty(4, **on))
+
+
+def test_layers_move_together_as_they_would_alone():
+    torch.manual_seed(0)
+    weights = torch.tensor([0.5, 0.0, 0.2, 0.3]).double()
+
+    def moved(together):
+        torch.manual_seed(1)
+        layers = [
+            nn.BatchNorm1d(n, momentum=m, track_running_stats=True).double()
+            for n in (1, 3, 2)
+            for m in (0.1, 0.7, None)
+        ]
+        norms = BatchNorms()
+        for layer in layers:
+            for number in (0, 1):
+                seen = torch.rand(4, 2 * layer.num_features).double()
+                seen[1] = torch.nan  # weighs nothing
+                own = weights if layer.num_features > 1 else torch.zeros(4).double()
+                norms.note(layer, number, seen, lambda w, _, own=own: own)
+            if not together:
+                norms.move(weights)
+                norms = BatchNorms()
+        if together:
+            norms.move(weights)
+        return [t for layer in layers for t in layer.buffers()]
+
+    for a, b in zip(moved(True), moved(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+    assert bool(torch.isfinite(torch.stack([t.sum() for t in moved(True)])).all())
 
 
 def test_a_single_value_per_channel_is_refused():

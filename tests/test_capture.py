@@ -223,11 +223,12 @@ def stand_in(monkeypatch):
 
 
 class TestAroundTheGraph:
-    def _loop(self, change=lambda turn, em, optimizer: None, turns=5, prior="count"):
+    def _loop(self, change=lambda turn, em, optimizer: None, turns=5, **options):
         """The same training with the stand-in graph and in a plain loop; they must agree."""
         results = []
         for fast in (True, False):
-            em, optimizer = _made(prior=prior)
+            torch.manual_seed(0)
+            em, optimizer = _made(**options)
             step = _captured(em, optimizer)
             if fast:
                 step.why_eager = None
@@ -265,6 +266,16 @@ class TestAroundTheGraph:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
         self._loop(change)
+        assert stand_in == ["eager", *RECORDED, "eager", *RECORDED]
+
+    @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm2d(3)])
+    def test_a_layer_in_another_mode_is_recorded_again(self, stand_in, layer):
+        def change(turn, em, optimizer):
+            for module in em.net.modules():
+                if type(module) is type(layer):
+                    module.train(turn < 3)
+
+        self._loop(change, extra=(lambda: copy.deepcopy(layer),))
         assert stand_in == ["eager", *RECORDED, "eager", *RECORDED]
 
     def test_another_task_that_the_prior_reads_is_recorded_too(self, stand_in):
@@ -647,7 +658,7 @@ def test_a_step_on_a_device_never_waits(backend, space, prior, likelihood, monke
     """On the meta device, which has no values to read; the first step makes what is kept."""
     monkeypatch.setattr("lasem_fast.search.dispatch._why_no_triton", lambda: "")
     space = SPACES[space]
-    net = small_net(dtype=torch.float32, extra=(lambda: nn.Dropout(0.5),))
+    net = small_net(dtype=torch.float32, extra=(lambda: nn.BatchNorm2d(3), lambda: nn.Dropout(0.5)))
     if prior == "tensor":
         prior = torch.ones(8 if space is None else len(space))
     if likelihood == "gaussian":

@@ -74,6 +74,8 @@ def _assert_same_training(
             assert torch.equal(g, w), (turn, name)
     for (name, a), b in zip(em.net.named_parameters(), plain_em.net.parameters(), strict=True):
         assert torch.equal(a, b), name
+    for (name, a), b in zip(em.net.named_buffers(), plain_em.net.buffers(), strict=True):
+        assert torch.equal(a, b), name
     assert torch.equal(em.prior(TASK), plain_em.prior(TASK))
 
 
@@ -111,6 +113,21 @@ def test_replay_in_boxes_is_the_plain_loop(looks):
         # copies have no hooks
         prepare = LOOKS[looks] if "hook" in looks else LOOKS["nobody"]
         _assert_same_training(captured, em, opt, drawn, prepare=prepare)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replay_with_batch_norm(backend, momentum):
+    """Running statistics move in the graph."""
+    drawn = parity.problem("batch norm", device="cuda")
+    for layer in drawn.net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = momentum
+    em = lf.LASEM(drawn.net, drawn.space, backend=backend)
+    opt = OPTIMIZERS["sgd"](drawn.net.parameters())
+    captured = lf.capture(em, opt, drawn.x, drawn.y, TASK, strict=True)
+    _assert_same_training(captured, em, opt, drawn)
+    assert any(int(t) == 6 for n, t in em.net.named_buffers() if n.endswith("batches_tracked"))
 
 
 @pytest.mark.usefixtures("in_boxes")

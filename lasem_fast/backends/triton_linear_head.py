@@ -186,12 +186,12 @@ def _last_form(chain: _Chain, configs: int, y: Tensor) -> _LastForm | None:
     """Of a head whose last layer's launches can be the posterior head's too; else None."""
     x, step = chain.x, chain.steps[-1]
     linear = step.linear
+    if _OPERATION.why_not(chain.layer(step), x) or step.behind.relu or not x.shape[1]:
+        return None
     dtype = computed_in(x, [linear.weight, *_biases(linear)])
     if dtype not in SCORED_DTYPES or torch.float64 in (x.dtype, y.dtype):
         return None
-    if (len(chain.steps) == 1 and x.dtype != dtype) or step.behind.relu:
-        return None
-    if _OPERATION.why_not(chain.layer(step), x) or not x.shape[1]:
+    if len(chain.steps) == 1 and x.dtype != dtype:
         return None
     sizes = configs, x.shape[1], linear.in_features, linear.out_features
     from lasem_fast.kernels.scored_linear import takes  # and triton with it

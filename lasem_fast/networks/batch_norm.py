@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasem_fast._host_values import is_transformed
+from lasem_fast.levels.fold import index_tensor
 from lasem_fast.networks.layers import modules_in, uses_batch_statistics
 
 OfRows = Callable[[Tensor, dict[Any, Tensor]], Tensor]
@@ -89,9 +90,14 @@ class BatchNorms:
         if self._configs is not None:
             weights = weights[torch.tensor(self._configs, device=weights.device)]
         known: dict[Any, Tensor] = {}
-        for (layer, _), parts in self._seen.items():
+        alike: dict[tuple, list[_Moving]] = {}
+        for (layer, number), parts in self._seen.items():
             of_rows = _joined([part.weights(weights, known) for part in parts])
-            _move(layer, _joined([part.statistics for part in parts]), of_rows)
+            moving = _Moving(layer, _joined([part.statistics for part in parts]), of_rows)
+            alike.setdefault((number, *moving.form()), []).append(moving)
+        # a layer's further calls behind its first ones
+        for key in sorted(alike, key=lambda key: key[0]):
+            _move(alike[key])
         self._is_done = True
         self._seen = {}
 
@@ -189,19 +195,42 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _move(layer: nn.Module, statistics: Tensor, weights: Tensor) -> None:
-    """Moves a layer by the statistics ``[R, 2 * C]`` of rows with these weights ``[R]``."""
-    weights = weights.to(layer.running_mean.dtype)
-    total, weighs = weights.sum(), weights > 0
+class _Moving(NamedTuple):
+    """A layer, its statistics of some rows ``[R, 2 * C]`` and what these weigh, ``[R]``."""
+
+    layer: nn.Module
+    statistics: Tensor
+    weights: Tensor
+
+    def form(self) -> tuple:
+        """What layers that move together have in common."""
+        layer, running = self.layer, self.layer.running_mean
+        tracks = layer.num_batches_tracked is not None
+        return len(self.weights), running.dtype, running.device, layer.momentum, tracks
+
+
+def _move(layers: list[_Moving]) -> None:
+    """Moves layers of one form; as many operations as for one of them."""
+    first, counts = layers[0].layer, [moving.layer.num_batches_tracked for moving in layers]
+    running = [t for m in layers for t in (m.layer.running_mean, m.layer.running_var)]
+    sizes = [len(t) for t in running]
+    weights = torch.stack([m.weights for m in layers], dim=1).to(running[0].dtype)
+    total = weights.sum(0)
     moves = total > 0
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked += moves
-    momentum = layer.momentum
+    if first.num_batches_tracked is not None:
+        torch._foreach_add_(counts, [*moves.to(counts[0].dtype).unbind()])
+    momentum = first.momentum
     if momentum is None:  # the mean over all mini-batches
-        momentum = 1 / layer.num_batches_tracked.clamp(min=1).to(weights.dtype)
+        momentum = 1 / torch.stack(counts).clamp(min=1).to(weights.dtype)
     momentum = momentum * moves.to(weights.dtype)
+    widths = index_tensor(tuple(2 * size for size in sizes[::2]), weights.device)
+
+    def spread(t: Tensor) -> Tensor:
+        """From layers to their channels, twice each."""
+        return t.repeat_interleave(widths, dim=-1, output_size=sum(sizes))
+
     # chosen, not multiplied: 0 * NaN is NaN; and no product of matrices, which autocast rounds
-    shares = (weights / total)[:, None] * statistics
-    seen = torch.where(weighs[:, None], shares, 0).sum(0)
-    for running, mean in zip((layer.running_mean, layer.running_var), seen.chunk(2), strict=True):
-        running.lerp_(mean, momentum)
+    shares = spread(weights / total) * torch.cat([m.statistics for m in layers], dim=1)
+    seen = torch.where(spread(weights > 0), shares, 0).sum(0)
+    moved = torch.cat(running).lerp(seen, spread(momentum))
+    torch._foreach_copy_(running, [*moved.split(sizes)])
