@@ -17,7 +17,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_comp
 
 # The oldest PyTorch that is promised; the extension uses its stable ABI and nothing newer.
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
-NOTE = "_cpu_left_out.txt"  # read by lasem_fast/extension.py
+NOTE = "_cpu_left_out.txt"  # read by lasem_fast/backends/extension.py
 
 
 def cpu_extension() -> CppExtension:
@@ -35,6 +35,8 @@ def cpu_extension() -> CppExtension:
             "-Wextra",
             "-fvisibility=hidden",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            # messages name files, and not where they lay when they were compiled
+            f"-ffile-prefix-map={Path.cwd()}/=",
         ],
         py_limited_api=True,
     )

@@ -45,6 +45,22 @@ def finite_number(value: Any, argument: str, *, zero: bool = False) -> float:
     expected = f"{argument}: expected a finite number {'of at least' if zero else 'above'} 0, got"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{expected} {type(value).__name__} {value!r}")
-    if not (0 < value < math.inf or (zero and value == 0)):
+    try:
+        number = float(value)
+    except OverflowError:  # an int may be larger than any float
+        number = math.inf
+    if not (0 < number < math.inf or (zero and number == 0)):
         raise ValueError(f"{expected} {value!r}")
-    return float(value)
+    return number
+
+
+def flag(value: Any, argument: str) -> bool:
+    """The value as a bool, as NumPy's are too.
+
+    Raises:
+        TypeError: it is neither True nor False.
+    """
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    if kind not in ("bool", "bool_") or getattr(value, "ndim", 0) != 0:
+        raise TypeError(f"{argument}: expected True or False, got {type(value).__name__} {value!r}")
+    return bool(value)

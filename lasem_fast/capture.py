@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lasem_fast._numbers import flag
 from lasem_fast.backends import head_gradient
 from lasem_fast.backends.side_stream import EarlyCopies
 from lasem_fast.capture_holdings import Holdings
@@ -85,9 +86,8 @@ class CapturedStep:
         self, em: LASEM, optimizer: Optimizer, x: Tensor, y: Tensor, task: str, strict: bool
     ) -> None:
         _check_arguments(em, optimizer, x, y, task)
-        if not isinstance(strict, (bool, int)):
-            raise TypeError(f"strict: expected True or False, got {type(strict).__name__}")
-        self.em, self.optimizer, self.task, self.strict = em, optimizer, task, strict
+        self.strict = flag(strict, "strict")
+        self.em, self.optimizer, self.task = em, optimizer, task
         self.why_eager: str | None = None
         self._x, self._y = x.detach().clone(), y.detach().clone()
         self._forms = _form(self._x), _form(self._y)

@@ -7,7 +7,7 @@ A configuration says, stage by stage, whether the `shared` branch (True) or the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -69,7 +69,8 @@ class ConfigSpace:
         Raises:
             TypeError, ValueError: no configuration, one given twice, or one that does not fit.
         """
-        if not isinstance(configs, Iterable) or getattr(configs, "ndim", 1) == 0:
+        words = isinstance(configs, (str, bytes, Mapping))
+        if words or not isinstance(configs, Iterable) or getattr(configs, "ndim", 1) == 0:
             raise TypeError(
                 f"configs: expected a sequence of configurations, got {type(configs).__name__} "
                 f"{configs!r}"
@@ -99,7 +100,7 @@ class ConfigSpace:
         return space
 
     def _setup(self, bits: Tensor, groups: tuple[int, ...] | None) -> None:
-        self.bits = bits
+        self._bits = bits
         self._groups = groups
         self._rows = [tuple(row) for row in bits.tolist()]
         self._index = {row: i for i, row in enumerate(self._rows)}
@@ -132,9 +133,14 @@ class ConfigSpace:
         return f"ConfigSpace(depth={self.depth}{groups}, configurations={len(self)})"
 
     @property
+    def bits(self) -> Tensor:
+        """All configurations as bool ``[C, d]``, True where shared; a copy."""
+        return self._bits.clone()
+
+    @property
     def depth(self) -> int:
         """Number of stages d."""
-        return self.bits.shape[1]
+        return self._bits.shape[1]
 
     @property
     def configs(self) -> list[Configuration]:
@@ -220,7 +226,8 @@ def parse_config(config: Any, depth: int) -> Configuration:
         stages = set(config)
         if not all(is_whole(s) and 1 <= int(s) <= depth for s in stages):
             raise ValueError(f"config: expected a set of stages in 1..{depth}, got {config!r}")
-        return tuple(i + 1 in stages for i in range(depth))
+        numbers = set(map(int, stages))  # a tensor is equal to no number in a set
+        return tuple(i + 1 in numbers for i in range(depth))
     if not _is_bits(config):
         raise TypeError(
             f"config: expected {depth} booleans, a row number or a set of 1-based stages, got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast._host_values import is_transformed
-from lasem_fast._numbers import whole_number
+from lasem_fast._numbers import flag, whole_number
 from lasem_fast.backends import choices
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em_step import EMStep
@@ -29,7 +30,7 @@ from lasem_fast.search.ranks import Ranks
 from lasem_fast.search.reuse import Posteriors
 from lasem_fast.search.search import Found, Search
 from lasem_fast.search.untrained import Untrained
-from lasem_fast.tree.budget import check_max_memory
+from lasem_fast.tree.budget import checked_max_memory
 
 
 class LASEM(nn.Module):
@@ -100,31 +101,63 @@ class LASEM(nn.Module):
         super().__init__()
         if not isinstance(net, TransferNet):
             raise TypeError(f"net: expected a TransferNet, got {type(net).__name__}")
-        self.space = _checked_space(space, net.depth)
-        self.likelihood = as_likelihood(likelihood)
-        self.backend = dispatch.choose(backend)
-        self.validate = _flag(validate, "validate")
-        self.redraw_unclaimed = _flag(redraw_unclaimed, "redraw_unclaimed")
+        space, likelihood = _checked_space(space, net.depth), as_likelihood(likelihood)
+        backend = dispatch.choose(backend)
+        self.validate = flag(validate, "validate")
+        self.redraw_unclaimed = flag(redraw_unclaimed, "redraw_unclaimed")
         self.net = net
         # numbers, because AveragedModel(use_buffers=True) averages all buffers
-        self.register_buffer("_bits", self.space.bits.float(), persistent=False)
+        self.register_buffer("_bits", space.bits.float(), persistent=False)
         # one constant for every step: a kernel less on a device
         self.register_buffer("_nothing_dropped", torch.zeros(()), persistent=False)
         self._prior = as_prior(prior)
-        self._prior.check(len(self.space))
+        self._prior.check(len(space))
         self._rollback = Rollback()
         self._ranks = Ranks()
-        check_max_memory(max_memory)
-        self.max_memory, self.prune, self.m_step_draws = max_memory, prune, m_step_draws
-        self.e_step_every = whole_number(e_step_every, "e_step_every")
+        max_memory = checked_max_memory(max_memory)
+        self._e_step_every = whole_number(e_step_every, "e_step_every")
         self._posteriors = Posteriors()
         m_step = MStep.checked(prune, m_step_draws)
-        self._search = Search(
-            self.space, self.likelihood, self._prior, self.backend, m_step, max_memory
-        )
+        self._search = Search(space, likelihood, self._prior, backend, m_step, max_memory)
         # by task and mode: the stages that were seen to write to their input
         self._seen: dict[tuple[str, bool, bool], frozenset[int]] = {}
-        self._untrained = Untrained(self.space.bits)
+        self._untrained = Untrained(space.bits)
+
+    @property
+    def space(self) -> ConfigSpace:
+        """The configurations that are searched; like all that follows, what the LASEM is made of:
+        another one needs another LASEM."""
+        return self._search.space
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """How outputs are scored."""
+        return self._search.likelihood
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that was chosen."""
+        return self._search.backend
+
+    @property
+    def max_memory(self) -> float | None:
+        """What a step may hold."""
+        return self._search.max_memory
+
+    @property
+    def prune(self) -> float:
+        """Posterior mass that an M-step may leave out."""
+        return self._search.m_step.prune
+
+    @property
+    def m_step_draws(self) -> int | None:
+        """Number of configurations that each M-step draws."""
+        return self._search.m_step.draws
+
+    @property
+    def e_step_every(self) -> int:
+        """Mini-batches of a task per E-step."""
+        return self._e_step_every
 
     @classmethod
     def reference(
@@ -296,8 +329,18 @@ class LASEM(nn.Module):
             TypeError, ValueError: the task is unknown or has ended, or ``config`` is not in the
                 space.
             RuntimeError: a shared stage has lost parameters that would have to be put back.
+
+        Warns:
+            UserWarning: no mini-batch of the task was counted and ``config`` is None.
         """
         checks.check_open_task(task, self.net)
+        if config is None and task not in self._prior.states:
+            warnings.warn(
+                f"task: expected one with at least one mini-batch in training mode, got {task!r} "
+                f"without any; nothing is known about its configurations, and the first is kept",
+                UserWarning,
+                stacklevel=2,
+            )
         chosen = self.best_config(task) if config is None else config
         row = self._ranks.of_first(self.space.index(chosen), self._bits.device)
         chosen = self.space[row]
@@ -499,12 +542,6 @@ class LASEM(nn.Module):
         self._posteriors.restore_structure(state.get("posteriors", {}), self._bits)
         self._search.few = set(state.get("few", ()))
         choices.process().restore(saved)
-
-
-def _flag(value: Any, name: str) -> bool:
-    if not isinstance(value, (bool, int)):
-        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
-    return bool(value)
 
 
 def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:

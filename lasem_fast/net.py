@@ -50,7 +50,7 @@ class TransferNet(nn.Module):
             stages = list(stages)
         checks.check_stages(stages)
         self.mechanism = _mechanism(transfer)
-        self.shared = nn.ModuleList(self.mechanism.shared_modules(stages))
+        self.shared = nn.ModuleList(self._shared_modules(stages))
         self.specific = TaskModules()
         self.adapters = TaskModules()
         self.heads = TaskModules()
@@ -99,12 +99,25 @@ class TransferNet(nn.Module):
         new = (self.specific[task], self.adapters[task], head)
         return [p for module in new for p in module.parameters()]
 
+    def _shared_modules(self, stages: list[nn.Module]) -> list[nn.Module]:
+        modules = self.mechanism.shared_modules(stages)
+        fits = isinstance(modules, Iterable)
+        modules = list(modules) if fits else modules
+        if not fits or len(modules) != len(stages) or not all(map(_is_module, modules)):
+            got = [type(m).__name__ for m in modules] if fits else type(modules).__name__
+            raise TypeError(
+                f"transfer: expected shared_modules of {_kind(self.mechanism)} to give "
+                f"a module for each of the {len(stages)} stages, got {got}"
+            )
+        return modules
+
     def _new_specific(self, stage: int) -> nn.Module:
         shared = self.shared[stage]
         try:
             specific = self.mechanism.new_specific(shared)
         except ValueError as error:
             raise ValueError(f"stages[{stage}]: {error}") from error
+        self._check_new(specific, "new_specific", "a module")
         if specific.training != shared.training:
             specific.train(shared.training)  # a copy has the modes of its model, layer by layer
         return specific
@@ -112,7 +125,17 @@ class TransferNet(nn.Module):
     def _new_adapters(self, stage: int) -> nn.Module | None:
         shared = self.shared[stage]
         adapters = self.mechanism.new_adapters(shared)
-        return None if adapters is None else adapters.train(shared.training)
+        if adapters is None:
+            return None
+        self._check_new(adapters, "new_adapters", "a module or None")
+        return adapters.train(shared.training)
+
+    def _check_new(self, module: Any, method: str, expected: str) -> None:
+        if not _is_module(module):
+            raise TypeError(
+                f"transfer: expected {method} of {_kind(self.mechanism)} to give "
+                f"{expected}, got {type(module).__name__}"
+            )
 
     def config(self, task: str) -> Configuration | None:
         """The configuration kept for a task, or None while the task has not ended."""
@@ -130,9 +153,11 @@ class TransferNet(nn.Module):
                 shared = mechanism.shared_branch(module, adapters)
                 if not isinstance(shared, Branch):
                     raise TypeError(
-                        f"transfer: expected shared_branch of {type(mechanism).__name__} to "
+                        f"transfer: expected shared_branch of {_kind(mechanism)} to "
                         f"give a Branch, got {type(shared).__name__}"
                     )
+                if shared.tensors and not torch.compiler.is_compiling():
+                    shared.check_tensors(f"shared_branch of {_kind(mechanism)}")
             pairs.append((shared, None if own is None else Branch(own)))
         return pairs
 
@@ -150,7 +175,7 @@ class TransferNet(nn.Module):
             fits = fits and term.device == next(self.parameters()).device
             if not fits:
                 raise TypeError(
-                    f"transfer: expected auxiliary_loss of {type(mechanism).__name__} to give "
+                    f"transfer: expected auxiliary_loss of {_kind(mechanism)} to give "
                     f"a floating-point tensor of no dimensions or None, got {type(term).__name__}"
                 )
         return terms
@@ -316,6 +341,14 @@ class TransferNet(nn.Module):
                 self.adapters[task][i] = self._new_adapters(i)
         self._configs[task] = None
         self._without_adapters[task] = set()
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _kind(mechanism: TransferMechanism) -> str:
+    return type(mechanism).__name__
 
 
 def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:

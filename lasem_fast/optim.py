@@ -42,12 +42,17 @@ class TFRMSprop(Optimizer):
             raise TypeError(
                 f"params: expected parameters or parameter groups, got {type(params).__name__}"
             )
-        one = isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta
-        finite_number(lr.item() if one else lr, "lr", zero=True)
-        if finite_number(decay, "decay", zero=True) > 1:
-            raise ValueError(f"decay: expected a number in 0..1, got {decay!r}")
-        finite_number(eps, "eps")
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, with settings of their own where the group has any.
+
+        Raises:
+            TypeError, ValueError: a setting is not as described.
+        """
+        if isinstance(param_group, dict):
+            _check_settings(**{k: {**self.defaults, **param_group}[k] for k in self.defaults})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -86,3 +91,11 @@ class TFRMSprop(Optimizer):
         updates = torch._foreach_div(grads, roots)
         torch._foreach_mul_(updates, group["lr"])
         torch._foreach_sub_(params, updates)
+
+
+def _check_settings(lr: Any, decay: Any, eps: Any) -> None:
+    one = isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_meta
+    finite_number(lr.item() if one else lr, "lr", zero=True)
+    if finite_number(decay, "decay", zero=True) > 1:
+        raise ValueError(f"decay: expected a number in 0..1, got {decay!r}")
+    finite_number(eps, "eps")

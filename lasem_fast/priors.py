@@ -43,6 +43,8 @@ class Prior(nn.Module):
     def start(self, task: str, n_configs: int, device: torch.device) -> None:
         """Makes the buffers of a task that is seen for the first time."""
         n_configs = whole_number(n_configs, "n_configs")
+        if task in self.states:
+            raise ValueError(f"task: expected one that was not started yet, got {task!r}")
         state = nn.Module()
         state.register_buffer("wins", torch.zeros(n_configs, dtype=torch.int64, device=device))
         self.states[task] = state
@@ -62,6 +64,11 @@ class Prior(nn.Module):
         and nothing may change.
         """
         wins = self.states[task].wins
+        if posterior.shape != wins.shape:
+            raise ValueError(
+                f"posterior: expected shape {list(wins.shape)}, one weight per configuration, got "
+                f"{list(posterior.shape)}"
+            )
         rows = torch.arange(wins.shape[0], device=wins.device)
         wins += (rows == posterior.argmax()) & counted
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules import module as torchs
 
 from lasem_fast.backends.head_front import head_front
 from lasem_fast.backends.operations import Layer, Normed, Skip
@@ -49,9 +48,8 @@ def wide_level(
         h = layer(h)
     if isinstance(stage.core, nn.Linear) and h.dim() != 2:
         return None
-    hooked = torchs._has_any_global_hook()  # it is the modules themselves that call these
-    relu = not hooked and bool(after) and type(after[0]) is nn.ReLU
-    taken = not hooked and is_taken(stage.core, h)
+    relu = bool(after) and type(after[0]) is nn.ReLU
+    taken = is_taken(stage.core, h)
     turned = taken and _gains_by_turning(stage, h, rows)
     if turned or (taken and liveness is not None and torch.is_grad_enabled()):
         how = Wide(

@@ -210,6 +210,7 @@ def check_posterior(posterior: Any, n_configs: int) -> None:
 
 def check_posterior_values(posterior: Tensor) -> None:
     """A frozen posterior sums to one (reads the values)."""
+    posterior = posterior.detach()
     total = float(posterior.sum())
     # Rounding of a sum of C terms, each of them rounded to the posterior's precision.
     slack = 4 * torch.finfo(posterior.dtype).eps * max(16, posterior.numel())

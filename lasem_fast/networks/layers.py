@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -60,6 +61,13 @@ def _settings_of(kind: type[nn.Module]) -> tuple[str, ...]:
 
 # torch.compile cannot trace a walk through a module's attributes in every PyTorch (2.11)
 _SETTINGS = {kind: _settings_of(kind) for kind in (*_AHEAD, *_CONVOLUTIONS, nn.Linear)}
+# as they are before anybody replaces them
+_METHODS = [
+    (kind, name, getattr(kind, name))
+    for kind in (nn.Module, *_SETTINGS, *_BATCH_NORMS, nn.Sequential)
+    for name in ("__call__", "forward", "_conv_forward")
+    if name in vars(kind)
+]
 
 
 def modules_in(*modules: nn.Module) -> list[nn.Module]:
@@ -174,6 +182,8 @@ def same_settings(a: nn.Module, b: nn.Module) -> bool:
     """
     if type(a) is not type(b):
         return False
+    if a.training != b.training and isinstance(a, _MAY_BE_RANDOM):
+        return False
     ours, theirs, names = a.__dict__, b.__dict__, _SETTINGS[type(a)]
     return [ours.get(n) for n in names] == [theirs.get(n) for n in names]
 
@@ -207,7 +217,33 @@ def is_patched(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "_conv_forward" in module.__dict__
     )
+
+
+def are_watched() -> bool:
+    """Whether somebody steps into every call of a module: by global hooks, or in PyTorch's types.
+
+    Then every module of a network has to be called as itself.
+    """
+    return _has_any_global_hook() or any(
+        [getattr(kind, name) is not own for kind, name, own in _METHODS]
+    )
+
+
+def one_function(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules without tensors are one and the same function of their input."""
+    first, *others = modules
+    return all(module is first or _are_alike(first, module) for module in others)
+
+
+def _are_alike(a: nn.Module, b: nn.Module) -> bool:
+    if is_patched(a) or is_patched(b):
+        return False
+    if type(a) is type(b) is nn.Sequential:
+        ours, theirs = a._modules.values(), b._modules.values()
+        return len(ours) == len(theirs) and all(map(_are_alike, ours, theirs))
+    return type(a) in _AHEAD and same_settings(a, b)
 
 
 def is_random(module: nn.Module) -> bool:

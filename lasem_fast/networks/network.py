@@ -16,6 +16,7 @@ from lasem_fast.networks.layers import (
     active_random_layers,
     any_in_place,
     any_uses_batch_statistics,
+    are_watched,
     modules_in,
 )
 from lasem_fast.transfer import Branch
@@ -32,6 +33,8 @@ class Network(NamedTuple):
         may_draw: whether a layer inside draws random numbers; True where nobody has looked.
         may_write: whether a layer inside says that it changes its input; True likewise.
         batch_norms: what the layers that use a mini-batch's statistics see; None: there are none.
+        watched: whether every module has to be called as itself, see
+            :func:`~lasem_fast.networks.layers.are_watched`.
     """
 
     stages: list[Sequence[Branch | None]]
@@ -41,6 +44,7 @@ class Network(NamedTuple):
     may_draw: bool = True
     may_write: bool = True
     batch_norms: BatchNorms | None = None
+    watched: bool = False
 
     def looked_into(self) -> Network:
         """The same network with what one walk through all of it tells, as it is now."""
@@ -49,7 +53,9 @@ class Network(NamedTuple):
         layers = modules_in(*self.modules())
         random, in_place = bool(active_random(layers)), any_in_place(layers)
         norms = BatchNorms() if any_uses_batch_statistics(layers) else None
-        return self._replace(may_draw=random, may_write=in_place, batch_norms=norms)
+        return self._replace(
+            may_draw=random, may_write=in_place, batch_norms=norms, watched=are_watched()
+        )
 
     def rows_apart(
         self, module: nn.Module, rows: int, samples: int, weights: OfRows

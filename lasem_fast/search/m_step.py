@@ -6,6 +6,7 @@ approximations leave configurations out and report the posterior mass of what th
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class MStep(NamedTuple):
     @classmethod
     def checked(cls, prune: Any, draws: Any) -> MStep:
         """The M-step of these arguments of a LASEM; TypeError or ValueError names a wrong one."""
-        if isinstance(prune, bool) or not isinstance(prune, (int, float)):
+        if isinstance(prune, bool) or not isinstance(prune, Real):
             raise TypeError(f"prune: expected a posterior mass, got {type(prune).__name__}")
         if not 0 <= prune < 1:
             raise ValueError(f"prune: expected a posterior mass from 0 to below 1, got {prune!r}")

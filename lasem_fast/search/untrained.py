@@ -72,11 +72,12 @@ class Untrained:
         # fused optimisers do not count what they change
         still = [p for p in still if all(map(torch.equal, samples[p], _sample(parts[p])))]
         if still:
+            have = "has" if still == ["head"] else "have"
             warnings.warn(
                 f"optimizer: expected one that trains task {task!r}, but after "
-                f"{self._moves[task]} steps its {' and '.join(still)} have never changed; make it "
-                f"of net.task_parameters({task!r}), add what net.add_task returns to it, or freeze "
-                f"them with requires_grad_(False)",
+                f"{self._moves[task]} steps its {' and '.join(still)} {have} never changed; make "
+                f"it of net.task_parameters({task!r}), add what net.add_task returns to it, or "
+                f"freeze them with requires_grad_(False)",
                 UserWarning,
                 stacklevel=4,
             )

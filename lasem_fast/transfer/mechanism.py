@@ -35,6 +35,29 @@ class Branch(NamedTuple):
             return functional_call(self.module, dict(self.tensors), (h,))
         return self.module(h)
 
+    def check_tensors(self, where: str) -> None:
+        """Raises TypeError or ValueError unless each tensor stands in for one that is there."""
+        for name, tensor in self.tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            layer = dict(self.module.named_modules(remove_duplicate=False)).get(owner)
+            known = {} if layer is None else {**layer._parameters, **layer._buffers}
+            if leaf not in known:
+                raise ValueError(
+                    f"transfer: expected {where} to name parameters or buffers of "
+                    f"{type(self.module).__name__}, got a tensor for {name!r}"
+                )
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"transfer: expected {where} to give a tensor for {name!r}, got "
+                    f"{type(tensor).__name__}"
+                )
+            own = known[leaf]
+            if own is not None and own.shape != tensor.shape:
+                raise ValueError(
+                    f"transfer: expected {where} to give {name!r} with shape {list(own.shape)}, "
+                    f"got {list(tensor.shape)}"
+                )
+
     def parameter(self, layer: nn.Module, layer_name: str, name: str) -> Tensor | None:
         """The tensor in force as parameter ``name`` of the layer called ``layer_name``."""
         own = getattr(layer, name)

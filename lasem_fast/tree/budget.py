@@ -11,11 +11,13 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lasem_fast._numbers import is_whole
 from lasem_fast.backends.operations import Operations
 from lasem_fast.levels.fold import Carried, Fold, RowsFirst, folded, split_rows
 from lasem_fast.levels.plan import Level, Plan
@@ -56,20 +58,29 @@ class Cut(NamedTuple):
     peak: int
 
 
-def check_max_memory(max_memory: Any) -> None:
-    """Raises TypeError or ValueError unless it is None, a fraction or a number of bytes."""
+def checked_max_memory(max_memory: Any) -> float | None:
+    """None, a number of bytes (int) or a fraction (float).
+
+    Raises:
+        TypeError, ValueError: it is none of these.
+    """
     if max_memory is None:
-        return
-    if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float)):
+        return None
+    if is_whole(max_memory):
+        max_memory = int(max_memory)
+    elif isinstance(max_memory, bool) or not isinstance(max_memory, Real):
         raise TypeError(
             f"max_memory: expected None, bytes (int) or a fraction of the device's memory (float), "
             f"got {type(max_memory).__name__}"
         )
+    else:
+        max_memory = float(max_memory)
     if not 0 < max_memory < math.inf or (isinstance(max_memory, float) and max_memory > 1):
         raise ValueError(
             f"max_memory: expected bytes (int) above 0 or a fraction (float) of at most 1.0 of the "
             f"device's memory, got {max_memory!r}"
         )
+    return max_memory
 
 
 def bytes_of(max_memory: float, device: torch.device) -> int:

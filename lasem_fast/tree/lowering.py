@@ -30,6 +30,7 @@ from lasem_fast.networks.layers import (
     same_settings,
 )
 from lasem_fast.networks.skip_layer import SkipLayer
+from lasem_fast.tree.forward_reading import Known, Unreadable, read
 
 _CORES = (nn.Conv2d, nn.Linear)
 
@@ -93,28 +94,27 @@ def program_of(module: nn.Module) -> Program | str:
     if known is None or not known.holds(module):
         inner = [m for m in module.modules() if m is not module]
         seen = _Seen.now(module), [(m, _Seen.now(m)) for m in inner]
-        known = _traced[module] = _Traced(*seen, _trace(module))
+        known = _traced[module] = _Traced(*seen, *_trace(module))
     return known.program
 
 
 class _Seen(NamedTuple):
-    """What a trace depends on in one module; plain attributes count in a user's own modules."""
+    """What a trace depends on in one module besides what its forward reads."""
 
     children: tuple[nn.Module | None, ...]
     training: bool
-    settings: tuple | None
+    settings: list[Any]
 
     @classmethod
     def now(cls, module: nn.Module) -> _Seen:
-        settings = None if _is_torchs(module) else _settings(module)
-        return cls(tuple(module._modules.values()), module.training, settings)
+        return cls(tuple(module._modules.values()), module.training, _settings(module))
 
     def holds(self, module: nn.Module) -> bool:
         return (
             module.training == self.training
             and tuple(module._modules.values()) == self.children
             and not is_patched(module)
-            and (self.settings is None or _settings(module) == self.settings)
+            and (not self.settings or _settings(module) == self.settings)
         )
 
 
@@ -124,9 +124,14 @@ class _Traced(NamedTuple):
     stage: _Seen
     inner: list[tuple[nn.Module, _Seen]]
     program: Program | str
+    known: tuple[Known, ...] = ()
 
     def holds(self, stage: nn.Module) -> bool:
-        return self.stage.holds(stage) and all(seen.holds(m) for m, seen in self.inner)
+        return (
+            self.stage.holds(stage)
+            and all([seen.holds(m) for m, seen in self.inner])
+            and all([known.holds() for known in self.known])
+        )
 
 
 _traced: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
@@ -212,47 +217,38 @@ def _skip_layer(module: SkipLayer) -> Program | str:
     return Program(inputs, (FusedLayer("conv", module.conv, relu=True),), (inputs, skip))
 
 
-def _is_torchs(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn")
+def _settings(module: nn.Module) -> list[Any]:
+    """Of layers that are part of a program by what they do, and not as themselves."""
+    return [vars(module).get(name) for name in _SETTINGS.get(type(module), ())]
 
 
-def _settings(module: nn.Module) -> tuple:
-    plain = (bool, int, float, str, type(None))
-    return tuple(
-        (name, value if isinstance(value, plain) else id(value))
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training"
-    )
+_SETTINGS = {
+    nn.MaxPool2d: (
+        "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
+    ),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Dropout: ("p",), nn.Dropout1d: ("p",), nn.Dropout2d: ("p",), nn.Dropout3d: ("p",),
+    nn.AlphaDropout: ("p",), nn.FeatureAlphaDropout: ("p",),
+}  # fmt: skip
 
 
 class _Refused(Exception):
     """Why a stage has no program."""
 
 
-def _trace(module: nn.Module) -> Program | str:
+def _trace(module: nn.Module) -> tuple[Program | str, tuple[Known, ...]]:
+    """The program, or why there is none, and what it depends on."""
     patched = next((m for m in module.modules() if is_patched(m)), None)
     if patched is not None:
-        return f"it has a {type(patched).__name__} with hooks or another forward than its type's"
-    before = [(m, dict(vars(m))) for m in module.modules() if not _is_torchs(m)]
+        kind = type(patched).__name__
+        return f"it has a {kind} with hooks or another forward than its type's", ()
     try:
-        graph = fx.Tracer().trace(module)
-    except Exception as error:  # whatever a user's forward does with what it is traced with
-        return f"its forward cannot be traced ({type(error).__name__})"
-    finally:
-        changed = [m for m, was in before if not _same_objects(vars(m), was)]
-        for m, was in before:
-            vars(m).clear()
-            vars(m).update(was)
-    if changed:
-        return f"its forward changes attributes of {type(changed[0]).__name__}"
-    try:
-        return _Builder(module, graph).program()
+        graph, known = read(module, _FUNCTIONS)
+        return _Builder(module, graph).program(), known
+    except Unreadable as reason:
+        return str(reason), reason.known
     except _Refused as reason:
-        return str(reason)
-
-
-def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)
+        return str(reason), known
 
 
 class _Layer:
@@ -327,7 +323,10 @@ class _Builder:
             raise _Refused(f"it has a layer {type(layer).__name__}, which no kernel has")
 
     def _same(self, node: fx.Node) -> None:
-        self.known[node] = self.known[node.args[0]]
+        source = node.args[0]
+        # what others read as well takes nothing in any more
+        shared = len(source.users) > 1
+        self.known[node] = self._value(source) if shared else self.known[source]
         if node.args[0] in self.flat:
             self.flat.add(node)
 

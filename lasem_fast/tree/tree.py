@@ -27,6 +27,7 @@ from lasem_fast.networks.layers import (
     has_tensors,
     is_patched,
     may_write_input,
+    one_function,
     plain_stage,
 )
 from lasem_fast.networks.network import Network
@@ -134,7 +135,7 @@ class Tree:
             branches, level = network.stages[i], self.plan.levels[i]
             used = [branches[b] for b in level.used_branches]
             live = None if liveness is None else liveness.levels[i]
-            lowered = self._lowered(used, h, i)
+            lowered = None if network.watched else self._lowered(used, h, i)
             out = None
             if lowered is not None:
                 seen = None if network.batch_norms is None else partial(self._note, network, i)
@@ -168,7 +169,7 @@ class Tree:
         """A level in PyTorch whose rows go through different branches of the same input."""
         h, level = folded(h), self.plan.levels[stage]
         used = [network.stages[stage][b] for b in level.used_branches]
-        if merge and level.is_full:
+        if merge and level.is_full and not network.watched:
             out = plain_torch.wide_level(used, h, level.width, live)
             if out is not None:
                 return out
@@ -185,7 +186,7 @@ class Tree:
         used = [network.stages[stage][b] for b in level.used_branches]
         if not isinstance(h, Stacks):
             h = folded(h)
-            if _is_parameter_free(used):
+            if _is_parameter_free(used) and one_function([b.module for b in used]):
                 return self._call(network, used[0], h, stage, range(len(level)))
             h = Stacks(
                 [rows_of(h, len(level), level.rows_of(b)) for b in level.used_branches], level
@@ -239,7 +240,7 @@ class Tree:
     def finish(self, network: Network, h: Fold, samples: int) -> Tensor:
         """The head on the leaves, one configuration after another."""
         leaves, order = len(self.plan.levels[-1]), self.plan.order
-        for operation in self.operations.heads:
+        for operation in () if network.watched else self.operations.heads:
             logits = operation(network.head, h, leaves, order)
             if logits is not None:
                 checks.check_logits(logits, leaves, samples, network.task)
@@ -261,7 +262,7 @@ class Tree:
             targets: what they are scored by; None: they are not.
             pair: whether the M-step's outputs are those with the head's random layers on.
         """
-        if targets is None:
+        if targets is None or network.watched:
             return None
         order, places = self.plan.order, self.plan.places
         leaves = places if order is None else tuple(order[place] for place in places)
@@ -281,7 +282,7 @@ class Tree:
     def _finish_twice(self, network: Network, h: Fold, samples: int) -> Tensor | None:
         """The head with its random layers off and on, ``[2, C, N, K]``; None if it takes two."""
         leaves = len(self.plan.levels[-1])
-        for operation in self.operations.heads_twice:
+        for operation in () if network.watched else self.operations.heads_twice:
             logits = operation(network.head, h, leaves, self.plan.order)
             if logits is not None:
                 checks.check_logits(logits, 2 * leaves, samples, network.task)
@@ -329,7 +330,7 @@ class _TwoForwards:
 
 
 def _is_parameter_free(branches: Sequence[Branch | None]) -> bool:
-    """Whether the branches of a stage are one and the same function."""
+    """Whether no branch of a stage has a tensor."""
     there = [branch for branch in branches if branch is not None]
     return not any([branch.tensors or has_tensors(branch.module) for branch in there])
 
