@@ -119,8 +119,8 @@ class LASEM(nn.Module):
         self._posteriors = Posteriors()
         m_step = MStep.checked(prune, m_step_draws)
         self._search = Search(space, likelihood, self._prior, backend, m_step, max_memory)
-        # by task and mode: the stages that were seen to write to their input
-        self._seen: dict[tuple[str, bool, bool], frozenset[int]] = {}
+        # by task and mode: the layers that were looked at, and stages that write to their input
+        self._seen: dict[tuple[str, bool, bool], tuple[list[nn.Module], frozenset[int]]] = {}
         self._untrained = Untrained(space.bits)
 
     @property
@@ -349,6 +349,8 @@ class LASEM(nn.Module):
             self._rollback.end(task, chosen, self.net.shared)
             self.net.keep(task, chosen)
             self._posteriors.forget(task)
+            # it holds what has been dropped
+            self._seen = {key: seen for key, seen in self._seen.items() if key[0] != task}
             for shared, kept in zip(self.net.shared, chosen, strict=True):
                 if not kept:
                     shared.zero_grad()
@@ -389,10 +391,11 @@ class LASEM(nn.Module):
         if not self._reads_values(x) or self.backend == "reference":
             return network
         key = (task, self.training, len(x) > 1)
-        if key not in self._seen:
-            look = first_look.look
-            self._seen[key] = checks.or_misfit(lambda: look(network, x), network, x)
-        return network.protected(self._seen[key])
+        known = self._seen.get(key)
+        if known is None or known[0] != network.layers:
+            found = checks.or_misfit(lambda: first_look.look(network, x), network, x)
+            known = self._seen[key] = network.layers, found
+        return network.protected(known[1])
 
     def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
         keeps_state = self._keeps_state()

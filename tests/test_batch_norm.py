@@ -13,6 +13,7 @@ from nets import batch as small_batch
 from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from row_lists import PLAIN, evaluator_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lasem_fast as lf
 from lasem_fast.backends import cpu_norm, cpu_ops, plain_torch
@@ -536,3 +537,52 @@ def test_channels_last_batches_of_one(rows, samples, frozen):
             other = lf.LASEM(copy.deepcopy(net), space, backend="reference")
             other(leaf, y, "a").loss.backward()
             assert_equals(ours, leaf.grad, "gradient of x")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, h):
+        return checkpoint(self.layers, h, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize(("reentrant", "max_memory"), [(False, None), (False, 2**20), (True, None)])
+def test_a_layer_inside_a_checkpoint_is_refused(reentrant, max_memory):
+    net = lf.TransferNet([nn.Conv2d(2, 3, 3, padding=1), Checkpointed(reentrant)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    em = lf.LASEM(net.double(), backend="torch", max_memory=max_memory)
+    with pytest.raises(ValueError, match=r"BatchNorm2d.* outside of torch.utils.checkpoint"):
+        em(*small_batch(), "a")
+    net.eval()
+    em(*small_batch(), "a").loss.backward()
+
+
+class Held(nn.Module):
+    """A frozen part, and a layer that decides about its mode itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, h):
+        with torch.no_grad():
+            h = self.front(h)
+        self.norm.eval()
+        return self.norm(h).relu()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_frozen_part_and_a_mode_that_is_set_inside(backend):
+    if lf.backends()[backend] != "available":
+        pytest.skip(lf.backends()[backend])
+    torch.manual_seed(0)
+    net = lf.TransferNet([nn.Conv2d(2, 3, 3, padding=1), Held()])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    net.double()
+    x, y = small_batch()
+    truth = brute_force(copy.deepcopy(net), lf.ConfigSpace(2).bits, x, y, "a")
+    assert_step_equals(net, lf.LASEM(net, backend=backend)(x, y, "a"), truth)

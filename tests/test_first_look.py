@@ -47,6 +47,54 @@ def _net(stage, place="stage", dtype=torch.float64):
     return net.to(dtype)
 
 
+class Drawing(Own):
+    """Mixes on some mini-batches, by random numbers that it declares or not."""
+
+    def __init__(self, how, declared):
+        super().__init__(None)
+        self.how, self.declared = how, declared
+        if declared:
+            self.stochastic = True
+
+    def forward(self, h):
+        if not self.training:
+            return h * self.shift
+        if self.how == "flip":
+            return 0.7 * h + 0.3 * h.flip(0) * self.shift
+        if random.random() > 0.5:
+            return h * self.shift
+        return 0.7 * h + 0.3 * h[torch.randperm(len(h))].detach() * self.shift
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("how", "declared"), [("flip", True), ("mix", True), ("mix", False)])
+def test_a_stage_that_mixes_at_random_is_refused(how, declared, backend):
+    em = lf.LASEM(_net(Drawing(how, declared)), backend=backend)
+    with pytest.raises(ValueError, match=r"net: expected stages that treat .* got stage 2"):
+        em(*batch(), "a")
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_stage_that_draws_for_every_sample_is_not(backend):
+    class Noise(Own):
+        stochastic = True
+
+        def forward(self, h):
+            mask = torch.rand(len(h), 1, 1, 1, dtype=h.dtype) > random.random()
+            return h * mask * self.shift
+
+    lf.LASEM(_net(Noise(None)), backend=backend)(*batch(), "a", torch.ones(4) / 4)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_layer_that_comes_later_is_looked_at(backend):
+    em = lf.LASEM(_net(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())), backend=backend)
+    em(*batch(), "a")
+    em.net.specific["a"][1][1] = Own(MIXING["roll"]).double()
+    with pytest.raises(ValueError, match=r"net: expected stages that treat .* got stage 2"):
+        em(*batch(), "a")
+
+
 MIXING = {
     "mean": lambda h, _: h - h.mean(0),
     "roll": lambda h, _: h.roll(1, 0),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lasem_fast.backends import cpu_ops
 from lasem_fast.backends.operations import Scores
-from lasem_fast.likelihoods import Joint, Likelihood, Mean
+from lasem_fast.likelihoods import Joint, Likelihood, Mean, is_changed
 from lasem_fast.priors import Prior
 
 
@@ -37,7 +37,9 @@ def scores(
     Returns:
         The scores; None for another likelihood, device or dtype, or two sets of logits.
     """
-    if type(likelihood) not in (Joint, Mean) or logits.device.type != "cpu" or paired:
+    if type(likelihood) not in (Joint, Mean) or is_changed(likelihood):
+        return None
+    if logits.device.type != "cpu" or paired:
         return None
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

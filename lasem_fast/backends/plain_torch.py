@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from lasem_fast._host_values import is_transformed
 from lasem_fast.backends.head_front import head_front
 from lasem_fast.backends.operations import Layer, Normed, Skip
 from lasem_fast.backends.wide_core import Wide, is_taken, wide_core
@@ -242,16 +242,11 @@ def _core(
 
 
 def _with_weights(core: nn.Module, weights: dict[str, Tensor], h: Tensor) -> Tensor:
-    """What ``functional_call`` gives for a layer whose weights these are, without its set-up."""
-    own = core._parameters
-    if torch.compiler.is_compiling() or not weights.keys() <= own.keys():
-        return functional_call(core, weights, (h,))
-    before = {name: own[name] for name in weights}
-    own.update(weights)
-    try:
-        return core(h)
-    finally:
-        own.update(before)
+    """A plain layer with other weights; it is not touched, because other threads may run it."""
+    weight, bias = weights["weight"], weights.get("bias")
+    if type(core) is nn.Linear:
+        return F.linear(h, weight, bias)
+    return core._conv_forward(h, weight, bias)
 
 
 def _channels_first(x: Tensor) -> Tensor:
@@ -293,6 +288,7 @@ def _branches_into_batch(h: Tensor, branches: int) -> Tensor:
     """``[N, B * K, ...]`` as ``[N * B, K, ...]``: a view, but for channels-last activations."""
     if (
         h.dim() == 4
+        and not is_transformed()  # vmap does not know of memory formats
         and not h.is_contiguous()
         and h.is_contiguous(memory_format=torch.channels_last)
     ):

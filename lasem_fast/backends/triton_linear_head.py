@@ -14,7 +14,7 @@ from lasem_fast.backends.triton_dropout_op import dropped
 from lasem_fast.backends.triton_level import TritonLevel, computed_in
 from lasem_fast.backends.triton_scored_linear_op import DTYPES as SCORED_DTYPES
 from lasem_fast.backends.triton_scored_linear_op import scored_linear
-from lasem_fast.backends.triton_scores import KINDS, prior_form
+from lasem_fast.backends.triton_scores import kind_of, prior_form
 from lasem_fast.levels.fold import Fold, RowsFirst, folded, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.relu_and_pool import ReluAndPool, relu_and_pool
@@ -76,7 +76,7 @@ def triton_scored_head(
         The scores; None for any other head, input, likelihood or precision, where nothing needs a
         gradient, and for outputs that are too many.
     """
-    kind = KINDS.get(type(targets.likelihood))
+    kind = kind_of(targets.likelihood)
     chain = None if kind is None else _chain(head, h, len(leaves), pair)
     if chain is None or not torch.is_grad_enabled():
         return None

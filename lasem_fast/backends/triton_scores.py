@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lasem_fast.backends.operations import Scores
 from lasem_fast.backends.triton_head_op import posterior_head
-from lasem_fast.likelihoods import Gaussian, Joint, Likelihood, Mean
+from lasem_fast.likelihoods import Gaussian, Joint, Likelihood, Mean, is_changed
 from lasem_fast.priors import Count, Prior, Uniform
 
 # Triton itself reads this once, when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-KINDS = {Joint: "joint", Mean: "mean", Gaussian: "gaussian"}
+_KINDS = {Joint: "joint", Mean: "mean", Gaussian: "gaussian"}
 
 
 def scores(
@@ -43,7 +43,7 @@ def scores(
     Returns:
         The scores; None for another likelihood, double precision, or a CPU without the interpreter.
     """
-    kind = KINDS.get(type(likelihood))
+    kind = kind_of(likelihood)
     if kind is None or torch.float64 in (logits.dtype, y.dtype):
         return None
     if logits.device.type == "cpu" and not _INTERPRETED:
@@ -56,6 +56,11 @@ def scores(
         nll_grad=nll_grad and not paired,
     )  # fmt: skip
     return Scores(*out, counted=form.wins is not None)
+
+
+def kind_of(likelihood: Likelihood) -> str | None:
+    """Its name, if the kernels have it."""
+    return None if is_changed(likelihood) else _KINDS.get(type(likelihood))
 
 
 class PriorForm(NamedTuple):

@@ -136,7 +136,7 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
 @lru_cache(maxsize=1024)
 def _recent_index(rows: tuple[int, ...]) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(rows)
+        return torch.tensor(rows, device="cpu")  # whatever device is the default now
 
 
 @cache

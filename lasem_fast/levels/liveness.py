@@ -42,7 +42,7 @@ class TreeLiveness:
                 used = set(compress(places, counts))
                 counts, places = [row in used for row in range(len(level))], level.parents
                 all_live = len(used) == len(level)  # and so above: every row there has one here
-            liveness.live = None if all_live else torch.tensor(counts)
+            liveness.live = None if all_live else torch.tensor(counts, device="cpu")
 
     def share_of(self, weighs: Tensor) -> float | None:
         """The share of the tree's rows that some configurations use; None if all is followed."""

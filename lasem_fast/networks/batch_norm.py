@@ -7,6 +7,7 @@ by the posterior of the configurations that go through them, and they move once 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -58,6 +59,14 @@ class BatchNorms:
         calls: dict[nn.Module, int] = {}
 
         def forward(layer: nn.Module, h: Tensor) -> Tensor:
+            if not uses_batch_statistics(layer, patched=True):  # since its stage was called
+                return type(layer).forward(layer, h)
+            if not torch.compiler.is_compiling() and _is_checkpointed():
+                raise ValueError(
+                    f"net: expected {layer} in training mode outside of torch.utils.checkpoint, "
+                    f"because what is run again in the backward does not know which samples "
+                    f"belong to which configuration; LASEM(max_memory=...) saves memory instead"
+                )
             out, seen = _folded(layer, h, rows, samples)
             calls[layer] = calls.get(layer, -1) + 1
             if seen is not None:
@@ -128,6 +137,19 @@ def _forward_of(
     finally:
         for layer in layers:
             del layer.__dict__["forward"]
+
+
+def _is_checkpointed() -> bool:
+    """Whether a stage runs this in a part that will run again in the backward."""
+    frame = sys._getframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name == "torch.utils.checkpoint":
+            return True
+        if name.startswith("lasem_fast.tree."):  # which may checkpoint whole stages
+            return False
+        frame = frame.f_back
+    return False
 
 
 def check_values(layer: nn.Module, values: int) -> None:

@@ -285,9 +285,13 @@ def is_batch_norm(layer: nn.Module) -> bool:
     return type(layer) in _BATCH_NORMS and "forward" not in layer.__dict__
 
 
-def uses_batch_statistics(layer: nn.Module) -> bool:
-    """Whether a layer is a batch norm that normalises by the mini-batch's own statistics."""
-    return is_batch_norm(layer) and (layer.training or layer.running_mean is None)
+def uses_batch_statistics(layer: nn.Module, *, patched: bool = False) -> bool:
+    """Whether a layer is a batch norm that normalises by the mini-batch's own statistics.
+
+    ``patched``: its forward is known to be another one for a while.
+    """
+    is_known = patched or is_batch_norm(layer)
+    return is_known and (layer.training or layer.running_mean is None)
 
 
 def any_uses_batch_statistics(layers: Sequence[nn.Module]) -> bool:

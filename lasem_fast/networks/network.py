@@ -35,6 +35,7 @@ class Network(NamedTuple):
         batch_norms: what the layers that use a mini-batch's statistics see; None: there are none.
         watched: whether every module has to be called as itself, see
             :func:`~lasem_fast.networks.layers.are_watched`.
+        layers: all modules inside; none where nobody has looked.
     """
 
     stages: list[Sequence[Branch | None]]
@@ -45,6 +46,7 @@ class Network(NamedTuple):
     may_write: bool = True
     batch_norms: BatchNorms | None = None
     watched: bool = False
+    layers: Sequence[nn.Module] = ()
 
     def looked_into(self) -> Network:
         """The same network with what one walk through all of it tells, as it is now."""
@@ -54,8 +56,9 @@ class Network(NamedTuple):
         random, in_place = bool(active_random(layers)), any_in_place(layers)
         norms = BatchNorms() if any_uses_batch_statistics(layers) else None
         return self._replace(
-            may_draw=random, may_write=in_place, batch_norms=norms, watched=are_watched()
-        )
+            may_draw=random, may_write=in_place, batch_norms=norms, watched=are_watched(),
+            layers=layers,
+        )  # fmt: skip
 
     def rows_apart(
         self, module: nn.Module, rows: int, samples: int, weights: OfRows
@@ -89,6 +92,14 @@ class Network(NamedTuple):
         """The branches' modules from stage ``first`` on, and the head."""
         branches = [b for stage in self.stages[first:] for b in stage if b is not None]
         return [*(branch.module for branch in branches), self.head]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Parameters, and tensors that stand in for some."""
+        for module in self.modules():
+            yield from module.parameters()
+        for branches in self.stages:
+            for branch in branches:
+                yield from () if branch is None else branch.tensors.values()
 
     @contextmanager
     def random_layers_off(self, first: int = 0) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 A tree puts all rows of a level into one batch, which only a stage that treats every sample alone
 may see. Stages made of PyTorch's layers that are known to do so are not looked at; of the others a
-copy is run on two samples.
+copy is run on two samples; where random numbers are drawn, also with the same numbers on four.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ from lasem_fast.transfer import Branch
 _FAR = 0.5
 # A batch of one may take another algorithm, in another precision inside the module than outside.
 _COARSEST = torch.finfo(torch.bfloat16).eps
+# A layer may do something on some mini-batches only.
+_SEEDS = range(16)
 
 
 class _Run(NamedTuple):
@@ -49,7 +52,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
     if not unknown:
         return frozenset(writers)
     devices = [x.device] if x.device.type == "cuda" else []
-    python_state = random.getstate()
+    states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
             # a single sample is looked at beside itself turned round, at half its size
@@ -74,7 +77,8 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
                 if i < depth:
                     h = _run(there[0], h).output
     finally:
-        random.setstate(python_state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     return frozenset(writers)
 
 
@@ -91,7 +95,12 @@ def _is_known(branch: Branch | None) -> bool:
 
 
 def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> None:
-    if _depends_on_others(branch, h, first) or _depends_on_number(branch, h, first):
+    draws = first.drew or bool(active_random_layers(branch.module))
+    if (
+        _depends_on_others(branch, h, first)
+        or _depends_on_number(branch, h, first)
+        or (draws and _depends_on_others_at_random(branch, h))
+    ):
         raise ValueError(
             f"net: expected stages that treat the samples of a batch independently, got {where} "
             f"({checks.name_of(branch.module)}), whose output for one sample changes with the "
@@ -109,6 +118,21 @@ def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
         return False  # it draws random numbers of its own: nothing can be said
     outputs = [_run(branch, h[[row, row]]).output for row in (0, 1)]
     return any(far(out, row) for row, out in enumerate(outputs))
+
+
+def _depends_on_others_at_random(branch: Branch, h: Tensor) -> bool:
+    """Whether it does when random layers are on, and the same numbers are drawn every time."""
+    if len(h) < 2:
+        return False
+    here, there = h[[0, 1, 1, 0]], h[[0, 0, 0, 1]]  # all but the first are another one
+    for seed in _SEEDS:
+        first = _run(branch, here, seed, calm=False).output
+        eps = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
+        if _far(_run(branch, here, seed, calm=False).output, first, eps):
+            return False  # it has random numbers of its own: nothing can be said
+        if _far(_run(branch, there, seed, calm=False).output[:1], first[:1], eps):
+            return True
+    return False
 
 
 def _depends_on_number(branch: Branch, h: Tensor, first: _Run) -> bool:
@@ -131,29 +155,34 @@ def _far(a: Tensor, b: Tensor, eps: float) -> bool:
     return error > eps**_FAR * size and error < float("inf")
 
 
-def _run(branch: Branch, h: Tensor) -> _Run:
-    """A copy of the branch, its random layers off, on a copy of ``h``, from one random state."""
+def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run:
+    """A copy of the branch on a copy of ``h``, from one random state; calm: random layers off."""
     memo = {id(p): p for p in branch.module.parameters()}
     module = copy.deepcopy(branch.module, memo)
-    for layer in active_random_layers(module):
+    for layer in active_random_layers(module) if calm else ():
         layer.training = False
     for layer in module.modules():
         _forget_hooks(layer)
     given = h.clone()
-    torch.manual_seed(0)
-    random.seed(0)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
     before, version = _random_states(h.device), checks.version_of(given)
     with frozen([module]):
         output = Branch(module, branch.tensors)(given)
-    drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(h.device), strict=True))
+    drew = before != _random_states(h.device)
     # values as well: .data and inference mode count no changes
     wrote = checks.version_of(given) != version or not torch.equal(given, h)
     return _Run(output, drew, wrote)
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+def _random_states(device: torch.device) -> list[object]:
+    """Of PyTorch, Python and NumPy, to be compared by ``==``."""
+    numpys = np.random.get_state(legacy=False)["state"]
+    states = [torch.get_rng_state().tolist(), random.getstate(), numpys["pos"]]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).tolist())
+    return states
 
 
 def _forget_hooks(layer: nn.Module) -> None:

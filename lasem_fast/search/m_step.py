@@ -99,8 +99,8 @@ def _pruned_on_host(posterior: Tensor, mass: float) -> Weights:
             break
         dropped_mass += weights[row]
         weights[row], weighs[row] = 0.0, False
-    made = lambda values: torch.tensor(values, dtype=posterior.dtype)  # noqa: E731
-    return Weights(made(weights), torch.tensor(weighs), made(dropped_mass))
+    made = lambda values: torch.tensor(values, dtype=posterior.dtype, device="cpu")  # noqa: E731
+    return Weights(made(weights), torch.tensor(weighs, device="cpu"), made(dropped_mass))
 
 
 def drawn(posterior: Tensor, draws: int) -> Weights:

@@ -8,6 +8,7 @@ layers draw the same masks in both passes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from lasem_fast.tree.budget import Cut, best_cut, bytes_of, step_bytes
 from lasem_fast.tree.evaluation import Evaluation, Follow, Part
 from lasem_fast.tree.heap import Heap
 from lasem_fast.tree.tree import Lowerings, Tree, first_random_stage
+
+_version = attrgetter("_version")
 
 
 class BoundedTree:
@@ -120,6 +123,8 @@ class _Chunked:
         self._shared = self._top.advance(network, x, 0, same)
         self._same = same
         self._lowered: Lowerings = {}  # of the parts, for one pass
+        self._weights = [*network.tensors()]
+        self._versions = [*map(_version, self._weights)]
         self._outputs: list[Tensor] | None = None
         if random is None:
             self._outputs = list(self._noisy())
@@ -186,6 +191,11 @@ class _Chunked:
         return split_rows(h, width, sizes)
 
     def _run(self, network: Network, i: int, h: Fold) -> Tensor:
+        if [*map(_version, self._weights)] != self._versions:
+            raise RuntimeError(
+                "loss: expected a backward before any weight is changed in place, because "
+                "max_memory computes parts of the network anew in it"
+            )
         if self._heap is not None:
             self._heap.keep_down()
         part = self.parts[i]
