@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import cases
+from nets import batch, cases, small_net
 from oracle import assert_equals, brute_force
 from row_lists import PLAIN
 from torch import nn
@@ -92,3 +92,12 @@ def test_a_stage_is_looked_into_once_a_pass_however_many_parts_there_are(monkeyp
     evaluation.m_step(None).logits.sum().backward()
     below = [looked.count(net.shared[i]) for i in (2, 3)]
     assert below == [2, 2], "with the dropout off, and on: the backward's forward is that pass's"
+
+
+def test_a_weight_that_is_changed_before_the_backward_is_an_error():
+    em = lf.LASEM(small_net(3), max_memory=70_000)
+    step = em(*batch(), "a")
+    with torch.no_grad():
+        em.net.shared[2][0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="before any weight is changed in place"):
+        step.loss.backward()

@@ -38,6 +38,18 @@ def test_every_form_of_a_configuration_names_the_same_row(depth):
         assert space[row] == tuple(bits.tolist())
 
 
+def test_numbers_of_stages_may_be_tensors_and_arrays():
+    space = lf.ConfigSpace(3)
+    for number in (torch.tensor, np.int64):
+        assert space.index({number(2)}) == space.index({2})
+
+
+def test_a_space_keeps_its_bits():
+    space = lf.ConfigSpace(2)
+    space.bits.fill_(False)
+    assert space.bits.tolist() == [list(config) for config in space]
+
+
 def test_groups_bind_consecutive_stages():
     space = lf.ConfigSpace(17, groups=[5, 4, 4, 4])
     assert space.bits.shape == (16, 17)
@@ -94,6 +106,8 @@ def test_static_configurations():
         (lambda: lf.ConfigSpace(2).index(torch.empty(2, device="meta")), TypeError, "config: exp"),
         (lambda: lf.ConfigSpace(2).index([torch.ones(2), 1]), ValueError, "expected 2 booleans"),
         (lambda: lf.ConfigSpace.from_configs(3), TypeError, "configs: expected a sequence"),
+        (lambda: lf.ConfigSpace.from_configs("abc"), TypeError, "configs: .* got str 'abc'"),
+        (lambda: lf.ConfigSpace.from_configs({1: 2}), TypeError, "configs: .* got dict"),
         (lambda: lf.ConfigSpace(3).top(4), ValueError, "k: expected"),
         (lambda: lf.ConfigSpace.from_configs([]), ValueError, "configs: expected at least one"),
         (lambda: lf.ConfigSpace.from_configs([{1}]), ValueError, "depth: expected"),

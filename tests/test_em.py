@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from nets import batch, small_net
@@ -339,6 +341,69 @@ def test_a_head_with_the_wrong_output_is_refused(head, words):
 def test_bad_arguments_are_refused_in_words(call, error, words):
     with pytest.raises(error, match=words):
         call(small_net(2))
+
+
+def test_settings_are_what_it_was_made_of():
+    em = lf.LASEM(small_net(2), prune=np.float32(0.25), max_memory=np.int64(2**30))
+    assert (em.prune, em.max_memory, em.m_step_draws, em.e_step_every) == (0.25, 2**30, None, 1)
+    names = ("space", "likelihood", "backend", "max_memory", "prune", "m_step_draws",
+             "e_step_every")  # fmt: skip
+    for name in names:
+        with pytest.raises(AttributeError):
+            setattr(em, name, getattr(em, name))
+
+
+@pytest.mark.parametrize("value", [2, -1, "yes", None, torch.ones(2, dtype=torch.bool)])
+@pytest.mark.parametrize("name", ["validate", "redraw_unclaimed"])
+def test_flags_are_true_or_false(name, value):
+    assert getattr(lf.LASEM(small_net(2), **{name: np.True_}), name) is True
+    with pytest.raises(TypeError, match=f"{name}: expected True or False, got"):
+        lf.LASEM(small_net(2), **{name: value})
+
+
+def test_a_task_ends_without_a_mini_batch_with_a_warning():
+    em = lf.LASEM(small_net(2, tasks=("a", "b", "c")))
+    with pytest.warns(UserWarning, match="at least one mini-batch in training mode, got 'a'"):
+        assert em.end_task("a") == (True, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        em.end_task("b", {1})
+        em(*batch(), "c")
+        em.end_task("c")
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_an_ensemble_under_vmap(backend):
+    ems = [lf.LASEM(small_net(2), prior="uniform", backend=backend) for _ in range(2)]
+    weights, _ = torch.func.stack_module_state([em.net for em in ems])
+    x, y = batch()
+
+    def loss(weights):
+        named = {f"net.{name}": weight for name, weight in weights.items()}
+        return torch.func.functional_call(ems[0], named, (x, y, "a")).loss
+
+    found = torch.func.vmap(loss)(weights)
+    want = torch.stack([em(x, y, "a").loss for em in ems])
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_default_device_of_one_step_is_not_that_of_the_next(backend):
+    em = lf.LASEM(small_net(2), lf.ConfigSpace(2, [2]), prune=0.1, backend=backend)
+    x, y = batch()
+    with torch.device("meta"):
+        em(x, y, "a").loss.backward()
+    em(x, y, "a").loss.backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_likelihood_with_a_method_of_its_own(backend):
+    likelihood = lf.likelihoods.Joint()
+    own = likelihood.log_prob
+    likelihood.log_prob = lambda output, y: own(2 * output, y)
+    em = lf.LASEM(small_net(2), likelihood=likelihood, backend=backend)
+    other = lf.LASEM(em.net, likelihood=likelihood, backend="reference")
+    torch.testing.assert_close(em(*batch(), "a").nll, other(*batch(), "a").nll)
 
 
 def test_an_ended_task_is_refused_where_its_branches_would_be_needed():

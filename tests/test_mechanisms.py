@@ -339,6 +339,52 @@ def test_what_a_mechanism_cannot_do_is_refused_in_words(call, words):
         call()
 
 
+class _Adapting(lf.transfer.TransferMechanism):
+    """Gives what it is made with."""
+
+    def __init__(self, shared=None, specific=None, adapters=None, tensors=None):
+        super().__init__()
+        self.given = shared, specific, adapters
+        self.tensors = tensors or (lambda layer: {"weight": 2 * layer.weight})
+
+    def shared_modules(self, stages):
+        return stages if self.given[0] is None else self.given[0](stages)
+
+    def new_specific(self, shared):
+        return super().new_specific(shared) if self.given[1] is None else self.given[1]
+
+    def new_adapters(self, shared):
+        return self.given[2]
+
+    def shared_branch(self, shared, adapters):
+        return lf.transfer.Branch(shared, self.tensors(shared))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"shared": lambda stages: stages[:1]}, TypeError, "shared_modules .* got .'Linear'.$"),
+        ({"shared": lambda stages: None}, TypeError, "shared_modules .* got NoneType"),
+        ({"specific": 5}, TypeError, "new_specific of _Adapting to give a module, got int"),
+        ({"adapters": 5}, TypeError, "new_adapters of _Adapting .* or None, got int"),
+        ({"tensors": lambda m: {"weigth": m.weight}}, ValueError, "Linear, got .* 'weigth'"),
+        ({"tensors": lambda m: {"a.weight": m.weight}}, ValueError, "got .* 'a.weight'"),
+        ({"tensors": lambda m: {"weight": 3}}, TypeError, "for 'weight', got int"),
+        ({"tensors": lambda m: {"weight": m.weight[:1]}}, ValueError, r"\[3, 3\], got \[1, 3\]"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+def test_what_a_users_mechanism_gives_is_checked(options, error, words, backend):
+    def step(**options):
+        net = lf.TransferNet([nn.Linear(3, 3) for _ in range(2)], transfer=_Adapting(**options))
+        net.add_task("a", nn.Linear(3, 2))
+        return lf.LASEM(net, backend=backend)(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), "a")
+
+    assert step().loss.isfinite()
+    with pytest.raises(error, match=f"transfer: expected .*{words}"):
+        step(**options)
+
+
 def test_a_shared_stage_cannot_be_called_without_a_task():
     with pytest.raises(RuntimeError, match="use net"):
         _net("tf").shared[0](batch()[0])

@@ -129,6 +129,19 @@ def test_bad_arguments_are_refused_in_words(options, words):
         lf.optim.TFRMSprop([nn.Parameter(torch.ones(1))], **options)
 
 
+@pytest.mark.parametrize("setting", [{"lr": -1.0}, {"decay": 7}, {"eps": math.nan}])
+def test_settings_of_a_group_are_checked_as_well(setting):
+    def group():
+        return {"params": [nn.Parameter(torch.ones(1))], **setting}
+
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}: expected"):
+        lf.optim.TFRMSprop([group()])
+    optimizer = lf.optim.TFRMSprop([nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}: expected"):
+        optimizer.add_param_group(group())
+    assert len(optimizer.param_groups) == 1
+
+
 def test_sparse_gradients_are_refused():
     table = nn.Embedding(3, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
