@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lasem_fast.search.m_step import MStep
 from lasem_fast.search.posterior import evidence, is_finite
 from lasem_fast.search.ranks import Ranks
 from lasem_fast.search.reuse import Posteriors
-from lasem_fast.search.search import Found, Search
+from lasem_fast.search.search import Found, NothingLeft, Search
 from lasem_fast.search.untrained import Untrained
 from lasem_fast.tree.budget import checked_max_memory
 
@@ -225,6 +225,12 @@ class LASEM(nn.Module):
         if keeps_state:
             self._meet_ranks(task)
             before = self._rollback.before(task, config is not None, self.net.shared)
+        alike = None
+        if keeps_state and self._ranks.several:
+            alike = self._ranks.agree((task, posterior is None, config is None), x.device)
+            if self._reads_values(x):
+                checks.check_ranks_agree(bool(alike), task)
+                alike = None
         if torch.compiler.is_compiling():
             step = self._step(x, y, task, posterior, config)
         else:
@@ -234,6 +240,8 @@ class LASEM(nn.Module):
         if keeps_state:
             if self._ranks.several and posterior is None and config is None:
                 self._ranks.take_from_first(self._prior.states[task].buffers())
+            if alike is not None:
+                step = step._replace(loss=torch.where(alike, step.loss, torch.nan))
             self._rollback.begin(task, config is not None, before)
         return step
 
@@ -407,8 +415,15 @@ class LASEM(nn.Module):
             self._start_prior(task)
             if type(self._prior).log_prob.__module__ != Prior.__module__:
                 self._log_prior(task)  # a user's own is checked before anything else
-        network = self._network(task, x)
-        found = self._search.step(network, x, y, follow, self._reads_values(x), keeps_state)
+        network, reads_values = self._network(task, x), self._reads_values(x)
+        try:
+            found = self._search.step(network, x, y, follow, reads_values, keeps_state)
+        except NothingLeft:
+            if reused is None:
+                raise
+            self._start_prior(task)
+            reused = None  # what it followed overflows now: it is time for another E-step
+            found = self._search.step(network, x, y, None, reads_values, keeps_state)
         step = EMStep(
             loss=self._with_auxiliary(found.loss, found.weights, task),
             posterior=found.posterior,
@@ -418,18 +433,24 @@ class LASEM(nn.Module):
         )
         if not keeps_state:
             return step
+        if reused is None and frozen is None and not found.counted:
+            finite = is_finite(found.nll) if found.finite is None else found.finite
+            with self._as_before_if_a_users_own_fails():
+                self._prior.update(task, found.posterior, finite.any())
         # last, when nothing can fail any more
+        self._search.note(task, found)
         if network.batch_norms is not None:
             network.batch_norms.move(found.weights)
         if reused is not None:
             self._posteriors.used(task)
-        elif frozen is None:
-            if not found.counted:
-                finite = is_finite(found.nll) if found.finite is None else found.finite
-                self._prior.update(task, found.posterior, finite.any())
-            if self.e_step_every > 1:
-                self._posteriors.keep(task, found.posterior, self.e_step_every - 1)
+        elif frozen is None and self.e_step_every > 1:
+            self._posteriors.keep(task, found.posterior, self.e_step_every - 1)
         return step
+
+    def _as_before_if_a_users_own_fails(self) -> AbstractContextManager:
+        """A context that puts the prior back where its update is not one of the library's."""
+        known = type(self._prior).update.__module__ == Prior.__module__
+        return nullcontext() if known else all_or_nothing(self._prior)
 
     def _dropped(self, found: Found) -> Tensor:
         return self._nothing_dropped if found.dropped_mass is None else found.dropped_mass

@@ -101,3 +101,18 @@ def test_a_weight_that_is_changed_before_the_backward_is_an_error():
         em.net.shared[2][0].weight.add_(1)
     with pytest.raises(RuntimeError, match="before any weight is changed in place"):
         step.loss.backward()
+
+
+def test_a_budget_holds_in_every_mode():
+    """Evaluation needs less, so that its cut would not do for training."""
+    em = lf.LASEM(small_net(3, extra=(lambda: nn.BatchNorm2d(3),)), max_memory=90_000)
+    x, y = batch()
+    em.eval()
+    em(x, y, "a")
+    em.train()
+    em(x, y, "a")
+    calm, trained = em._search.everything._cuts.values()
+    assert calm != trained
+    other = lf.LASEM(em.net, max_memory=90_000)
+    other(x, y, "a")
+    assert [*other._search.everything._cuts.values()] == [trained]

@@ -237,6 +237,17 @@ assert states[0] == states[1]
 grads = gathered([None if p.grad is None else p.grad.tolist() for p in em.net.parameters()])
 assert grads[0] == grads[1]
 
+em, ddp = run(2)
+before = digits(em.state_dict())
+posterior = torch.ones(4).double() / 4 if rank else None
+for task, frozen in (("ab"[rank], None), ("a", posterior)):
+    try:
+        ddp(*batch(seed=rank), task=task, posterior=frozen)
+        raise SystemExit("no error")
+    except RuntimeError as error:
+        assert "mini-batch of the same task in all processes" in str(error), error
+assert digits(em.state_dict()) == before
+
 other = lf.LASEM(small_net(2))
 if rank:
     other(*batch(), "a")

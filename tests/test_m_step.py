@@ -194,6 +194,75 @@ class _Nothing(lf.priors.Prior):
         return super().log_prob(task) - torch.inf
 
 
+@pytest.mark.parametrize("extra", [(), (lambda: nn.Dropout(0.5),), (lambda: nn.GroupNorm(1, 3),)])
+def test_what_is_not_followed_has_a_gradient_of_zeros(extra):
+    """In every way of evaluating, so that optimisers with momentum or decay go on alike."""
+    net = small_net(2, extra=extra)
+    x, y = batch()
+    posterior = torch.tensor([0.0, 0.0, 0.3, 0.7]).double()  # the first stage's own branch alone
+    ems = [lf.LASEM(net, backend=b, prune=0.2) for b in ("torch", "auto", "reference")]
+    ems.append(lf.LASEM(net, backend="torch", prune=0.2, max_memory=0.5))
+    ems.append(lf.LASEM(net, backend="torch", prune=0.2))
+    ems[-1]._search.few.add("a")
+    for em in ems:
+        prior = lf.LASEM(net, backend=em.backend, prior=posterior, prune=0.2,
+                         max_memory=em.max_memory)  # fmt: skip
+        prior._search.few = set(em._search.few)
+        for frozen in (None, posterior):
+            net.zero_grad()
+            prior(x, y, "a", frozen).loss.backward()
+            assert all(not p.grad.any() for p in net.shared[0].parameters())
+            assert all(p.grad is not None for p in net.parameters())
+            assert net.specific["a"][0][0].weight.grad.any()
+
+
+@pytest.mark.parametrize("options", [{"prune": 0.9}, {"m_step_draws": 1}], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_validation_loss_decides_nothing(options, backend):
+    """Nor does a step that fails, though it is known by then how little it follows."""
+
+    class Failing(lf.transfer.HardParameterSharing):
+        fails = False
+
+        def auxiliary_loss(self, shared, adapters):
+            if self.fails:
+                raise RuntimeError("of its own")
+
+    stage = lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Dropout(0.5))  # noqa: E731
+    net = lf.TransferNet([stage() for _ in range(4)], Failing())
+    net.add_task("a", nn.Linear(3, 2))
+    em = lf.LASEM(net, backend=backend, **options)
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    before = em.state_dict()["_extra_state"]
+    em.eval()
+    em(x, y, "a")
+    em.train()
+    net.mechanism.fails = True
+    with pytest.raises(RuntimeError, match="of its own"):
+        em(x, y, "a")
+    assert not em._search.few and torch.equal(before, em.state_dict()["_extra_state"])
+    net.mechanism.fails = False
+    em(x, y, "a")
+    assert em._search.few == {"a"}
+
+
+def test_a_reused_posterior_that_overflows_is_inferred_anew():
+    net = lf.TransferNet([nn.Sequential(nn.Linear(2, 2, bias=False))])
+    net.add_task("a", nn.Linear(2, 2))
+    with torch.no_grad():
+        net.shared[0][0].weight.copy_(1e30 * torch.eye(2))
+        net.specific["a"][0][0].weight.copy_(-torch.eye(2))
+        net.heads["a"].weight.copy_(torch.eye(2))
+        net.heads["a"].bias.zero_()
+    em = lf.LASEM(net, backend="torch", e_step_every=3)
+    x, y = torch.tensor([[1.0, -1.0]] * 80), torch.zeros(80, dtype=torch.int64)
+    found = [em(factor * x, y, "a").posterior.tolist() for factor in (1, 1e10, 1e10, 1e10, 1)]
+    assert found == [[1, 0], [0, 1], [0, 1], [0, 1], [1, 0]]
+    assert em._prior.states["a"].wins.tolist() == [2, 1]
+    with pytest.raises(ValueError, match="posterior: expected weight above 0"):
+        em(1e10 * x, y, "a", torch.tensor([1.0, 0.0]))
+
+
 def test_dropout_goes_with_pruning():
     net = small_net(extra=(lambda: nn.Dropout(0.5),))
     x, y = batch()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from nets import batch, small_net
 from oracle import assert_equals, assert_step_equals, brute_force
+from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.search.posterior import evidence, posterior_of
@@ -153,6 +154,32 @@ def test_a_users_prior_and_likelihood():
     assert_equals(
         step.posterior, (torch.tensor([0.0, -1, -2, -3]).double() + score).softmax(0), "posterior"
     )
+
+
+def test_a_users_prior_that_fails_leaves_all_as_it_was():
+    class Failing(lf.priors.Count):
+        def update(self, task, posterior, counted):
+            super().update(task, posterior, counted)
+            raise RuntimeError("of its own")
+
+    em = lf.LASEM(small_net(2, extra=(lambda: nn.BatchNorm2d(3),)), prior=Failing())
+    with pytest.raises(RuntimeError, match="of its own"):
+        em(*batch(), "a")
+    em._prior.start("a", 4, torch.device("cpu"))
+    before = {name: t.clone() for name, t in em.state_dict().items()}
+    with pytest.raises(RuntimeError, match="of its own"):
+        em(*batch(), "a")
+    assert all(torch.equal(t, before[name]) for name, t in em.state_dict().items())
+
+
+@pytest.mark.parametrize("prior", ["count", "mean_posterior"])
+def test_a_prior_takes_what_fits_it_alone(prior):
+    prior = {"count": lf.priors.Count, "mean_posterior": lf.priors.MeanPosterior}[prior]()
+    prior.start("a", 3, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"posterior: expected shape \[3\], .* got \[4\]"):
+        prior.update("a", torch.ones(4) / 4, torch.tensor(True))
+    with pytest.raises(ValueError, match="task: expected one that was not started yet, got 'a'"):
+        prior.start("a", 3, torch.device("cpu"))
 
 
 def test_a_prior_object_serves_two_lasems_without_carrying_counts():

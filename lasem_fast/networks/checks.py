@@ -352,6 +352,16 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
         )
 
 
+def check_ranks_agree(alike: bool, task: str) -> None:
+    """All processes of DistributedDataParallel take the same kind of step of the same task."""
+    if not alike:
+        raise RuntimeError(
+            f"task: expected a mini-batch of the same task in all processes, got {task!r} in this "
+            f"one and another task, or another kind of step, elsewhere; the prior and the "
+            f"roll-back are those of one task at a time"
+        )
+
+
 def check_logits_device(logits: Tensor, y: Tensor, task: str) -> None:
     """A head's output lies where the targets do."""
     if logits.device != y.device:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import random
-from typing import NamedTuple
+import sys
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +52,8 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
     if not unknown:
         return frozenset(writers)
     devices = [x.device] if x.device.type == "cuda" else []
-    states = random.getstate(), np.random.get_state()
+    state, numpys = random.getstate(), _numpys_random()
+    numpys_state = None if numpys is None else numpys.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
             # a single sample is looked at beside itself turned round, at half its size
@@ -77,8 +78,9 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
                 if i < depth:
                     h = _run(there[0], h).output
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(state)
+        if numpys is not None:
+            numpys.set_state(numpys_state)
     return frozenset(writers)
 
 
@@ -166,7 +168,8 @@ def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run
     given = h.clone()
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)
+    if (numpys := _numpys_random()) is not None:
+        numpys.seed(seed)
     before, version = _random_states(h.device), checks.version_of(given)
     with frozen([module]):
         output = Branch(module, branch.tensors)(given)
@@ -176,10 +179,16 @@ def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run
     return _Run(output, drew, wrote)
 
 
+def _numpys_random() -> Any:
+    """``numpy.random``, where somebody has imported it."""
+    return sys.modules.get("numpy.random")
+
+
 def _random_states(device: torch.device) -> list[object]:
     """Of PyTorch, Python and NumPy, to be compared by ``==``."""
-    numpys = np.random.get_state(legacy=False)["state"]
-    states = [torch.get_rng_state().tolist(), random.getstate(), numpys["pos"]]
+    states = [torch.get_rng_state().tolist(), random.getstate()]
+    if (numpys := _numpys_random()) is not None:
+        states.append(numpys.get_state(legacy=False)["state"]["pos"])
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device).tolist())
     return states

@@ -7,6 +7,7 @@ by what the first process has.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import weakref
 from collections.abc import Iterable
@@ -72,6 +73,15 @@ class Ranks:
                 f"net: expected the same tasks under way in all processes, got others in those of "
                 f"rank {other} than in rank 0; load the same state_dict in all of them"
             )
+
+    @torch.no_grad()
+    def agree(self, what: Any, device: torch.device) -> Tensor:
+        """Whether all processes ask with the same, a bool scalar; does not wait for a device."""
+        digest = hashlib.blake2b(repr(what).encode(), digest_size=7).digest()
+        number = int.from_bytes(digest, "big")
+        ends = torch.tensor([number, -number], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
+        return ends[0] == -ends[1]
 
     @torch.no_grad()
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:

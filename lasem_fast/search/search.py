@@ -12,6 +12,7 @@ from torch import Tensor
 from lasem_fast._host_values import is_transformed
 from lasem_fast.backends.operations import Scores, Targets
 from lasem_fast.configs import ConfigSpace, Configuration
+from lasem_fast.levels.plan import SHARED, SPECIFIC
 from lasem_fast.likelihoods import Likelihood
 from lasem_fast.networks import checks
 from lasem_fast.networks.network import Network
@@ -19,6 +20,7 @@ from lasem_fast.priors import Prior
 from lasem_fast.search import dispatch
 from lasem_fast.search.m_step import MStep
 from lasem_fast.search.posterior import Evidence, evidence, expected_nll, is_finite, posterior_of
+from lasem_fast.search.zeros import with_zeros
 from lasem_fast.tree.evaluation import Evaluation, Evaluator
 
 
@@ -35,6 +37,8 @@ class Found(NamedTuple):
         dropped_mass: scalar, or None where nothing was left out.
         counted: whether the prior has counted the posterior already.
         finite: bool, of the configurations that were evaluated: whether the nll is; None: unknown.
+        few: whether the M-step followed so few configurations that a forward of its own is cheaper
+            next time; None: nothing is known about it.
     """
 
     loss: Tensor
@@ -45,6 +49,11 @@ class Found(NamedTuple):
     dropped_mass: Tensor | None
     counted: bool
     finite: Tensor | None
+    few: bool | None = None
+
+
+class NothingLeft(ValueError):
+    """A posterior to follow has no weight on a configuration with a finite loss."""
 
 
 class Search:
@@ -151,9 +160,13 @@ class Search:
                     bad.update(overflowed)
                     continue
             break
+        few = None
         if reads_values and weights.weighs is not None and frozen is None and rows is None:
-            self._note(network.task, evaluation, weights.weighs)
+            share = evaluation.share_of(weights.weighs)
+            few = None if share is None else share < _FEW
         loss = expected_nll(_picked(weights.weights, m_rows), m_step.nll)
+        if m_rows is not None and loss.requires_grad:
+            loss = with_zeros(loss, self._left_out(network, m_rows))
         nll = e_step.nll.detach()
         if not reads_values:
             # an overflowing configuration shows here and in the loss
@@ -169,7 +182,13 @@ class Search:
             dropped_mass=weights.dropped_mass,
             counted=False,
             finite=e_step.finite,
+            few=few,
         )
+
+    def note(self, task: str, found: Found) -> None:
+        """Decides how the next E-step of a task is run: whether it pays to keep its graph."""
+        if found.few is not None:
+            (self.few.add if found.few else self.few.discard)(task)
 
     def _follows_all(self, posterior: Tensor, reads_values: bool) -> bool:
         """Whether the M-step is seen to follow every configuration with its posterior."""
@@ -242,6 +261,15 @@ class Search:
 
         return Targets(y, self.likelihood, self.prior, task, counts, check)
 
+    def _left_out(self, network: Network, rows: Sequence[int]) -> list[Tensor]:
+        """The weights of branches that the space uses, and these configurations do not."""
+        left = []
+        for i, branches in enumerate(network.stages):
+            followed = {self.space[row][i] for row in rows}
+            for shared in {config[i] for config in self.space} - followed:
+                left += branches[SHARED if shared else SPECIFIC].weights()
+        return left
+
     def _scored(
         self, evaluation: Evaluation, y: Tensor, task: str, reads_values: bool, counts: bool
     ) -> Scores | None:
@@ -294,12 +322,6 @@ class Search:
         spread[list(bad)] = fill
         return spread.index_copy(0, torch.tensor(rows, device=values.device), values)
 
-    def _note(self, task: str, evaluation: Evaluation, weighs: Tensor) -> None:
-        """Decides how the next E-step is run: whether it pays to keep its graph."""
-        share = evaluation.share_of(weighs)
-        if share is not None:
-            (self.few.add if share < _FEW else self.few.discard)(task)
-
 
 # A forward of its own for what is followed takes a third of its step; a backward that runs over
 # everything takes two thirds of the whole one.
@@ -327,7 +349,7 @@ def _without(posterior: Tensor, bad: set[int]) -> Tensor:
     left = posterior.clone()
     left[list(bad)] = 0
     if not bool(left.sum() > 0):
-        raise ValueError(
+        raise NothingLeft(
             "posterior: expected weight above 0 for a configuration with a finite loss on this "
             f"mini-batch, got 0 for all {left.numel() - len(bad)} of them"
         )

@@ -35,6 +35,11 @@ class Branch(NamedTuple):
             return functional_call(self.module, dict(self.tensors), (h,))
         return self.module(h)
 
+    def weights(self) -> list[Tensor]:
+        """The tensors in force that require gradients."""
+        own = (p for name, p in self.module.named_parameters() if name not in self.tensors)
+        return [t for t in (*own, *self.tensors.values()) if t.requires_grad]
+
     def check_tensors(self, where: str) -> None:
         """Raises TypeError or ValueError unless each tensor stands in for one that is there."""
         for name, tensor in self.tensors.items():

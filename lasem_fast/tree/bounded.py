@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from lasem_fast.tree.evaluation import Evaluation, Follow, Part
 from lasem_fast.tree.heap import Heap
 from lasem_fast.tree.tree import Lowerings, Tree, first_random_stage
 
-_version = attrgetter("_version")
+_version, _mode = attrgetter("_version"), attrgetter("training")
+_trains, _dtype = attrgetter("requires_grad"), attrgetter("dtype")
 
 
 class BoundedTree:
@@ -72,7 +74,8 @@ class BoundedTree:
 
     def _cut(self, network: Network, x: Tensor) -> Cut | None:
         """Where to cut the tree for mini-batches like ``x``; None where all of it fits."""
-        key = (network.task, x.shape, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        key = (network.task, x.shape, x.dtype, x.device, autocast, _costs_alike(network))
         if key not in self._cuts:
             with torch.inference_mode(False):  # a step of training is measured, whoever asks first
                 costs = step_bytes(_ordinary(network), self.operations, x.clone())
@@ -88,6 +91,13 @@ class BoundedTree:
         rows = len(self.plan.levels[cut.stage - 1])
         edges = range(0, rows, cut.rows)
         return [self.plan.below(cut.stage, a, min(a + cut.rows, rows)) for a in edges]
+
+
+def _costs_alike(network: Network) -> tuple[tuple[Any, ...], ...]:
+    """What decides about a network's costs besides its mini-batch."""
+    tensors = [*network.tensors()]
+    modes = tuple(map(_mode, network.layers))
+    return modes, tuple(map(_trains, tensors)), tuple(map(_dtype, tensors))
 
 
 def _ordinary(network: Network) -> Network:
@@ -123,7 +133,7 @@ class _Chunked:
         self._shared = self._top.advance(network, x, 0, same)
         self._same = same
         self._lowered: Lowerings = {}  # of the parts, for one pass
-        self._weights = [*network.tensors()]
+        self._weights = [t for t in network.tensors() if not t.is_inference()]
         self._versions = [*map(_version, self._weights)]
         self._outputs: list[Tensor] | None = None
         if random is None:
