@@ -88,6 +88,51 @@ class Kept(_Stage):
         return self.one(h)
 
 
+class InPlace(_Stage):
+    """Changes what it reads again, under another name."""
+
+    def forward(self, h):
+        before, h = h, self.first(h)
+        other = self.same(h)
+        other += before
+        return self.relu(other) + h
+
+
+class Hidden(_Stage):
+    """A class attribute comes before the layer of its name."""
+
+    extra = None
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Conv2d(3, 3, 1)
+
+    def forward(self, h):
+        return self.one(h) if self.extra is None else self.extra(h)
+
+
+class Static(_Stage):
+    @staticmethod
+    def chosen(a, b=None):
+        return a if b is None else b.relu()
+
+    def forward(self, h):
+        return self.chosen(self.first(h))
+
+
+class Computed(_Stage):
+    @property
+    def setting(self):
+        return False
+
+    @setting.setter
+    def setting(self, value):
+        self.__dict__["setting"] = value
+
+    def forward(self, h):
+        return self.both(h) if self.setting else self.one(h)
+
+
 class Swallowing(_Stage):
     def forward(self, h):
         try:
@@ -124,7 +169,10 @@ def _assert_right(net, x, y, em):
     assert_step_equals(net, step, brute_force(net, em.space.bits, x, y, "a"))
 
 
-KINDS = [Frozen, Decorated, Before, Replaced, Padded, Called, Kept, Swallowing, Default]
+KINDS = [
+    Frozen, Decorated, Before, Replaced, Padded, Called, Kept, InPlace, Hidden, Static, Computed,
+    Swallowing, Default,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

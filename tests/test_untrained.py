@@ -54,7 +54,7 @@ def test_what_is_left_out_is_named():
     net = small_net(2)
     left = [*net.shared.parameters(), *net.specific["a"].parameters()]
     found = _train(lf.LASEM(net), {"a": torch.optim.SGD(left, lr=0.1)})
-    assert len(found) == 1 and "its head have" in found[0]
+    assert len(found) == 1 and "its head has" in found[0]
 
 
 def _all(net, task="a", **options):

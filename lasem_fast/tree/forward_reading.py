@@ -65,6 +65,7 @@ class Reading(NamedTuple):
 
 NOTHING = object()
 _PLAIN = (bool, int, float, str, type(None))
+_LOOKED_UP = ("__getattr__", "__getattribute__", "named_modules")
 _BUILTINS = {f.__name__: f for f in (bool, enumerate, int, len, range, reversed, tuple, zip)}
 _NAMESPACES = (torch, torch.nn, F, operator)
 
@@ -133,12 +134,12 @@ class _Reader:
             if kwargs or len(args) != 1 or not isinstance(args[0], fx.Proxy):
                 self.refuse(f"it uses {kind.__name__} in a way that is not looked into")
             return self.tracer.create_proxy("call_module", path, args, {})
-        if kind.__getattr__ is not nn.Module.__getattr__ or "__getattribute__" in vars(kind):
-            self.refuse(f"{kind.__name__} looks its attributes up in a way of its own")
+        if any(getattr(kind, name) is not getattr(nn.Module, name) for name in _LOOKED_UP):
+            self.refuse(f"{kind.__name__} looks its attributes or layers up in a way of its own")
         if is_random(module) and module.training:
             self.refuse(f"{kind.__name__} draws random numbers in training mode")
         self.note(kind, "forward", kind.forward)
-        if kind.forward is nn.Sequential.forward:
+        if kind.forward is nn.Sequential.forward and not kwargs:
             (h,) = args
             for name, child in module._modules.items():
                 h = self.call(child, _inner(path, name), (h,), {})
@@ -191,26 +192,27 @@ class _Reader:
             return False
 
     def attribute(self, module: nn.Module, path: str, name: str) -> Any:
-        """What a module's attribute stands for."""
+        """What a module's attribute stands for, found in Python's and nn.Module's order."""
         own, kind = vars(module), type(module)
-        if name in own["_modules"]:
-            child = own["_modules"][name]
-            return None if child is None else _StandIn(self, child, _inner(path, name))
-        if name in own["_parameters"] or name in own["_buffers"]:
-            self.refuse(f"its forward reads {name!r}")
+        of_kind = next((vars(c)[name] for c in kind.__mro__ if name in vars(c)), NOTHING)
+        if hasattr(type(of_kind), "__set__"):
+            self.refuse(f"its forward reads {name!r}, which is computed")
         if name in own:
             if not is_plain(own[name]):
                 self.refuse(f"its forward reads {name!r}, which may change")
             return self.note(own, name, own[name])
-        value = getattr(kind, name, NOTHING)
-        self.note(own, name, NOTHING)  # nobody puts another one before it
-        self.note(kind, name, value)
-        if is_plain(value):
-            return value
-        if type(value) is FunctionType and not value.__module__.startswith("torch."):
-            return lambda *args, **kwargs: self.run(value, module, path, args, kwargs)
-        self.refuse(f"its forward reads {name!r}, which is not looked into")
-        return None
+        if of_kind is not NOTHING:
+            self.note(own, name, NOTHING)  # nobody puts another one before it
+            self.note(kind, name, getattr(kind, name))
+            if is_plain(of_kind):
+                return of_kind
+            if type(of_kind) is FunctionType and not of_kind.__module__.startswith("torch."):
+                return lambda *args, **kwargs: self.run(of_kind, module, path, args, kwargs)
+            self.refuse(f"its forward reads {name!r}, which is not looked into")
+        if name not in own["_modules"] or name in own["_parameters"] or name in own["_buffers"]:
+            self.refuse(f"its forward reads {name!r}")
+        child = own["_modules"][name]
+        return None if child is None else _StandIn(self, child, _inner(path, name))
 
 
 class _StandIn:

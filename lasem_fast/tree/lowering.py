@@ -268,6 +268,7 @@ class _Builder:
         self.layers: list[FusedLayer] = []
         self.known: dict[fx.Node, int | _Layer] = {}
         self.flat: set[fx.Node] = set()
+        self.same: dict[fx.Node, fx.Node] = {}  # whose tensor a node passes on
         self.order = {node: i for i, node in enumerate(graph.nodes)}
 
     def program(self) -> Program:
@@ -323,7 +324,7 @@ class _Builder:
             raise _Refused(f"it has a layer {type(layer).__name__}, which no kernel has")
 
     def _same(self, node: fx.Node) -> None:
-        source = node.args[0]
+        source = self.same[node] = node.args[0]
         # what others read as well takes nothing in any more
         shared = len(source.users) > 1
         self.known[node] = self._value(source) if shared else self.known[source]
@@ -386,7 +387,7 @@ class _Builder:
         if self.flat & set(node.args):
             raise _Refused("it adds to a flattened input")
         in_place = node.target in (operator.iadd, "add_")
-        if in_place and len(node.args[0].users) > 1:
+        if in_place and self._is_read_again(node.args[0]):
             raise _Refused("it adds in place to a tensor that it uses again")
         # the layer that comes later takes the other's output in
         ready = [arg for arg in node.args if self._may_take(arg)]
@@ -397,6 +398,12 @@ class _Builder:
         layer = self.known[last]
         layer.fields = layer.fields._replace(skip=self._value(other))
         self.known[node] = layer
+
+    def _is_read_again(self, node: fx.Node) -> bool:
+        """Whether more than one node reads a tensor, under any of its names."""
+        while len(node.users) == 1 and node in self.same:
+            node = self.same[node]
+        return len(node.users) > 1
 
     def _may_take(self, node: fx.Node) -> bool:
         known = self.known[node]
