@@ -533,8 +533,19 @@ class LASEM(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As :meth:`torch.nn.Module.load_state_dict`; if it is refused, all is as before."""
-        with choices.process().unless_refused(), all_or_nothing(self):
-            return super().load_state_dict(state_dict, strict, assign)
+        few = set(self._search.few)
+        try:
+            with choices.process().unless_refused(), all_or_nothing(self):
+                found = super().load_state_dict(state_dict, strict, assign)
+        except BaseException:
+            self._search.few = few
+            raise
+        # of what a partial state has no values for nothing is under way
+        if any(name.startswith("_rollback.") for name in found.missing_keys):
+            self._rollback.forget()
+        if any(name.startswith("_posteriors.") for name in found.missing_keys):
+            self._posteriors.restore_structure({}, self._bits)
+        return found
 
     def get_extra_state(self) -> Tensor:
         """What is searched and which buffers exist, so that they can be made before loading.

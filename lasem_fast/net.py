@@ -331,14 +331,16 @@ class TransferNet(nn.Module):
                 self.keep(task, saved)
 
     def _restore_branches(self, task: str) -> None:
-        """Gives an ended task new modules for the branches that it dropped."""
+        """Gives an ended task new modules for the branches that it dropped; draws no numbers."""
         if self._configs[task] is None:
             return
-        for i in range(self.depth):
-            if self.specific[task][i] is None:
-                self.specific[task][i] = self._new_specific(i)
-            if self.adapters[task][i] is None:
-                self.adapters[task][i] = self._new_adapters(i)
+        cuda = {p.device for p in self.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=cuda):
+            for i in range(self.depth):
+                if self.specific[task][i] is None:
+                    self.specific[task][i] = self._new_specific(i)
+                if self.adapters[task][i] is None:
+                    self.adapters[task][i] = self._new_adapters(i)
         self._configs[task] = None
         self._without_adapters[task] = set()
 

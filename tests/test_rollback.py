@@ -211,6 +211,52 @@ def test_a_parameter_that_went_missing_is_refused_before_anything_changes():
     em.end_task("a", {2})
 
 
+def test_an_end_that_is_refused_leaves_what_is_kept_for_the_next_one():
+    """Also while tasks alternate, where what was done so far is attributed first."""
+    em = lf.LASEM(small_net(2, tasks="ab"), backend="torch")
+    first = em.net.shared[0][0]
+    start = first.bias.detach().clone()
+    for task in "abab":
+        _step(em, task)
+    bias, first.bias = first.bias, None
+    before = {name: value.clone() for name, value in em.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"expected the shared stage 1 to have '0\.bias'"):
+        em.end_task("a", set())
+    after = em.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    first.bias = bias
+    _step(em, "b")
+    for task in "ab":
+        em.end_task(task, set())
+    assert torch.equal(first.bias, start)
+
+
+class _Fused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Conv2d(2, 3, 3, padding=1), nn.Parameter(torch.ones(()))
+
+    def reset_parameters(self):
+        nn.init.ones_(self.scale)
+
+    def forward(self, h):
+        return self.layer(h) * self._parameters.get("scale", 1)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_parameter_that_was_fused_away_does_not_come_back_as_a_buffer(saved):
+    net = lf.TransferNet([_Fused()])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    em = lf.LASEM(net.double(), backend="torch")
+    _step(em, "a")
+    if saved:
+        em.load_state_dict(em.state_dict())
+    del net.shared[0].scale
+    with pytest.raises(RuntimeError, match="expected the shared stage 1 to have 'scale'"):
+        em.end_task("a", set())
+
+
 def test_drawing_anew_that_fails_leaves_the_task_open():
     def init(module):
         if fail:

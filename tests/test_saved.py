@@ -172,6 +172,40 @@ def test_a_load_that_is_refused_changes_nothing(kind, assign):
     assert _equal(em.state_dict(), twin.state_dict())
 
 
+def test_of_what_a_partial_state_has_no_values_for_nothing_is_under_way():
+    em = _em(prior="uniform", e_step_every=3)
+    _train(em, "abab")
+    kept = ("_rollback", "_posteriors")
+    state = {name: t for name, t in em.state_dict().items() if not name.startswith(kept)}
+    other = _em(prior="uniform", e_step_every=3)
+    missing = other.load_state_dict(state, strict=False).missing_keys
+    assert missing and all(name.startswith(kept) for name in missing)
+    x, y = batch()
+    other(x, y, "a").loss.backward()
+    for parameter in other.net.shared.parameters():
+        parameter.data.sub_(parameter.grad)
+    for task in "ab":
+        other.end_task(task, set())
+    assert all(map(torch.equal, em.net.shared.parameters(), other.net.shared.parameters()))
+
+
+def test_loading_draws_no_random_numbers():
+    em = _em()
+    _train(em, "ab")
+    em.end_task("a", {1})
+    random = torch.get_rng_state()
+    em.load_state_dict(em.state_dict())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_a_load_that_is_refused_leaves_how_the_next_step_is_run():
+    em, other = _em(prune=0.5), _em(prune=0.5)
+    em._search.few.add("a")
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        other.load_state_dict({**em.state_dict(), "nothing": torch.ones(1)})
+    assert not other._search.few
+
+
 def test_a_load_that_a_net_refuses_changes_nothing():
     net = small_net(2)
     net.keep("a", {1})

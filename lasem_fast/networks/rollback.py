@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.configs import Configuration
-from lasem_fast.networks.saved import lasting
+from lasem_fast.networks.saved import all_or_nothing, lasting
 from lasem_fast.networks.task_modules import TaskModules, Unlisted
 
 _FLOATING = (
@@ -113,11 +113,15 @@ class _Values(nn.Module):
         return found
 
     @classmethod
-    def blank(cls, structure: Any, present: Snapshot) -> _Values | None:
-        """Values to be loaded. Former versions saved whether there are any, and no names."""
+    def blank(cls, structure: Any, present: Snapshot, *, changes: bool = False) -> _Values | None:
+        """Values to be loaded: where none come, those of now, or no changes.
+
+        Former versions saved whether there are any, and no names.
+        """
         if structure is True:
             like = {n: t for n, t in present.tensors.items() if t is not None}
-            return cls({n: torch.empty_like(t) for n, t in like.items()})
+            made = torch.zeros_like if changes else torch.clone
+            return cls({n: made(t) for n, t in like.items()})
         if structure is False or structure is None:
             return None
         values = cls()
@@ -129,7 +133,9 @@ class _Values(nn.Module):
                 if like is not None and like.is_floating_point() and dtype.is_floating_point:
                     dtype = like.dtype  # the net was cast since
                 device = present.device if like is None else like.device
-                tensor = torch.empty(shape, dtype=dtype, device=device)
+                tensor = torch.zeros(shape, dtype=dtype, device=device)
+                if not changes and like is not None and like.shape == tensor.shape:
+                    tensor.copy_(like)
             values[key] = tensor
             if turned:
                 turn = torch.zeros((), dtype=torch.int64, device=present.device)
@@ -150,6 +156,7 @@ class Rollback(Unlisted):
     def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
+        self.weights: frozenset[Name] = frozenset()  # of what was settled, the parameters
         # torch.compile cannot trace in every PyTorch (2.11) how a plain attribute becomes a module
         self.register_module("settled", None)
         self.register_module("anchor", None)
@@ -177,7 +184,7 @@ class Rollback(Unlisted):
 
     def _begin(self, task: str, ended: bool, before: Snapshot) -> None:
         if self.settled is None:
-            self.settled = _Values(before.tensors)
+            self.settled, self.weights = _Values(before.tensors), before.weights
             self.turn = torch.zeros_like(self.turn, device=before.device)
             self.active = task
             return
@@ -256,12 +263,30 @@ class Rollback(Unlisted):
         """
         if task != self.active and task not in self.changes:
             return  # it made no step
+        with all_or_nothing(self):
+            now, others, own, back, gone = self._found(task, config, shared)
+        for name, value in back.items():
+            _put_back(name, value, now, shared)
+        for name in gone:
+            _put_away(name, shared)
+        if not others:
+            self.forget()
+            return
+        for name in now.tensors:
+            if config[name[0]] and name in own:
+                self._keep(name, now.tensors[name], own, others)
+        del self.changes[task]
+        self.anchor = _Values(_present(shared).copied().tensors)
+
+    def _found(self, task: str, config: Configuration, shared: nn.ModuleList) -> tuple[Any, ...]:
+        """The present, others' and the task's changes, and what is to be put back and away."""
         now = _present(shared)
         if self.anchor is not None:
             self._attribute(now)
             self.anchor, self.active = _Values(now.copied().tensors), None
         others = [self.changes[other] for other in self.changes if other != task]
         names = [n for n in {**now.tensors, **self.settled.names} if not config[n[0]]]
+        own = None
         if not others:
             back = {n: self.settled[n] for n in names if self.settled.has_left(n)}
             gone = [n for n in names if n not in back and n not in now.weights]
@@ -270,19 +295,8 @@ class Rollback(Unlisted):
             back, gone = {}, []
             for name in names:
                 self._take_back(name, now.tensors.get(name), own, others, back, gone)
-        _check_can_be_put_back(back, now, shared)
-        for name, value in back.items():
-            _put_back(name, value, now, shared)
-        for name in gone:
-            _put_away(name, shared)
-        if not others:
-            self._forget()
-            return
-        for name in now.tensors:
-            if config[name[0]] and name in own:
-                self._keep(name, now.tensors[name], own, others)
-        del self.changes[task]
-        self.anchor = _Values(_present(shared).copied().tensors)
+        _check_can_be_put_back(back, now, shared, self.weights)
+        return now, others, own, back, gone
 
     def _take_back(
         self, name: Name, now: Tensor | None, own: _Values, others: list[_Values],
@@ -316,8 +330,10 @@ class Rollback(Unlisted):
         settled = self.settled[name] if name in self.settled else None
         return own.is_sum(name) and _same_form(now, own[name]) and _same_form(settled, own[name])
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Takes the shared stages as they are for settled."""
         self.active = self.settled = self.anchor = None
+        self.weights = frozenset()
         self.changes = TaskModules()
         self.turn = torch.zeros_like(self.turn)
 
@@ -327,6 +343,7 @@ class Rollback(Unlisted):
             "active": self.active,
             "turn": int(self.turn) if self.changes or self.anchor is not None else 0,
             "settled": None if self.settled is None else self.settled.structure(),
+            "weights": sorted(map(list, self.weights)),
             "anchor": None if self.anchor is None else self.anchor.structure(),
             "changes": {task: self.changes[task].structure() for task in self.changes},
         }
@@ -337,13 +354,15 @@ class Rollback(Unlisted):
         changes = state["changes"]
         if isinstance(changes, list):  # as former versions saved them
             changes = dict.fromkeys(changes, True)
-        self._forget()
+        self.forget()
         self.active = state["active"]
         self.turn = torch.full_like(self.turn, state.get("turn", 0), device=present.device)
         self.settled = _Values.blank(state["settled"], present)
+        if self.settled is not None:
+            self.weights = frozenset(map(tuple, state.get("weights", present.weights)))
         self.anchor = _Values.blank(state["anchor"], present)
         for task, structure in changes.items():
-            self.changes[task] = _Values.blank(structure, present)
+            self.changes[task] = _Values.blank(structure, present, changes=True)
 
 
 def _present(shared: nn.ModuleList) -> Snapshot:
@@ -382,8 +401,9 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _check_can_be_put_back(
-    back: dict[Name, Tensor | None], now: Snapshot, shared: nn.ModuleList
-) -> None:
+    back: dict[Name, Tensor | None], now: Snapshot, shared: nn.ModuleList,
+    weights: frozenset[Name],
+) -> None:  # fmt: skip
     for (stage, name), value in back.items():
         path, _, leaf = name.rpartition(".")
         try:
@@ -392,7 +412,7 @@ def _check_can_be_put_back(
             owner = None
         if (stage, name) in now.tensors or (owner is not None and leaf in owner._buffers):
             continue
-        if owner is None or value is None or hasattr(owner, leaf):
+        if (stage, name) in weights or owner is None or value is None or hasattr(owner, leaf):
             raise RuntimeError(
                 f"net: expected the shared stage {stage + 1} to have {name!r}, as it had when the "
                 f"task began; got one without it, so that it cannot be put back"

@@ -50,4 +50,5 @@ class Posteriors(UnlistedTaskModules):
             self.forget(task)
         for task, (left, dtype) in state.items():
             dtype = getattr(torch, dtype.removeprefix("torch."))
-            self.keep(task, torch.zeros(len(like), dtype=dtype, device=like.device), left)
+            uniform = torch.full((len(like),), 1 / len(like), dtype=dtype, device=like.device)
+            self.keep(task, uniform, left)
