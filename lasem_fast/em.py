@@ -552,7 +552,8 @@ class LASEM(nn.Module):
 
         With them the choices in force (:mod:`lasem_fast.choices`).
         """
-        return packed({**self._structure(), "choices": choices.in_force()})
+        tasks, chosen = list(self.net.tasks), choices.in_force()
+        return packed({**self._structure(), "tasks": tasks, "choices": chosen})
 
     def set_extra_state(self, state: Any) -> None:
         """Makes the buffers that a saved state has values for; its choices come into force."""
@@ -569,8 +570,11 @@ class LASEM(nn.Module):
                 f"{missing} as well; call add_task for them before load_state_dict"
             )
         saved = choices.checked(state.get("choices", {}), "state_dict: choices")
-        for task in [t for t in self._prior.states if t not in state["prior_tasks"]]:
-            self._prior.forget(task)
+        # of a task that the state does not have it says nothing; former versions did not save which
+        known = state.get("tasks", self.net.tasks)
+        for task in [t for t in self._prior.states if t in known]:
+            if task not in state["prior_tasks"]:
+                self._prior.forget(task)
         for task in state["prior_tasks"]:
             self._start_prior(task)
         self._rollback.restore_structure(state["rollback"], self.net.shared)

@@ -189,6 +189,22 @@ def test_of_what_a_partial_state_has_no_values_for_nothing_is_under_way():
     assert all(map(torch.equal, em.net.shared.parameters(), other.net.shared.parameters()))
 
 
+@pytest.mark.parametrize("prior", ["count", "mean_posterior"])
+def test_a_state_without_a_task_leaves_its_prior_and_names_it_as_missing(prior):
+    em, other = _em(prior=prior), _em("a", prior=prior)
+    _train(em, "abb")
+    _train(other, "a")
+    kept = {
+        n: t.clone() for n, t in em.state_dict().items() if n.startswith("_prior.states.task_b")
+    }
+    missing = em.load_state_dict(other.state_dict(), strict=False).missing_keys
+    assert kept and kept.keys() <= set(missing)
+    assert all(torch.equal(t, em.state_dict()[name]) for name, t in kept.items())
+    assert torch.equal(em.prior("a"), other.prior("a"))
+    em.load_state_dict(_em(prior=prior).state_dict())
+    assert not list(em._prior.states)  # there the task has made no step
+
+
 def test_loading_draws_no_random_numbers():
     em = _em()
     _train(em, "ab")
