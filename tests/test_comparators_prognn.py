@@ -167,6 +167,25 @@ def test_a_run_that_is_resumed_in_its_second_task_is_the_uninterrupted_one():
     assert same_bits(values(fresh.module), values(method.module))
 
 
+@pytest.mark.parametrize("init", [None, release_, lambda stage: nn.init.ones_(stage[0].weight)])
+def test_further_columns_are_frozen_where_the_stages_were_given_so(init):
+    def started(ended):
+        stages = conv_stages()
+        stages[0][0].bias.requires_grad_(False)
+        stages[1].requires_grad_(False)
+        method = ProgNN(stages, init=init)
+        add(method, task("a"))
+        if ended:
+            method.end_task(task("a"))
+        parameters = add(method, task("b"))
+        return [p.shape for p in parameters], method.module.columns["b"].stages
+
+    (shapes, stages), (resumed, _) = started(ended=True), started(ended=False)
+    assert shapes == resumed
+    assert stages[0][0].bias.requires_grad == (init is None)
+    assert stages[0][0].weight.requires_grad and stages[1][0].bias.requires_grad
+
+
 def test_bad_arguments_are_refused_in_words():
     with pytest.raises(ValueError, match="scale: expected a finite number above 0"):
         ProgNN(conv_stages(), scale=0)

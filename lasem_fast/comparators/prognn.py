@@ -15,6 +15,7 @@ from lasem_fast.initialisers import release_
 from lasem_fast.lifelong.task_data import Task
 from lasem_fast.networks.task_modules import TaskModules
 from lasem_fast.transfer import HardParameterSharing
+from lasem_fast.transfer.mechanism import copy_of
 
 _SD = 0.05
 
@@ -43,7 +44,9 @@ class ProgNN(TaskNetMethod):
             the first column.
         scale: by how much the lateral connections are narrowed, above 0. The release has 1 and 2.
         init: draws the weights of each further column's stages in place, for example
-            :func:`lasem_fast.initialisers.release_`; None: the layers' own rule.
+            :func:`lasem_fast.initialisers.release_`; None: the layers' own rule. As in
+            `TransferNet`, parameters that are frozen beside trained ones in the stages as given
+            stay so in further columns, unless the layers' own rule draws them.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -88,6 +91,7 @@ class ProgressiveNet(TaskNet):
         self.scale = scale
         self.columns = TaskModules()
         self.given = nn.ModuleList(listed_stages(stages))  # until they are the first column's
+        self._trained: list[dict[str, bool]] = []  # of the stages as given: what is not frozen
         for i, stage in enumerate(self.given):
             plain_parts(stage, i, "ProgNN")
 
@@ -96,10 +100,12 @@ class ProgressiveNet(TaskNet):
         self.check_new_task(task, head)
         before = len(self.tasks)
         if before:
-            first = self.columns[self.tasks[0]].stages
-            stages = [self._drawing.new_specific(stage) for stage in first]
+            stages = [self._new_stage(i) for i in range(len(self._trained))]
         else:
             stages, self.given = list(self.given), nn.ModuleList()
+            self._trained = [
+                {name: p.requires_grad for name, p in stage.named_parameters()} for stage in stages
+            ]
         laterals = [
             [_Lateral(stage, i, before, self.scale) for _ in range(before if i else 0)]
             for i, stage in enumerate(stages)
@@ -108,6 +114,13 @@ class ProgressiveNet(TaskNet):
         self.columns[task] = column.train(self.training)
         self.enter(task, head)
         return [p for part in (column, head) for p in part.parameters() if p.requires_grad]
+
+    def _new_stage(self, i: int) -> nn.Module:
+        """A stage with new weights; frozen in it is what was so as given, not what has ended."""
+        like = copy_of(self.columns[self.tasks[0]].stages[i])
+        for name, parameter in like.named_parameters():
+            parameter.requires_grad_(self._trained[i].get(name, parameter.requires_grad))
+        return self._drawing.new_specific(like)
 
     def forward(self, x: Tensor, task: str) -> Tensor:
         """The head's output ``[N, K]`` of a task."""
