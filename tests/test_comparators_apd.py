@@ -125,6 +125,28 @@ def test_the_first_task_has_no_drift_term():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("active", [False, True])
+def test_tasks_that_are_added_up_front_are_trained_as_in_turn(active):
+    def run(up_front):
+        torch.manual_seed(0)
+        method, parameters = _method("", drift_active=active), {}
+
+        def enter(name):
+            torch.manual_seed(ord(name))
+            parameters[name] = add(method, task(name))
+
+        for name in "abc" if up_front else "":
+            enter(name)
+        for i, name in enumerate("abc"):
+            if not up_front:
+                enter(name)
+            train(method, task(name, i), torch.optim.SGD(parameters[name], lr=0.1))
+            method.end_task(task(name))
+        return values(method.module)
+
+    assert same_bits(run(up_front=True), run(up_front=False))
+
+
 def test_shared_weights_drift_and_the_rest_of_an_ended_task_stays():
     method = _method("a")
     method.end_task(task("a"))

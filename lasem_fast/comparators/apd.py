@@ -96,7 +96,7 @@ class DecomposedNet(TaskNet):
         shared: the stages.
         masks: ``masks[task]``: M of every weighted layer, in the order of the layers.
         additions: ``additions[task]``: tau likewise.
-        previous: ``previous[task]``: the shared tensors as they were when the task was added;
+        previous: ``previous[task]``: the shared tensors as they were when the task before ended;
             empty for the first one and where nothing is to be remembered.
     """
 
@@ -143,6 +143,8 @@ class DecomposedNet(TaskNet):
     def end(self, task: str) -> None:
         super().end(task)
         self.previous[task] = _Copies([])
+        for waiting in [t for t in self.tasks if self.remembers and not self.has_ended(t)]:
+            self.previous[waiting] = _Copies(self.shared.parameters())
 
     def restore_structure(self, state: dict[str, Any]) -> None:
         super().restore_structure(state)
