@@ -197,6 +197,78 @@ def test_same_seed_same_weights():
     assert same_bits(values(_sequence("abc").module), values(_sequence("abc").module))
 
 
+def _constant(layer):
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 0.1)
+
+
+def _growing():
+    torch.manual_seed(0)
+    return den("", loss_threshold=0.0, split_threshold=0.01, group_lasso=0.01, init=_constant)
+
+
+def _added(method, name):
+    torch.manual_seed(ord(name))
+    return torch.optim.SGD(add(method, task(name)), lr=0.1)
+
+
+def test_tasks_that_are_added_up_front_are_trained_as_in_turn():
+    ended = []
+    for up_front in (True, False):
+        method, x = _growing(), task().test[0]
+        optimizers = {name: _added(method, name) for name in "abc"} if up_front else {}
+        for i, name in enumerate("abc"):
+            optimizer = optimizers[name] if up_front else _added(method, name)
+            train(method, task(name, i), optimizer, epochs=6)
+            for waiting in "abc"[i:] if up_front else "":
+                assert method.logits(x, waiting).shape == (8, 3)
+            method.end_task(task(name))
+        ended.append(method.module)
+    assert ended[0].stamps == ended[1].stamps and ended[0].units[0] > 4
+    assert same_bits(values(ended[0]), values(ended[1]))
+
+
+def test_a_run_is_resumed_while_a_task_waits():
+    method = _growing()
+    optimizers = {name: _added(method, name) for name in "abc"}
+    for i, name in enumerate("ab"):
+        train(method, task(name, i), optimizers[name], epochs=6)
+        if name == "a":
+            method.end_task(task(name))
+    saved = copy.deepcopy(method.module.state_dict())
+    fresh = _growing()
+    again = {name: _added(fresh, name) for name in "abc"}
+    fresh.module.load_state_dict(saved)
+    for each, made in ((method, optimizers), (fresh, again)):
+        each.end_task(task("b"))
+        train(each, task("c", 2), made["c"], epochs=6)
+        each.end_task(task("c"))
+    assert fresh.module.stamps == method.module.stamps
+    assert same_bits(values(fresh.module), values(method.module))
+
+
+def test_an_initialiser_that_fails_at_the_end_leaves_the_task_open():
+    def draw(layer):
+        if fails:
+            raise ArithmeticError("no such numbers")
+
+    fails = False
+    method = den("", loss_threshold=0.0, init=draw)
+    optimizers = {name: _added(method, name) for name in "abc"}
+    for i, name in enumerate("ab"):
+        train(method, task(name, i), optimizers[name], epochs=6)
+        before, stamps, fails = values(method.module), dict(method.module.stamps), name == "b"
+        if name == "a":
+            method.end_task(task(name))
+    with pytest.raises(ArithmeticError):
+        method.end_task(task("b"))
+    assert same_bits(values(method.module), before) and method.module.stamps == stamps
+    assert method.module.current == "b" and method.module.phase == "settle"
+    fails = False
+    method.end_task(task("b"))
+    assert method.module.current == "c" and method.module.phase == "select"
+
+
 @pytest.mark.parametrize("at", range(1, 6))
 def test_a_run_that_is_resumed_in_any_phase_is_the_uninterrupted_one(at):
     def go(method, optimizer, epochs):

@@ -19,6 +19,7 @@ from lasem_fast.comparators.task_net import TaskNetMethod, check_mini_batch
 from lasem_fast.configs import Configuration
 from lasem_fast.lifelong.method import Phase, StepResult
 from lasem_fast.lifelong.task_data import Task
+from lasem_fast.networks.saved import all_or_nothing
 
 PHASES = ("select", "retrain", "expand", "drift", "settle")
 
@@ -131,7 +132,8 @@ class DEN(TaskNetMethod):
         """Adds a task; gives the weights of all stages and the head's.
 
         The head is one for the net as it was given: a linear layer, or an ``nn.Sequential`` whose
-        first layer with parameters is one. It is widened to the net's present units.
+        first layer with parameters is one. It is widened to the net's present units. A task that is
+        added while another is open waits for that one's end.
         """
         return self.module.add_task(task.name, head)
 
@@ -215,9 +217,10 @@ class DEN(TaskNetMethod):
         """Ends a task; new units that are useless are removed if it ends while the net expands."""
         net = self.module
         net.check_current(task.name)
-        if net.phase == "expand":
-            remove_useless(net, task.name, self.zero)
-        net.end(task.name)
+        with all_or_nothing(net):  # heads of tasks that wait are widened by an initialiser
+            if net.phase == "expand":
+                remove_useless(net, task.name, self.zero)
+            net.end(task.name)
         return None
 
 

@@ -25,7 +25,8 @@ class GrowingNet(TaskNet):
         units: number of units of every stage.
         stamps: of every task that has ended, how many units of each stage there were then; it uses
             these and no later ones.
-        before: how many there were when the open task began.
+        before: how many there were when the open task began, the first that has not ended; heads of
+            tasks that wait for its end have as many.
         draw: sets new weights of a layer in place.
         phase: of the open task's training.
         selected: units of every stage that the open task trains while it retrains.
@@ -67,16 +68,27 @@ class GrowingNet(TaskNet):
                 f"the last stage's {self._given} units, in the head itself or one nn.Sequential, "
                 f"got {checks.name_of(head)}"
             )
-        first = not self.tasks
+        begins = self.current is None
+        units = self.units if begins else self.before
         entry = Units(linear, width // self._given)
-        if self.units[-1] != self._given:
-            entry.widen(linear.out_features, self.units[-1], self.draw)
+        if units[-1] != self._given:
+            entry.widen(linear.out_features, units[-1], self.draw)
         self._entry_rests[task] = entry.rest
         self.enter(task, head)
+        if begins:
+            self._begin()
+        return [p for part in (self.stages, head) for p in part.parameters() if p.requires_grad]
+
+    def _begin(self) -> None:
+        """Makes ready to train the task whose predecessors have all ended."""
+        first = self.current == self.tasks[0]
         self.before = list(self.units)
         self.previous = _Copies([] if first else self.layers)
         self.set_phase("first" if first else "select")
-        return [p for part in (self.stages, head) for p in part.parameters() if p.requires_grad]
+
+    def units_of(self, task: str) -> list[int]:
+        """How many units of each stage a task uses."""
+        return self.stamps.get(task, self.units if task == self.current else self.before)
 
     def set_phase(self, phase: str) -> None:
         """Begins a phase of the open task's training."""
@@ -85,7 +97,7 @@ class GrowingNet(TaskNet):
     def forward(self, x: Tensor, task: str) -> Tensor:
         """The head's output ``[N, K]`` of a task, from the units that it knows."""
         h, inputs = x, None
-        for i, units in enumerate(self.stamps.get(task, self.units)):
+        for i, units in enumerate(self.units_of(task)):
             h = self._stage(i, h, units, inputs)
             inputs = units
         return self.heads[task](h)
@@ -113,6 +125,12 @@ class GrowingNet(TaskNet):
         self.stamps[task] = list(self.units)
         self.previous = _Copies([])
         self.phase, self.selected = "", []
+        for waiting in [t for t in self.tasks if not self.has_ended(t)]:
+            entry = self.entry(waiting)
+            if self.before[-1] != self.units[-1]:
+                entry.widen(entry.layer.out_features, self.units[-1], self.draw)
+        if self.current is not None:
+            self._begin()
 
     def structure(self) -> dict[str, Any]:
         return {
@@ -135,7 +153,7 @@ class GrowingNet(TaskNet):
         self._resize(self.units)
         for task in self.tasks:
             entry = self.entry(task)
-            entry.resize(entry.layer.out_features, self.stamps.get(task, self.units)[-1])
+            entry.resize(entry.layer.out_features, self.units_of(task)[-1])
 
     def _resize(self, units: list[int]) -> None:
         inputs = [self.layers[0].weight.shape[1], *units]

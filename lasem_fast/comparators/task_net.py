@@ -38,6 +38,11 @@ class TaskNet(nn.Module):
         """Names of all tasks, in the order in which they were added."""
         return tuple(self._ended)
 
+    @property
+    def current(self) -> str | None:
+        """The first task that has not ended, which is trained; those behind it wait."""
+        return next((task for task, ended in self._ended.items() if not ended), None)
+
     def check_new_task(self, task: str, head: nn.Module) -> None:
         """Raises TypeError or ValueError for a name that is not new or a head that is no module."""
         checks.check_new_task(task, self._ended)
