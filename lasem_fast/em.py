@@ -536,16 +536,10 @@ class LASEM(nn.Module):
         few = set(self._search.few)
         try:
             with choices.process().unless_refused(), all_or_nothing(self):
-                found = super().load_state_dict(state_dict, strict, assign)
+                return super().load_state_dict(state_dict, strict, assign)
         except BaseException:
             self._search.few = few
             raise
-        # of what a partial state has no values for nothing is under way
-        if any(name.startswith("_rollback.") for name in found.missing_keys):
-            self._rollback.forget()
-        if any(name.startswith("_posteriors.") for name in found.missing_keys):
-            self._posteriors.restore_structure({}, self._bits)
-        return found
 
     def get_extra_state(self) -> Tensor:
         """What is searched and which buffers exist, so that they can be made before loading.

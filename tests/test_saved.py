@@ -189,6 +189,24 @@ def test_of_what_a_partial_state_has_no_values_for_nothing_is_under_way():
     assert all(map(torch.equal, em.net.shared.parameters(), other.net.shared.parameters()))
 
 
+@pytest.mark.parametrize("left_out", ["_rollback", "_rollback.settled", "_rollback.changes.task_b"])
+def test_partial_states_of_an_outer_module_leave_nothing_half_either(left_out):
+    em, inner = _em(e_step_every=3), _em(e_step_every=3)
+    _train(em, "abab")
+    kept = (f"em.{left_out}", "em._posteriors")
+    state = nn.ModuleDict({"em": em}).state_dict()
+    expected = [name for name in state if name.startswith("em._rollback.")]
+    state = {name: t for name, t in state.items() if not name.startswith(kept)}
+    found = nn.ModuleDict({"em": inner}).load_state_dict(state, strict=False)
+    lost = [name for name in expected if name not in state]
+    assert [name for name in found.missing_keys if "_rollback" in name] == lost
+    assert inner._rollback.is_idle and not list(inner._posteriors) and not inner._posteriors.left
+    _train(inner, "a")
+    for task in "ab":
+        inner.end_task(task, set())
+    assert all(map(torch.equal, em.net.shared.parameters(), inner.net.shared.parameters()))
+
+
 @pytest.mark.parametrize("prior", ["count", "mean_posterior"])
 def test_a_state_without_a_task_leaves_its_prior_and_names_it_as_missing(prior):
     em, other = _em(prior=prior), _em("a", prior=prior)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.configs import Configuration
-from lasem_fast.networks.saved import all_or_nothing, lasting
+from lasem_fast.networks.saved import absent, all_or_nothing, lasting
 from lasem_fast.networks.task_modules import TaskModules, Unlisted
 
 _FLOATING = (
@@ -363,6 +363,19 @@ class Rollback(Unlisted):
         self.anchor = _Values.blank(state["anchor"], present)
         for task, structure in changes.items():
             self.changes[task] = _Values.blank(structure, present, changes=True)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """Of what a partial state has no values for nothing is under way."""
+        lost = absent(self, state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if lost:
+            missing += lost
+            self.forget()
 
 
 def _present(shared: nn.ModuleList) -> Snapshot:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.networks.saved import lasting
+from lasem_fast.networks.saved import absent, lasting
 from lasem_fast.networks.task_modules import UnlistedTaskModules
 
 
@@ -52,3 +52,17 @@ class Posteriors(UnlistedTaskModules):
             dtype = getattr(torch, dtype.removeprefix("torch."))
             uniform = torch.full((len(like),), 1 / len(like), dtype=dtype, device=like.device)
             self.keep(task, uniform, left)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """Where a partial state has no values, the next mini-batch infers its own posterior."""
+        lost = absent(self, state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if lost:
+            missing += lost
+            for task in list(self):
+                self.forget(task)
