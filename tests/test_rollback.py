@@ -245,16 +245,25 @@ class _Fused(nn.Module):
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_a_parameter_that_was_fused_away_does_not_come_back_as_a_buffer(saved):
+@pytest.mark.parametrize("as_buffer", [False, True])
+@pytest.mark.parametrize("order", ["a", "ba"])
+def test_a_parameter_that_was_fused_away_does_not_come_back_as_a_buffer(order, as_buffer, saved):
     net = lf.TransferNet([_Fused()])
-    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+    for task in "ab":
+        net.add_task(task, nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
     em = lf.LASEM(net.double(), backend="torch")
-    _step(em, "a")
+    for task in order:
+        _step(em, task)
     if saved:
         em.load_state_dict(em.state_dict())
     del net.shared[0].scale
-    with pytest.raises(RuntimeError, match="expected the shared stage 1 to have 'scale'"):
+    if as_buffer:
+        net.shared[0].register_buffer("scale", torch.ones(()))
+    before = {name: value.clone() for name, value in em.state_dict().items()}
+    with pytest.raises(RuntimeError, match="the shared stage 1 to have 'scale' as a parameter"):
         em.end_task("a", set())
+    assert before.keys() == em.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in em.state_dict().items())
 
 
 def test_drawing_anew_that_fails_leaves_the_task_open():

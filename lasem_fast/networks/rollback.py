@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.configs import Configuration
-from lasem_fast.networks.saved import absent, all_or_nothing, lasting
+from lasem_fast.networks.saved import absent, lasting
 from lasem_fast.networks.task_modules import TaskModules, Unlisted
 
 _FLOATING = (
@@ -263,40 +263,48 @@ class Rollback(Unlisted):
         """
         if task != self.active and task not in self.changes:
             return  # it made no step
-        with all_or_nothing(self):
-            now, others, own, back, gone = self._found(task, config, shared)
+        now = _present(shared)
+        names = [n for n in {**now.tensors, **self.settled.names} if not config[n[0]]]
+        # nobody can have written since `anchor` to what is gone
+        lost = [n for n in names if n not in (now.weights if n in self.weights else now.tensors)]
+        _check_can_be_put_back(self._without(task, lost, now)[0], self.weights, shared)
+        if self.anchor is not None:
+            self._attribute(now)
+            self.anchor, self.active = _Values(now.copied().tensors), None
+        back, gone = self._without(task, names, now)
         for name, value in back.items():
             _put_back(name, value, now, shared)
         for name in gone:
             _put_away(name, shared)
+        others = self._others(task)
         if not others:
             self.forget()
             return
+        own = self.changes[task]
         for name in now.tensors:
             if config[name[0]] and name in own:
                 self._keep(name, now.tensors[name], own, others)
         del self.changes[task]
         self.anchor = _Values(_present(shared).copied().tensors)
 
-    def _found(self, task: str, config: Configuration, shared: nn.ModuleList) -> tuple[Any, ...]:
-        """The present, others' and the task's changes, and what is to be put back and away."""
-        now = _present(shared)
-        if self.anchor is not None:
-            self._attribute(now)
-            self.anchor, self.active = _Values(now.copied().tensors), None
-        others = [self.changes[other] for other in self.changes if other != task]
-        names = [n for n in {**now.tensors, **self.settled.names} if not config[n[0]]]
-        own = None
-        if not others:
-            back = {n: self.settled[n] for n in names if self.settled.has_left(n)}
-            gone = [n for n in names if n not in back and n not in now.weights]
-        else:
+    def _others(self, task: str) -> list[_Values]:
+        """What the other open tasks did."""
+        return [self.changes[other] for other in self.changes if other != task]
+
+    def _without(
+        self, task: str, names: list[Name], now: Snapshot
+    ) -> tuple[dict[Name, Tensor | None], list[Name]]:
+        """The values of tensors without what the task did, and the buffers that it has made."""
+        back: dict[Name, Tensor | None] = {}
+        gone: list[Name] = []
+        if others := self._others(task):
             own = self.changes[task]
-            back, gone = {}, []
             for name in names:
                 self._take_back(name, now.tensors.get(name), own, others, back, gone)
-        _check_can_be_put_back(back, now, shared, self.weights)
-        return now, others, own, back, gone
+        else:
+            back = {n: self.settled[n] for n in names if self.settled.has_left(n)}
+            gone = [n for n in names if n not in back and n not in now.weights]
+        return back, [n for n in gone if n in now.tensors]
 
     def _take_back(
         self, name: Name, now: Tensor | None, own: _Values, others: list[_Values],
@@ -414,21 +422,23 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _check_can_be_put_back(
-    back: dict[Name, Tensor | None], now: Snapshot, shared: nn.ModuleList,
-    weights: frozenset[Name],
-) -> None:  # fmt: skip
-    for (stage, name), value in back.items():
+    lost: dict[Name, Tensor | None], weights: frozenset[Name], shared: nn.ModuleList
+) -> None:
+    """Raises RuntimeError for one that is no buffer of a layer that is still there."""
+    for (stage, name), value in lost.items():
         path, _, leaf = name.rpartition(".")
         try:
             owner = shared[stage].get_submodule(path)
         except AttributeError:
             owner = None
-        if (stage, name) in now.tensors or (owner is not None and leaf in owner._buffers):
+        weight = (stage, name) in weights
+        if not weight and owner is not None and leaf in owner._buffers:
             continue
-        if (stage, name) in weights or owner is None or value is None or hasattr(owner, leaf):
+        if weight or owner is None or value is None or hasattr(owner, leaf):
+            kind = " as a parameter" if weight else ""
             raise RuntimeError(
-                f"net: expected the shared stage {stage + 1} to have {name!r}, as it had when the "
-                f"task began; got one without it, so that it cannot be put back"
+                f"net: expected the shared stage {stage + 1} to have {name!r}{kind}, as it had "
+                f"when the task began; got one without it, so that it cannot be put back"
             )
 
 
