@@ -90,12 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{prog} needs {missing}: pip install lasem_fast[{command.extra}]", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130  # as a shell has it
-    except OSError as error:  # of a file or folder that was named, which the error says
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":

@@ -89,15 +89,3 @@ def config(methods: str = METHODS, **changes: str) -> str:
     for name in changes:
         text = "\n".join(line for line in text.splitlines() if not line.startswith(f"{name} = "))
     return top + text + "\n" + methods
-
-
-def number() -> int:
-    """No tasks."""
-    return 5
-
-
-class FailingAtOnce(Own):
-    """Fails in its first step, where runs are only timed."""
-
-    def step(self, x, y, task, optimizer):
-        raise KeyError("as it was asked to, at once")

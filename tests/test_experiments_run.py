@@ -125,21 +125,6 @@ def test_a_run_that_fails_leaves_the_others_alone(write, tmp_path, capsys):
     assert "options.share: unknown key; did you mean 'shared'?" in capsys.readouterr().err
 
 
-def test_a_method_that_fails_at_once_leaves_the_others_alone(write, tmp_path, capsys):
-    """Already where it is timed before anything is run."""
-    source = drawn_experiment.__file__
-    methods = "".join(
-        f'[[methods]]\nmethod = "{source}:{name}"\noptions = {{ shared = 2 }}\n'
-        for name in ("FailingAtOnce", "Own")
-    )
-    assert main(["run", str(write(methods, seeds="[0]"))]) == 1
-    told = capsys.readouterr()
-    assert "?" in told.out and "as it was asked to, at once" in told.err
-    out = tmp_path / "out"
-    assert "KeyError" in next(out.glob("failing*/seed0/error.txt")).read_text()
-    assert (out / "own-hps" / "seed0" / "run.json").exists()
-
-
 def test_the_seed_is_the_trial_of_the_data(write):
     experiment = Experiment.of(tomllib.loads(write().read_text()))
     sizes = {unit.seed: len(experiment.tasks(unit)[0].train[0]) for unit in experiment.units()}

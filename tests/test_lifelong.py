@@ -5,7 +5,6 @@ import pickle
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -212,21 +211,6 @@ def test_wrong_arguments_are_named_before_anything_is_made(changes, message):
     with pytest.raises((TypeError, ValueError, RuntimeError), match=f"^{message}"):
         run(**changes, make_net=lambda: built.append(0))
     assert not built
-
-
-def test_numbers_may_be_numpys():
-    tasks = [replace(task, n_classes=np.int64(task.n_classes)) for task in make_tasks(1)]
-    options = {"epochs": np.int64(1), "batch_size": np.int32(8), "seed": np.int64(3)}
-    plain = {name: int(value) for name, value in options.items()}
-    found, want = run(tasks=tasks, **options), run(tasks=make_tasks(1), **plain)
-    assert json.dumps(without_times(found)) == json.dumps(without_times(want))
-
-
-@pytest.mark.parametrize("factor", [-1, float("nan"), None])
-def test_a_schedule_that_gives_no_factor_is_named(factor):
-    with pytest.raises((SequenceError, TypeError, ValueError)) as error:
-        run(schedule=lambda epoch: factor)
-    assert "schedule: expected a finite number of at least 0, got" in str(error.value)
 
 
 def test_no_tasks():

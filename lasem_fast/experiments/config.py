@@ -106,8 +106,7 @@ def _told(model: type[BaseModel], found: Any, prefix: str) -> str:
         return f"{path}: unknown key{suggestion(key, model.model_fields)}"
     if found["type"] == "missing":
         return f"{path}: missing"
-    first, rest = found["msg"][:1], found["msg"][1:]
-    return f"{path}: {first.lower()}{rest}, got {found['input']!r}"
+    return f"{path}: {found['msg'].lower()}, got {found['input']!r}"
 
 
 def _is_key(part: Any) -> bool:

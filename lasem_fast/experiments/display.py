@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ _LOOK_EVERY = 0.5  # seconds
 def heading(experiment: Experiment, seconds: dict[str, float]) -> str:
     """How many runs are left, and how long all of them will take."""
     left = [unit for unit in experiment.units() if not unit.finished]
-    total = sum(_counted(seconds)[unit.variant.slug] for unit in left)
+    total = sum(seconds[unit.variant.slug] for unit in left)
     workers = min(experiment.config.workers, max(1, len(left)))
     return (
         f"{experiment.config.name}: {len(left)} of {len(experiment.units())} runs left, about "
@@ -46,15 +45,8 @@ def plan_table(experiment: Experiment, seconds: dict[str, float]) -> Table:
     return table
 
 
-def _counted(seconds: dict[str, float]) -> dict[str, float]:
-    """Where nothing is known, nothing."""
-    return {slug: 0.0 if math.isnan(time) else time for slug, time in seconds.items()}
-
-
 def duration(seconds: float) -> str:
     """A time in words of two units at most."""
-    if math.isnan(seconds):
-        return "?"
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -95,7 +87,6 @@ class _Watch:
 
     def __init__(self, experiment: Experiment, seconds: dict[str, float], bars: Progress) -> None:
         self._units = [unit for unit in experiment.units() if not unit.finished]
-        seconds = _counted(seconds)
         self._seconds, self._bars, self._experiment = seconds, bars, experiment
         self._rows: dict[Path, TaskID] = {}
         total = sum(seconds[unit.variant.slug] for unit in self._units)

@@ -16,7 +16,6 @@ from lasem_fast.experiments.config import Checked, ConfigError, suggestion
 from lasem_fast.experiments.network import Network
 from lasem_fast.experiments.variants import Variant, expand
 from lasem_fast.lifelong import Task
-from lasem_fast.lifelong.run_checks import checked_device
 from lasem_fast.optim import TFRMSprop
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -70,8 +69,6 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.config: schema.Config = self.checked.config
-        task_source.check_name(self.config.data)
-        _check_device(self.config.device)
         self.network = Network(self.config.net)
         self.variants = expand(self.checked.methods, self.network)
         self.built = {v.slug: registry.build(v, self.network) for v in self.variants}
@@ -189,13 +186,6 @@ def _with_fewer_tests(task: Task, most: int | None) -> Task:
         return task
     rows = torch.arange(most) * len(x) // most
     return replace(task, test=(x[rows], y[rows]))
-
-
-def _check_device(device: str) -> None:
-    try:
-        checked_device(device)
-    except RuntimeError as error:
-        raise ConfigError(str(error)) from error
 
 
 def falling(decay: float) -> Callable[[int], float] | None:

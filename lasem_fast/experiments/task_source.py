@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,18 +55,13 @@ def load_stand_ins(data: schema.Data, seed: int) -> list[Task]:
     return tasks
 
 
-def check_name(data: schema.Data) -> None:
-    """Raises ConfigError for the name of no data set, if it is not a function of the user's."""
-    if ":" not in data.name and data.name not in datasets.NAMES:
+def _checked(data: schema.Data) -> dict[str, Any]:
+    """The options of a published data set."""
+    if data.name not in datasets.NAMES:
         raise ConfigError(
             f"data.name: expected one of {', '.join(datasets.NAMES)}, or a function of your own as "
             f"file.py:function, got {data.name!r}{suggestion(data.name, datasets.NAMES)}"
         )
-
-
-def _checked(data: schema.Data) -> dict[str, Any]:
-    """The options of a published data set."""
-    check_name(data)
     check_options(data.options(), datasets.options(data.name), "data")
     return data.options()
 
@@ -80,13 +74,7 @@ def _own(data: schema.Data, seed: int) -> list[Task]:
         options["root"] = data.root
     check_options(options, known, "data")
     options = _with_trial(options, known, seed)
-    found = function(**options)
-    if not isinstance(found, Iterable):
-        raise ConfigError(
-            f"data.name: expected {data.name!r} to return a list of tasks, got "
-            f"{type(found).__name__}"
-        )
-    return list(found)
+    return list(function(**options))
 
 
 def _with_trial(options: dict[str, Any], known: dict[str, Any], seed: int) -> dict[str, Any]:

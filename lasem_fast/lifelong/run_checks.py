@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast._numbers import finite_number, is_whole
+from lasem_fast._numbers import finite_number
 from lasem_fast.em import LASEM
 from lasem_fast.lifelong.method import Method
 from lasem_fast.lifelong.task_data import Task
@@ -145,13 +145,12 @@ def check_functions(**functions: Any) -> None:
             raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
 
 
-def checked_numbers(seed: Any, **counts: Any) -> tuple[int, ...]:
-    """A seed and whole numbers of at least 1, as ints."""
+def check_numbers(seed: Any, **counts: Any) -> None:
+    """A seed and whole numbers of at least 1."""
     for name, value in {"seed": seed, **counts}.items():
-        if not is_whole(value):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an int, got {value!r}")
-        if name in counts and int(value) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {int(value)}")
-    if not 0 <= int(seed) < 2**63:
-        raise ValueError(f"seed: expected a number in 0..2^63 - 1, got {int(seed)}")
-    return int(seed), *map(int, counts.values())
+        if name in counts and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a number in 0..2^63 - 1, got {seed}")

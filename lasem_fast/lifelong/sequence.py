@@ -32,11 +32,11 @@ from lasem_fast.lifelong.methods import Search, Static
 from lasem_fast.lifelong.records import RunRecord, TaskRecord
 from lasem_fast.lifelong.run_checks import (
     check_functions,
+    check_numbers,
     checked_device,
     checked_folder,
     checked_method,
     checked_net,
-    checked_numbers,
     own_copies,
 )
 from lasem_fast.lifelong.task_data import Task, check_tasks
@@ -134,13 +134,9 @@ def train_sequence(
     check_functions(make_net=make_net, make_head=make_head, optimizer=optimizer)
     optional = {"on_epoch": on_epoch, "on_task": on_task, "schedule": schedule}
     check_functions(**{name: given for name, given in optional.items() if given is not None})
-    seed, epochs, batch_size, evaluate_every = checked_numbers(
-        seed, epochs=epochs, batch_size=batch_size, evaluate_every=evaluate_every
-    )
+    check_numbers(seed, epochs=epochs, batch_size=batch_size, evaluate_every=evaluate_every)
     if evaluate_earlier_every is not None:
-        _, evaluate_earlier_every = checked_numbers(
-            seed, evaluate_earlier_every=evaluate_earlier_every
-        )
+        check_numbers(seed, evaluate_earlier_every=evaluate_earlier_every)
     if not isinstance(drop_last, bool):
         raise TypeError(f"drop_last: expected True or False, got {drop_last!r}")
     place = checked_folder(folder, save_every)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lasem_fast._numbers import is_whole
 from lasem_fast.networks.checks import is_plain
 
 Split = tuple[Tensor, Tensor]
@@ -55,8 +54,8 @@ def check_tasks(tasks: Any) -> list[Task]:
         raise ValueError(f"tasks: expected different names, got {names}")
     for task in tasks:
         for split, pair in task.splits():
-            _check_split(pair, f"{split} of task {task.name!r}", int(task.n_classes))
-    return [replace(task, n_classes=int(task.n_classes)) for task in tasks]
+            _check_split(pair, f"{split} of task {task.name!r}", task.n_classes)
+    return list(tasks)
 
 
 def _check_name_and_classes(task: Task, where: str) -> None:
@@ -64,7 +63,7 @@ def _check_name_and_classes(task: Task, where: str) -> None:
         raise TypeError(f"{where}: expected a name (str), got {task.name!r}")
     if not task.name:
         raise ValueError(f"{where}: expected a name, got an empty string")
-    if not is_whole(task.n_classes):
+    if not isinstance(task.n_classes, int) or isinstance(task.n_classes, bool):
         raise TypeError(f"n_classes of task {task.name!r}: expected an int, got {task.n_classes!r}")
     if task.n_classes < 1:
         raise ValueError(

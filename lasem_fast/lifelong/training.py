@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast._numbers import finite_number
 from lasem_fast.configs import Configuration
 from lasem_fast.lifelong import checkpoints
 from lasem_fast.lifelong.clock import Clock
@@ -161,9 +160,8 @@ def _set_learning_rate(
 ) -> None:
     """``epoch``: of the whole run, from 0."""
     if schedule is not None:
-        factor = finite_number(schedule(epoch), "schedule", zero=True)
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(epoch)
 
 
 def _epoch(run: Run, method: Method, now: Training) -> tuple[float, list[float] | None]:
