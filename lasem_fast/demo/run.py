@@ -17,6 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 import lasem_fast
+from lasem_fast._numbers import seed_number
 from lasem_fast.demo import tables, timing, training
 from lasem_fast.demo.comparison import METHOD_NAMES, compare, verdict
 from lasem_fast.demo.results import Results
@@ -43,8 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     console = Console()
     torch.set_num_threads(args.threads)
     try:
-        if seeds[-1] >= 2**63:
-            raise ValueError(f"--seeds: expected seeds below 2^63, got {seeds[0]} to {seeds[-1]}")
+        seed_number(seeds[-1], "--seeds")
         training.check(settings, seeds[0])
         results = Results(args.out)
     except (OSError, ValueError) as error:
