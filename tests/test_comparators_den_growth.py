@@ -201,7 +201,7 @@ def test_same_seed_same_weights():
 def test_a_run_that_is_resumed_in_any_phase_is_the_uninterrupted_one(at):
     def go(method, optimizer, epochs):
         for epoch in epochs:
-            method.begin_epoch(t, Phase(epoch, 6, 0))
+            method.begin_epoch(t, Phase(epoch, 6))
             for i in range(3):
                 rows = (torch.arange(4) + i) % 8
                 method.step(t.train[0][rows], t.train[1][rows], "c", optimizer)
