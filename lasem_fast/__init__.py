@@ -28,9 +28,12 @@ __all__ = [
     "backends",
     "capture",
     "choices",
+    "comparators",
     "datasets",
     "initialisers",
+    "lifelong",
     "likelihoods",
+    "metrics",
     "nets",
     "optim",
     "priors",
@@ -38,8 +41,11 @@ __all__ = [
 ]
 
 
+_WHEN_ASKED_FOR = ("comparators", "datasets", "lifelong", "metrics")
+
+
 def __getattr__(name: str) -> Any:
     """Imports what needs more than PyTorch (NumPy) when it is first asked for."""
-    if name == "datasets":
-        return import_module("lasem_fast.datasets")
+    if name in _WHEN_ASKED_FOR:
+        return import_module(f"lasem_fast.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -84,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = f"{parser.prog} {args.command}"
     try:
         return importlib.import_module(command.module).main(rest, prog=prog)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130  # as a shell has it
     except ModuleNotFoundError as error:
         missing = dict(command.needs).get((error.name or "").partition(".")[0])
         if missing is None:

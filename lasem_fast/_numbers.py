@@ -36,6 +36,21 @@ def whole_number(value: Any, argument: str, least: int = 1) -> int:
     return int(value)
 
 
+def seed_number(value: Any, argument: str) -> int:
+    """The value as an int that every generator of random numbers takes as a seed.
+
+    Raises:
+        TypeError, ValueError: it is no whole number, or none in 0..2^63 - 1.
+    """
+    if not is_whole(value):
+        raise TypeError(
+            f"{argument}: expected a whole number, got {type(value).__name__} {value!r}"
+        )
+    if not 0 <= int(value) < 2**63:
+        raise ValueError(f"{argument}: expected a number in 0..2^63 - 1, got {int(value)}")
+    return int(value)
+
+
 def finite_number(value: Any, argument: str, *, zero: bool = False) -> float:
     """The value as a float above 0, or with ``zero`` of at least 0.
 

@@ -10,6 +10,7 @@ What is not as described is a ``ValueError`` that names the argument.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -145,7 +146,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     ``half = t s / sqrt(n)``, s the sample standard deviation (n - 1). Needs SciPy for n > 1.
     """
     values = _per(values, "values", "runs")
-    if not 0 < level < 1:
+    if not isinstance(level, Real) or not 0 < level < 1:
         raise ValueError(f"level: expected a probability above 0 and below 1, got {level!r}")
     n = len(values)
     if n == 1:

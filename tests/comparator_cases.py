@@ -46,7 +46,7 @@ def train(method, t, optimizer, steps=3, *, epochs=1, samples=4):
     x, y = t.train
     losses = []
     for epoch in range(1, epochs + 1):
-        method.begin_epoch(t, Phase(epoch, epochs, 0))
+        method.begin_epoch(t, Phase(epoch, epochs))
         for i in range(steps):
             rows = (torch.arange(samples) + i) % len(x)
             losses.append(float(method.step(x[rows], y[rows], t.name, optimizer).loss))

@@ -24,7 +24,7 @@ def den(tasks="a", stages=None, **options):
 
 
 def begin(method, name, epoch, epochs=5):
-    method.begin_epoch(task(name), Phase(epoch, epochs, 0))
+    method.begin_epoch(task(name), Phase(epoch, epochs))
 
 
 def sliced_logits(method, x, name, units):

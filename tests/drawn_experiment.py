@@ -19,6 +19,11 @@ def tasks(n: int = 3, trial: int = 0) -> list[Task]:
     return found
 
 
+def five() -> int:
+    """No tasks."""
+    return 5
+
+
 def net(classes: int) -> tuple[list[nn.Module], nn.Module]:
     """Stages and a head."""
     sizes = (cases.FEATURES, cases.HIDDEN, cases.HIDDEN)
@@ -44,6 +49,23 @@ class Failing(Static):
     def begin_epoch(self, task, phase) -> None:
         if task.name == "t1" and phase.epoch == 2:
             raise KeyError("as it was asked to")
+
+
+class NeverSteps(Static):
+    """Fails in its first step."""
+
+    def __init__(self, net) -> None:
+        super().__init__(net, {1})
+
+    def step(self, x, y, task, optimizer):
+        raise RuntimeError("as it was asked to")
+
+
+class NeverMade(Static):
+    """Fails when it is made."""
+
+    def __init__(self, net) -> None:
+        raise RuntimeError("as it was asked to")
 
 
 CONFIG = """

@@ -164,7 +164,9 @@ def test_the_command_says_what_it_cannot_write(measuring, monkeypatch, tmp_path,
     Clock(monkeypatch).slow_and_fast()(*level())
     with pytest.raises(SystemExit):
         main(["choices", "pin", str(tmp_path / "absent" / "pinned.json")])
-    assert "No such file or directory" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "FILE: expected a place that can be written" in told
+    assert "No such file or directory" in told
     with pytest.raises(SystemExit):
         main(["choices", "pin", "file", "--threads", "0"])
     assert "--threads: expected at least 1, got 0" in capsys.readouterr().err

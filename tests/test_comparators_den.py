@@ -154,7 +154,7 @@ def test_phases_of_a_task_and_their_epochs():
     method = den("ab", phases=(1, 4, 2, 1, 2), loss_threshold=0.0)
     seen = []
     for epoch in range(1, 21):
-        method.begin_epoch(task("b"), Phase(epoch, 20, 0))
+        method.begin_epoch(task("b"), Phase(epoch, 20))
         method.module.batches += 1
         method.module.loss_sum += 1
         seen.append(method.module.phase)
@@ -163,7 +163,7 @@ def test_phases_of_a_task_and_their_epochs():
         method = den("ab", phases=(0.001, 1, 0.001, 0.001, 0.001), loss_threshold=0.0)
         seen = []
         for epoch in range(1, epochs + 1):
-            method.begin_epoch(task("b"), Phase(epoch, epochs, 0))
+            method.begin_epoch(task("b"), Phase(epoch, epochs))
             method.module.loss_sum += 1
             method.module.batches += 1
             seen.append(method.module.phase)

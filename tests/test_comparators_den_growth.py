@@ -273,7 +273,7 @@ def test_an_initialiser_that_fails_at_the_end_leaves_the_task_open():
 def test_a_run_that_is_resumed_in_any_phase_is_the_uninterrupted_one(at):
     def go(method, optimizer, epochs):
         for epoch in epochs:
-            method.begin_epoch(t, Phase(epoch, 6, 0))
+            method.begin_epoch(t, Phase(epoch, 6))
             for i in range(3):
                 rows = (torch.arange(4) + i) % 8
                 method.step(t.train[0][rows], t.train[1][rows], "c", optimizer)

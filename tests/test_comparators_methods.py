@@ -73,7 +73,7 @@ def _run(method: Method, numbers=(0, 1), epochs=10, dropout=0.0):
         assert all(p.requires_grad for p in parameters)
         optimizer = torch.optim.Adam(parameters, lr=0.01)
         for epoch in range(1, epochs + 1):
-            method.begin_epoch(task, Phase(epoch, epochs, epochs * number))
+            method.begin_epoch(task, Phase(epoch, epochs))
             method.module.train()
             x, y = task.train
             found = [

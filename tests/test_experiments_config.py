@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import drawn_experiment
@@ -55,8 +57,12 @@ def work_out(plain) -> None:
          r"methods\[0\].method: expected one of .* got 'lassem'; did you mean 'lasem'\?"),
         ({"methods__0__method": None}, r"methods\[0\].method: expected the name of a method"),
         ({"name": None}, "name: missing"),
-        ({"name": "a/b"}, "name: string should match pattern"),
+        ({"name": "a/b"}, r"name: string should match pattern '\^\[A-Za-z0-9.*, got 'a/b'$"),
         ({"data": None}, "data: missing"),
+        ({"data": {"name": "digit"}, "training": {}},
+         r"data.name: expected one of .* got 'digit'; did you mean 'digits'\?"),
+        ({"data__name": f"{drawn_experiment.__file__}:five", "data__n": None},
+         r"data.name: what .*:five' returned: tasks: expected a sequence of Task, got int"),
         ({"methods": []}, "methods: list should have at least 1 item"),
         ({"seeds": [0, "1"]}, r"seeds.1: input should be a valid integer, got '1'"),
         ({"seeds": [0, 0]}, r"seeds: expected different ones, got \[0, 0\]"),
@@ -64,6 +70,7 @@ def work_out(plain) -> None:
         ({"training__epochs": 2.5}, "training.epochs: input should be a valid integer"),
         ({"methods__0__preset": "papers"}, r"methods\[0\].preset: input should be 'paper' or 'rel"),
         ({"methods__0__prune": 1.0}, r"methods\[0\].prune: input should be less than 1"),
+        ({"methods__0__backend": "tritn"}, r"lasem: backend: expected one of .* got 'tritn'"),
         ({"methods__1__config": "topp-1"}, r"methods\[1\].config: expected 'all', .* got 'topp-1'"),
         ({"methods__1__config": "top-3"}, r"methods\[1\].config: expected .* got 'top-3'"),
         ({"methods__1__config": [[1, 3]]}, r"methods\[1\].config: expected different stages"),
@@ -82,6 +89,57 @@ def work_out(plain) -> None:
 def test_what_is_wrong_is_told_by_its_place(changes, message):
     with pytest.raises(ConfigError, match=rf"(?m)^{message}"):
         work_out(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods__0__max_memory": 0}, "expected bytes .* or a fraction .* got 0"),
+        ({"methods__0__max_memory": 1.5}, "expected bytes .* or a fraction .* got 1.5"),
+        ({"methods__0__transfer": ["hps", "x"]}, r"expected 'hps', .* got \['hps', 'x'\]"),
+        ({"methods__1__config": [[0]]}, r"expected a name such as .* got \[\[0\]\]"),
+        ({"training__evaluate_earlier_every": 0}, "expected a whole .* or 'never', got 0"),
+    ],
+)
+def test_a_value_of_several_types_is_told_in_one_line(changes, message):
+    (key,) = changes
+    *_, name = key.split("__")
+    with pytest.raises(ConfigError) as error:
+        config.check(changed(**changes))
+    (line,) = str(error.value).splitlines()
+    assert re.search(rf"\.{name}: {message}$", line)
+
+
+def test_den_is_refused_where_its_phases_have_no_epochs():
+    plain = changed(methods=[{"method": "den"}], training__epochs=2)
+    experiment = Experiment.of(plain)
+    with pytest.raises(ConfigError, match=r"^training\.epochs: .* at least 5 for 'DEN', got 2"):
+        experiment.arguments(experiment.units()[0])
+    plain["methods"][0]["tasks"] = 1
+    experiment = Experiment.of(plain)
+    assert experiment.arguments(experiment.units()[0])["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": '"abacus"'}, "device: expected one that PyTorch can use here, got 'abacus'"),
+        ({"joblib_backend": '"abacus"', "workers": "2"},
+         "joblib_backend: expected one that joblib can use here, got 'abacus'"),
+        ({"tensorboard": "true"}, "tensorboard: expected false where TensorBoard is not installed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_here_is_told_before_anything_is_trained(
+    changes, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    path = tmp_path / "c.toml"
+    path.write_text(drawn_experiment.config(out=f'"{tmp_path / "out"}"', **changes))
+    for more in ([], ["--plan"]):
+        with pytest.raises(SystemExit) as end:
+            main(["run", str(path), *more])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_everything_that_is_wrong_is_told_at_once():

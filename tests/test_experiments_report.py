@@ -175,6 +175,20 @@ def test_the_command_prints_tables_and_writes_figures(folder, capsys, monkeypatc
     assert [float(row["peak_accuracy"]) for row in rows] == [r["peak_accuracy"] for r in expected]
 
 
+def test_what_cannot_be_written_is_told_with_its_option(folder, tmp_path, capsys):
+    path, _, _ = folder
+    (tmp_path / "taken" / "table1.csv").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    for name in ("taken", "file"):
+        out = tmp_path / name
+        with pytest.raises(SystemExit) as end:
+            main(["report", str(path), "--out", str(out)])
+        assert end.value.code == 2
+        assert f"--out: expected a place that can be written, got '{out}'" in (
+            capsys.readouterr().err
+        )
+
+
 def test_one_seed_has_no_interval(folder):
     path, records, _ = folder
     for run in path.glob("*/seed[123]/run.json"):

@@ -125,9 +125,10 @@ def test_times_go_on_from_those_before(tmp_path):
     [
         ({"folder": 3}, r"folder: expected a folder that can be written, or None, got 3"),
         ({"folder": __file__}, r"folder: expected a folder that can be written"),
+        ({"folder": f"{__file__}/below"}, r"folder: expected a folder that can be written"),
         ({"save_every": -1.0}, r"save_every: expected a finite number of at least 0, got -1"),
         ({"drop_last": 1}, r"drop_last: expected True or False, got 1"),
-        ({"evaluate_every": 0}, r"evaluate_every: expected at least 1, got 0"),
+        ({"evaluate_every": 0}, r"evaluate_every: expected a whole number of at least 1, got 0"),
         ({"schedule": 0.1}, r"schedule: expected a function, got float"),
     ],
 )

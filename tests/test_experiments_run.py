@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 
 import drawn_experiment
@@ -123,6 +124,46 @@ def test_a_run_that_fails_leaves_the_others_alone(write, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["run", str(write(methods.replace("shared", "share"), seeds="[0]"))])
     assert "options.share: unknown key; did you mean 'shared'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["NeverSteps", "NeverMade"])
+def test_a_method_that_fails_at_once_leaves_the_others_alone(name, write, tmp_path, capsys):
+    source = drawn_experiment.__file__
+    methods = f'[[methods]]\nmethod = "{source}:{name}"\n[[methods]]\nmethod = "static"\n'
+    path = write(methods, seeds="[0]")
+    assert main(["run", str(path), "--plan"]) == 0
+    planned = capsys.readouterr()
+    assert re.search(rf"{name} hps +1 +\?", planned.out)
+    assert "without 1 of unknown time" in planned.out
+    why = "no time to predict, RuntimeError: as it was asked to"
+    assert f"{name} hps: {why}" in planned.err
+    assert main(["run", str(path)]) == 1
+    assert f"{name} hps, seed 0 failed: " in capsys.readouterr().err
+    folder = tmp_path / "out" / f"{name.lower()}-hps" / "seed0"
+    assert "RuntimeError: as it was asked to" in (folder / "error.txt").read_text()
+    assert (tmp_path / "out" / "all-hps" / "seed0" / "run.json").exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "times.json", "settings.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_file_of_a_finished_run_is_named(name, text, write, tmp_path, capsys):
+    path = write('[[methods]]\nmethod = "static"\n', seeds="[0]")
+    assert main(["run", str(path)]) == 0
+    folder = tmp_path / "out" / "all-hps" / "seed0"
+    (folder / name).write_text(text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(path)])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and f"{path}:\nout: expected " in told and str(folder) in told
+
+
+def test_tables_that_cannot_be_written_are_told(write, tmp_path, capsys):
+    (tmp_path / "out" / "summary.csv").mkdir(parents=True)
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(write('[[methods]]\nmethod = "static"\n', seeds="[0]"))])
+    assert end.value.code == 2
+    assert "out: expected a folder that can be written" in capsys.readouterr().err
 
 
 def test_the_seed_is_the_trial_of_the_data(write):

@@ -280,6 +280,17 @@ def test_import_needs_torch_alone(absent):
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
+def test_modules_that_need_numpy_are_there_when_asked_for():
+    code = (
+        "import sys, lasem_fast as lf; assert 'lasem_fast.lifelong' not in sys.modules; "
+        "print(lf.lifelong.Task, lf.metrics.gain, lf.comparators.DEN, lf.datasets.load); "
+        "from lasem_fast import *; comparators.DARTS, lifelong.Task, metrics.gain"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    with pytest.raises(AttributeError, match=r"module 'lasem_fast' has no attribute 'metric'"):
+        _ = lf.metric
+
+
 def test_import_does_not_import_triton():
     code = (
         "import sys, torch; before = set(sys.modules); import lasem_fast; "

@@ -5,12 +5,14 @@ import pickle
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lasem_fast import ConfigSpace, TransferNet
 from lasem_fast.lifelong import METHODS, SequenceError, Task, train_sequence
+from lasem_fast.lifelong.methods import Static
 from lasem_fast.priors import Count, MeanPosterior
 
 FEATURES, HIDDEN, CLASSES, DEPTH = 4, 6, 3, 2
@@ -190,13 +192,16 @@ def test_progress_is_told_after_every_epoch():
         ({"method": "some"}, "method: expected one of lasem, all, none, got 'some'"),
         ({"method": ["lasem"]}, "method: expected one of"),
         ({"method": nn.Linear(2, 2)}, "method: expected one of .*, got Linear"),
-        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
-        ({"epochs": 2.5}, "epochs: expected an int, got 2.5"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"evaluate_earlier_every": 0}, "evaluate_earlier_every: expected at least 1"),
+        ({"epochs": 0}, "epochs: expected a whole number of at least 1, got 0"),
+        ({"epochs": 2.5}, "epochs: expected a whole number of at least 1, got float 2.5"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1, got 0"),
+        ({"evaluate_earlier_every": 0}, "evaluate_earlier_every: expected a whole number"),
         ({"seed": -1}, "seed: expected a number in 0"),
-        ({"seed": None}, "seed: expected an int, got None"),
+        ({"seed": None}, "seed: expected a whole number, got NoneType None"),
         ({"optimizer": "Adam"}, "optimizer: expected a function, got str"),
+        ({"optimizer": lambda: None}, r"optimizer: .* called as optimizer\(parameters\), got <lam"),
+        ({"schedule": lambda: 1.0}, r"schedule: expected a function .* schedule\(epoch\), got "),
+        ({"tasks": make_tasks(1)[0]}, "tasks: expected a sequence of Task, got Task$"),
         ({"on_epoch": nn.Linear(2, 2)}, "on_epoch: expected a function, got Linear"),
         ({"tasks": make_tasks(1) * 2}, r"tasks: expected different names, got \['t0', 't0'\]"),
         ({"tasks": ["t0"]}, r"tasks: expected a sequence of Task, got \['str'\]"),
@@ -211,6 +216,54 @@ def test_wrong_arguments_are_named_before_anything_is_made(changes, message):
     with pytest.raises((TypeError, ValueError, RuntimeError), match=f"^{message}"):
         run(**changes, make_net=lambda: built.append(0))
     assert not built
+
+
+def test_functions_that_are_swapped_are_named():
+    with pytest.raises(TypeError, match=r"^make_net: .* make_net\(\), got make_head\(task"):
+        train_sequence(make_head, make_net, make_tasks())
+    with pytest.raises(TypeError, match=r"^make_head: .* make_head\(task\), got make_net"):
+        train_sequence(make_net, make_net, make_tasks())
+
+
+def test_whole_numbers_of_numpy_and_pytorch_are_ints(tmp_path):
+    tasks = [
+        replace(task, n_classes=kind(CLASSES))
+        for task, kind in zip(make_tasks(), (np.int64, torch.tensor, int), strict=True)
+    ]
+    heads = []
+
+    def head(task: Task) -> nn.Module:
+        heads.append(type(task.n_classes))
+        return make_head(task)
+
+    numbers = {"epochs": 2, "batch_size": 8, "seed": 3, "evaluate_every": 1}
+    record = train_sequence(
+        make_net, head, tasks, **{k: np.int64(v) for k, v in numbers.items()}, folder=tmp_path
+    )
+    assert set(heads) == {int}
+    expected = train_sequence(make_net, make_head, make_tasks(), **numbers)
+    assert json.dumps(without_times(record)) == json.dumps(without_times(expected))
+
+
+@pytest.mark.parametrize("factor", [-1, float("nan"), float("inf"), "0.1"])
+def test_a_schedule_that_is_no_factor_is_named_before_a_step(factor):
+    with pytest.raises(SequenceError, match=r"after 1 of .* schedule\(1\): expected a finite"):
+        run(schedule=lambda epoch: factor if epoch else 0.5)
+    assert run(schedule=lambda epoch: 0.0, tasks=make_tasks(1)).tasks  # none is a factor, too
+
+
+def test_a_method_that_needs_more_epochs_is_refused_before_anything_is_trained():
+    class Slow(Static):
+        least_epochs = EPOCHS + 1
+
+    def slow(make_net):
+        return Slow(make_net(), {1})
+
+    told = []
+    with pytest.raises(ValueError, match=r"^epochs: expected at least 4 for Slow and several"):
+        run(method=slow, on_epoch=told.append)
+    assert not told
+    run(method=slow, tasks=make_tasks(1))
 
 
 def test_no_tasks():
@@ -257,8 +310,8 @@ def test_data_of_all_tasks_are_checked_before_anything_is_trained(split, pair, m
     [
         ({"name": 7}, r"tasks\[1\]: expected a name \(str\), got 7"),
         ({"name": ""}, r"tasks\[1\]: expected a name, got an empty string"),
-        ({"n_classes": 0}, "n_classes of task 't1': expected at least 1, got 0"),
-        ({"n_classes": 3.0}, "n_classes of task 't1': expected an int, got 3.0"),
+        ({"n_classes": 0}, "n_classes of task 't1': expected a whole number .* got 0"),
+        ({"n_classes": 3.0}, "n_classes of task 't1': expected a whole number .* got float 3.0"),
     ],
 )
 def test_names_and_classes_are_checked(change, message):

@@ -117,6 +117,9 @@ def test_share_frequency():
         (lambda: metrics.retention([NAN], [0.5]), "final: expected finite values, got NaN"),
         (lambda: metrics.retention([], []), "reference: expected a non-empty vector"),
         (lambda: metrics.gain(MULTI_HEAD, [0.5, NAN, 0.5]), "alone: expected finite values"),
+        (lambda: metrics.mean_interval([0.5], level="x"), "level: expected a probability .*'x'"),
+        (lambda: metrics.mean_interval([0.5], level=None), "level: expected a probability .* None"),
+        (lambda: metrics.paired_difference([0.5], [0.5], 2), "level: expected a probability"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -339,6 +339,16 @@ def test_errors_name_what_was_expected(argv, message, capsys):
 
 
 @pytest.mark.usefixtures("users_net")
+@pytest.mark.parametrize("command", ["overhead", "plan"])
+def test_an_interruption_is_a_status_and_no_traceback(command, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subject, "load", interrupted)
+    assert main([command, "cifar-4"]) == 130
+    assert capsys.readouterr().err == f"python -m lasem_fast {command}: interrupted\n"
+
+
 def test_a_defect_of_the_tool_is_not_told_as_the_users(monkeypatch):
     monkeypatch.delattr(subject.Subject, "batch_of")
     with pytest.raises(AttributeError):

@@ -17,12 +17,13 @@ from lasem_fast.comparators.darts_net import MixedNet
 from lasem_fast.comparators.task_net import check_mini_batch
 from lasem_fast.configs import Configuration
 from lasem_fast.lifelong.method import Phase, StepResult
+from lasem_fast.lifelong.methods.on_net import OnNet
 from lasem_fast.lifelong.task_data import Task
 from lasem_fast.net import TransferNet
 from lasem_fast.transfer import TransferMechanism
 
 
-class DARTS:
+class DARTS(OnNet):
     """Differentiable choice between shared and specific branch, stage by stage.
 
     A stage's output is ``pool(a_0 act(specific(h)) + a_1 act(shared(h)))`` with a the softmax of
@@ -105,6 +106,7 @@ class DARTS:
                 f"difference: expected 'paper' for {net.depth} stages that share only {tensors} "
                 f"trained tensors, because the release pairs each stage with one; got 'release'"
             )
+        super().__init__(net)
         self.module = MixedNet(net)
         self.labels: list[str] = []
         self._make_optimizer = selection_optimizer
@@ -196,16 +198,6 @@ class DARTS:
     def end_task(self, task: Task) -> Configuration:
         """Keeps the present configuration and rolls back what that does not share."""
         return self.module.end_task(task.name, self.redraw_unclaimed)
-
-    def logits(self, x: Tensor, task: str) -> Tensor:
-        """Outputs ``[N, n_classes]`` of the discretised network."""
-        return self.module.net(x, task, config=self.config(task))
-
-    def kept_parameters(self) -> int:
-        """Of all tasks, each parameter once: what their configurations use, or all while open."""
-        net = self.module.net
-        kept = {p for task in net.tasks for p in net.task_parameters(task)}
-        return sum(p.numel() for p in kept)
 
 
 def _alike(optimizer: Optimizer, params: list[nn.Parameter]) -> Optimizer:

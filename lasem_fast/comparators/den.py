@@ -90,6 +90,7 @@ class DEN(TaskNetMethod):
 
     module: GrowingNet
     grows = True
+    least_epochs = len(PHASES)
 
     def __init__(
         self,

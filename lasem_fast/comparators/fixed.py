@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from lasem_fast._numbers import finite_number
 from lasem_fast.configs import ConfigSpace, Configuration
 from lasem_fast.em import LASEM
-from lasem_fast.lifelong.method import Phase, StepResult
+from lasem_fast.lifelong.method import StepResult
+from lasem_fast.lifelong.methods.on_net import OnNet
 from lasem_fast.lifelong.task_data import Task
 from lasem_fast.net import TransferNet
 from lasem_fast.transfer import TransferMechanism
 
 
-class FixedProbability:
+class FixedProbability(OnNet):
     """M-steps under a fixed posterior: P for one configuration, the rest in equal parts.
 
     Every mini-batch is an M-step (dropout on, one forward, no E-step) whose gradient is the sum of
@@ -61,20 +62,13 @@ class FixedProbability:
         backend: str = "auto",
     ) -> None:
         net = TransferNet(stages, transfer)
+        super().__init__(net)
         space = ConfigSpace(net.depth) if space is None else space
         self.module = LASEM(
             net, space, "mean", "uniform", backend, redraw_unclaimed=redraw_unclaimed
         )
         self.labels = [space.label(row) for row in range(len(space))]
         self.probabilities = _probabilities(probability, space.index(config), len(space))
-
-    def add_task(self, task: Task, head: nn.Module) -> list[nn.Parameter]:
-        """Adds a task; gives all branches of all stages, the adapters and the head."""
-        self.module.net.add_task(task.name, head)
-        return self.module.net.task_parameters(task.name)
-
-    def begin_epoch(self, task: Task, phase: Phase) -> None:
-        """Nothing changes from one epoch to the next."""
 
     def step(self, x: Tensor, y: Tensor, task: str, optimizer: Optimizer) -> StepResult:
         """One M-step; a task that has ended trains the configuration that it kept."""
@@ -100,16 +94,6 @@ class FixedProbability:
     def end_task(self, task: Task) -> Configuration:
         """Keeps the most probable configuration and rolls back what that does not share."""
         return self.module.end_task(task.name, self.config(task.name))
-
-    def logits(self, x: Tensor, task: str) -> Tensor:
-        """Outputs ``[N, n_classes]`` of the task's configuration."""
-        return self.module.net(x, task, config=self.config(task))
-
-    def kept_parameters(self) -> int:
-        """Of all tasks, each parameter once: what their configurations use, or all while open."""
-        net = self.module.net
-        kept = {p for task in net.tasks for p in net.task_parameters(task)}
-        return sum(p.numel() for p in kept)
 
 
 def _probabilities(probability: Any, row: int, n_configs: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from lasem_fast._numbers import is_whole, whole_number
+from lasem_fast._numbers import is_whole, seed_number, whole_number
 
 
 def one_of(value: Any, option: str, known: Sequence[int]) -> int:
@@ -34,12 +34,7 @@ def percentage(value: Any) -> int:
 
 def seeds(trial: Any, seed: Any = 0) -> tuple[int, int]:
     """The values of ``trial`` and ``seed``, whole numbers in 0..2^63 - 1 as elsewhere."""
-    for option, value in (("trial", trial), ("seed", seed)):
-        if not is_whole(value):
-            raise TypeError(f"{option}: expected a whole number, got {value!r}")
-        if not 0 <= int(value) < 2**63:
-            raise ValueError(f"{option}: expected a number in 0..2^63 - 1, got {int(value)}")
-    return int(trial), int(seed)
+    return seed_number(trial, "trial"), seed_number(seed, "seed")
 
 
 def optional_module(module: str, project: str, title: str) -> ModuleType:

@@ -92,26 +92,31 @@ def _validated(model: type[BaseModel], plain: dict[str, Any], prefix: str, wrong
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        told = {_told(model, found, prefix) for found in error.errors()}
+        told = {_told(model, plain, found, prefix) for found in error.errors()}
         wrong += sorted(told)
         return None
 
 
-def _told(model: type[BaseModel], found: Any, prefix: str) -> str:
-    path = prefix + ".".join(str(part) for part in found["loc"] if _is_key(part))
+def _told(model: type[BaseModel], plain: dict[str, Any], found: Any, prefix: str) -> str:
+    place = found["loc"]
+    path = prefix + ".".join(map(str, place))
+    for i, key in enumerate(place):
+        field = model.model_fields.get(key)
+        if field is None or found["type"] == "missing":
+            break
+        plain = plain[key]
+        if field.description is not None:  # one line, whichever of its types was tried in vain
+            path = prefix + ".".join(place[: i + 1])
+            return f"{path}: expected {field.description}, got {plain!r}"
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
     if found["type"] == "extra_forbidden":
-        *tables, key = found["loc"]
-        for table in tables:
-            model = model.model_fields[table].annotation
-        return f"{path}: unknown key{suggestion(key, model.model_fields)}"
+        return f"{path}: unknown key{suggestion(place[-1], model.model_fields)}"
     if found["type"] == "missing":
         return f"{path}: missing"
-    return f"{path}: {found['msg'].lower()}, got {found['input']!r}"
-
-
-def _is_key(part: Any) -> bool:
-    """Whether a part of a place is a key or an index, and not the name of a type."""
-    return isinstance(part, int) or part.isidentifier()
+    message = found["msg"]  # only its first letter: a pattern is in it as it stands
+    return f"{path}: {message[0].lower()}{message[1:]}, got {found['input']!r}"
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:

@@ -5,9 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lasem_fast.experiments.config import ConfigError
 from lasem_fast.lifelong import Progress
+
+
+def writer_class() -> type[Any]:
+    """TensorBoard's writer.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard: expected false where TensorBoard is not installed (pip install "
+            "tensorboard), got true"
+        ) from error
+    return SummaryWriter
 
 
 @contextmanager
@@ -17,12 +34,7 @@ def curve_writer(folder: Path) -> Iterator[Callable[[Progress], None]]:
     Raises:
         ConfigError: TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("tensorboard = true needs it: pip install tensorboard") from error
-
-    with SummaryWriter(folder) as writer:
+    with writer_class()(folder) as writer:
 
         def tell(now: Progress) -> None:
             epoch = (now.task_number - 1) * now.epochs + now.epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +21,16 @@ _LOOK_EVERY = 0.5  # seconds
 
 
 def heading(experiment: Experiment, seconds: dict[str, float]) -> str:
-    """How many runs are left, and how long all of them will take."""
+    """How many runs are left, and how long all of them will take that have a prediction."""
     left = [unit for unit in experiment.units() if not unit.finished]
-    total = sum(seconds[unit.variant.slug] for unit in left)
+    total = sum(_weight(seconds, unit) for unit in left)
+    unknown = sum(math.isnan(seconds[unit.variant.slug]) for unit in left)
     workers = min(experiment.config.workers, max(1, len(left)))
+    without = f" without {unknown} of unknown time" if unknown else ""
     return (
         f"{experiment.config.name}: {len(left)} of {len(experiment.units())} runs left, about "
-        f"{duration(total / workers)} with {workers} worker{'s' * (workers > 1)}, predicted from a "
-        f"few steps of each on this machine"
+        f"{duration(total / workers)}{without} with {workers} worker{'s' * (workers > 1)}, "
+        f"predicted from a few steps of each on this machine"
     )
 
 
@@ -45,8 +48,16 @@ def plan_table(experiment: Experiment, seconds: dict[str, float]) -> Table:
     return table
 
 
+def _weight(seconds: dict[str, float], unit: Unit) -> float:
+    """A run's part of the whole; none where its time is not known."""
+    predicted = seconds[unit.variant.slug]
+    return 0.0 if math.isnan(predicted) else predicted
+
+
 def duration(seconds: float) -> str:
-    """A time in words of two units at most."""
+    """A time in words of two units at most; ``?`` for NaN."""
+    if math.isnan(seconds):
+        return "?"
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -89,7 +100,7 @@ class _Watch:
         self._units = [unit for unit in experiment.units() if not unit.finished]
         self._seconds, self._bars, self._experiment = seconds, bars, experiment
         self._rows: dict[Path, TaskID] = {}
-        total = sum(seconds[unit.variant.slug] for unit in self._units)
+        total = sum(_weight(seconds, unit) for unit in self._units)
         self._all = bars.add_task("all", total=total, where="")
 
     def look(self) -> None:
@@ -97,7 +108,7 @@ class _Watch:
         for unit in self._units:
             fraction, where = (1.0, "") if unit.finished else self._under_way(unit)
             ended += unit.finished
-            done += fraction * self._seconds[unit.variant.slug]
+            done += fraction * _weight(self._seconds, unit)
             self._row(unit, fraction, where)
         self._bars.update(
             self._all, completed=done, where=f"{ended} of {len(self._units)} runs ended"

@@ -69,6 +69,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.config: schema.Config = self.checked.config
+        task_source.check(self.config.data)
         self.network = Network(self.config.net)
         self.variants = expand(self.checked.methods, self.network)
         self.built = {v.slug: registry.build(v, self.network) for v in self.variants}
@@ -162,13 +163,19 @@ class Experiment:
     def arguments(self, unit: Unit) -> dict[str, Any]:
         """The keyword arguments of `train_sequence`."""
         training, built = self.training(), self.built[unit.variant.slug]
+        tasks, epochs = self.tasks(unit), training["epochs"]
+        if len(tasks) > 1 and epochs < built.least_epochs:
+            raise ConfigError(
+                f"training.epochs: expected at least {built.least_epochs} for "
+                f"{unit.variant.label!r}, got {epochs}"
+            )
         every = training["evaluate_earlier_every"]
         return {
             "make_net": built.make_net,
             "make_head": built.make_head,
-            "tasks": self.tasks(unit),
+            "tasks": tasks,
             "method": built,
-            "epochs": training["epochs"],
+            "epochs": epochs,
             "batch_size": training["batch_size"],
             "optimizer": partial(OPTIMIZERS[training["optimizer"]], lr=training["lr"]),
             "schedule": falling(training["lr_decay"]),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
+from lasem_fast.experiments.config import ConfigError
 from lasem_fast.experiments.experiment import Experiment, Unit
 from lasem_fast.experiments.variants import Variant
 from lasem_fast.lifelong import Method, Phase, Task
@@ -29,7 +32,11 @@ def predict(experiment: Experiment) -> dict[str, float]:
     """Seconds of one run of every variant that has runs left, by its slug, on one worker.
 
     Measured on this machine with the first task and, because some methods grow with the tasks, the
-    middle one and the last.
+    middle one and the last. NaN for a variant that fails, told on stderr: its runs will fail too,
+    or not, and say why in files of their own.
+
+    Raises:
+        ConfigError: the config's values do not fit together.
     """
     torch.set_num_threads(experiment.config.threads)
     found: dict[str, float] = {}
@@ -38,7 +45,14 @@ def predict(experiment: Experiment) -> dict[str, float]:
             continue
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            found[unit.variant.slug] = _seconds(experiment, unit)
+            try:
+                found[unit.variant.slug] = _seconds(experiment, unit)
+            except ConfigError:
+                raise
+            except Exception as error:  # a method may be anyone's; the others go on
+                found[unit.variant.slug] = math.nan
+                told = f"{type(error).__name__}: {error}".partition("\n")[0]
+                print(f"{unit.variant.label}: no time to predict, {told}", file=sys.stderr)
     return found
 
 
@@ -104,7 +118,7 @@ def _train_briefly(
     x, y = (part[: arguments["batch_size"]].to(arguments["device"]) for part in task.train)
     epochs = min(_EPOCHS, arguments["epochs"])
     for epoch in range(1, epochs + 1):
-        method.begin_epoch(task, Phase(epoch, epochs, 0))
+        method.begin_epoch(task, Phase(epoch, epochs))
         method.step(x, y, task.name, optimizer)
 
 
@@ -116,7 +130,7 @@ def _at(method: Method, task: Task, arguments: dict[str, Any]) -> Cost:
         parameters = method.try_out(task, method.candidates(task)[0])
     optimizer = arguments["optimizer"](parameters)
     x, y = (part[: arguments["batch_size"]] for part in task.train)
-    method.begin_epoch(task, Phase(1, arguments["epochs"], 0))
+    method.begin_epoch(task, Phase(1, arguments["epochs"]))
 
     def step() -> None:
         method.step(x, y, task.name, optimizer)

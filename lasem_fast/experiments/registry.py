@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -34,12 +34,16 @@ _OF_A_VARIANT = ("method", "transfer", "preset")
 
 @dataclass(frozen=True)
 class Built:
-    """A variant's parts for `train_sequence`; ``method`` makes the method, given ``make_net``."""
+    """A variant's parts for `train_sequence`; ``make`` makes the method, given ``make_net``.
+
+    ``least_epochs``: of every task, where there are several.
+    """
 
     name: str
     make: Callable[[MakeNet], Method]
     make_net: MakeNet
     make_head: Callable[[Task], nn.Module]
+    least_epochs: int = 1
 
     def __call__(self, make_net: MakeNet) -> Method:
         return self.make(make_net)
@@ -49,16 +53,24 @@ def build(variant: Variant, network: Network) -> Built:
     """What trains a variant.
 
     Raises:
-        ConfigError: a key is not an argument of the method's class.
+        ConfigError: a key is not an argument of the method's class, or its value not one that the
+            class can take.
     """
     settings = variant.settings
     transfer = settings.get("transfer", "hps")
-    return Built(
+    built = Built(
         variant.slug,
         _maker(settings, network, transfer),
         lambda: network.net(transfer),
         lambda task: network.head(task, transfer),
     )
+    if ":" in settings["method"]:  # what a user's class raises is its run's own failure
+        return built
+    try:
+        method = built(built.make_net)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{settings['method']}: {error}") from error
+    return replace(built, least_epochs=getattr(method, "least_epochs", 1))
 
 
 def _maker(
@@ -95,8 +107,4 @@ def _comparator(
         options["space"] = network.space
     if "transfer" in known:
         options["transfer"] = network.mechanism(transfer)
-    try:
-        kind(network.stages(), **options)  # refuses values that it cannot take
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{method}: {error}") from error
     return lambda make_net: kind(network.stages(), **options)

@@ -13,6 +13,7 @@ from lasem_fast.experiments import figures, reading, tables
 from lasem_fast.experiments.config import ConfigError
 from lasem_fast.experiments.results import csv_text
 from lasem_fast.lifelong.checkpoints import write_text
+from lasem_fast.tools import arguments
 
 _TABLES = (
     (
@@ -50,10 +51,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     out = args.out or args.folders[0] / "report"
     try:
         experiments = reading.read(args.folders)
-        out.mkdir(parents=True, exist_ok=True)
     except (ConfigError, OSError) as error:
         parser.error(str(error))
-    console = Console()
+    with arguments.writing(parser, "--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        _write(experiments, out, Console())
+    return 0
+
+
+def _write(experiments: list[reading.Experiment], out: Path, console: Console) -> None:
     written = []
     for name, make, title, caption in _TABLES:
         rows = make(experiments)
@@ -64,7 +70,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     written += figures.draw(experiments, out)
     names = ", ".join(path.name for path in written)
     console.print(f"Written to {out}: {names}", markup=False, highlight=False)
-    return 0
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ def write_settings(experiment: Experiment, unit: Unit) -> None:
     """Says what a run is before it begins; the same settings may be there already.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a run with other settings, or a damaged file.
     """
     settings = experiment.settings(unit)
     path = unit.folder / "settings.json"
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = _read(path)
         if there != settings:
             changed = [k for k in settings if there.get(k) != settings[k]]
             told = ", ".join(f"{k} {there.get(k)!r} there, {settings[k]!r} here" for k in changed)
@@ -95,14 +95,45 @@ def write_tables(experiment: Experiment) -> None:
     for unit in experiment.units():
         if not unit.finished:
             continue
-        run = json.loads((unit.folder / "run.json").read_text(encoding="utf-8"))
-        names = {"label": unit.variant.label, "seed": unit.seed}
-        rows.append({**names, **run["summary"], "parameters": run["record"]["parameters"]})
-        spent = json.loads((unit.folder / "times.json").read_text(encoding="utf-8"))["seconds"]
-        times.append({**names, **spent, "total": sum(spent.values())})
+        row, spent = rows_of(unit)
+        rows.append(row)
+        times.append(spent)
     for name, table in (("summary.csv", rows), ("times.csv", times)):
         if table:
             write_text(experiment.out / name, csv_text(table))
+
+
+def rows_of(unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the tables say of a run that has ended: its measures, its times.
+
+    Raises:
+        ConfigError: a file is not what `write_run` writes.
+    """
+    names = {"label": unit.variant.label, "seed": unit.seed}
+    run, times = _read(unit.folder / "run.json"), _read(unit.folder / "times.json")
+    try:
+        row = {**names, **run["summary"], "parameters": run["record"]["parameters"]}
+        return row, {**names, **times["seconds"], "total": sum(times["seconds"].values())}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(unit.folder, repr(error)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, f"{type(found).__name__} in it")
+    return found
+
+
+def _damaged(path: Path, reason: str) -> ConfigError:
+    folder = path if path.is_dir() else path.parent
+    return ConfigError(
+        f"out: expected what `run` has written in {path}, got a damaged file ({reason}); remove "
+        f"{folder} to train this run anew"
+    )
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:

@@ -6,11 +6,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# What may be of several types has a description: it is what the message then says was expected.
 Positive = Annotated[int, Field(ge=1)]
 Transfer = Literal["hps", "tf", "dfcnn"]
-Transfers = Transfer | Annotated[list[Transfer], Field(min_length=1)]
+Transfers = Annotated[
+    Transfer | Annotated[list[Transfer], Field(min_length=1)],
+    Field(description="'hps', 'tf' or 'dfcnn', or a list of some of them"),
+]
 # a name such as "all" or "top-2", or a list of names and of lists of 1-based shared stages
-Configs = str | Annotated[list[str | list[Positive]], Field(min_length=1)]
+Configs = Annotated[
+    str | Annotated[list[str | list[Positive]], Field(min_length=1)],
+    Field(
+        description="a name such as 'all' or 'top-2', or a list of names and of lists of stages "
+        "such as [[1, 3]]"
+    ),
+]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -51,7 +61,9 @@ class Training(Part):
     lr_decay: Annotated[float, Field(ge=0)] | None = None
     drop_last: bool | None = None
     evaluate_every: Positive = 1
-    evaluate_earlier_every: Positive | Literal["never"] = "never"
+    evaluate_earlier_every: Annotated[
+        Positive | Literal["never"], Field(description="a whole number of at least 1, or 'never'")
+    ] = "never"
     test_samples: Positive | None = None  # of every task, spread over its test split; None: all
 
 
@@ -70,7 +82,13 @@ class Lasem(Method):
     prior: Literal["count", "mean_posterior", "uniform", "historic"] | None = None
     redraw_unclaimed: bool | None = None
     backend: str = "auto"
-    max_memory: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    max_memory: Annotated[
+        Positive | Annotated[float, Field(gt=0, le=1)] | None,
+        Field(
+            description="bytes (a whole number of at least 1) or a fraction above 0 and of at "
+            "most 1.0 of the device's memory"
+        ),
+    ] = None
     prune: Annotated[float, Field(ge=0, lt=1)] = 0.0
     m_step_draws: Positive | None = None
     e_step_every: Positive = 1
@@ -97,13 +115,19 @@ class Comparator(Method):
 
 class Darts(Comparator):
     transfer: Transfers = "hps"
-    order: Literal[1, 2] | Annotated[list[Literal[1, 2]], Field(min_length=1)] = 1
+    order: Annotated[
+        Literal[1, 2] | Annotated[list[Literal[1, 2]], Field(min_length=1)],
+        Field(description="1, 2 or [1, 2]"),
+    ] = 1
 
 
 class FixedProbability(Comparator):
     transfer: Transfers = "dfcnn"
     config: Configs = "top-2"
-    probability: Probability | Annotated[list[Probability], Field(min_length=1)]
+    probability: Annotated[
+        Probability | Annotated[list[Probability], Field(min_length=1)],
+        Field(description="a number from 0 to 1, or a list of them"),
+    ]
 
 
 class Own(Method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ from lasem_fast import datasets
 from lasem_fast.experiments import schema, users_objects
 from lasem_fast.experiments.config import ConfigError, check_options, suggestion
 from lasem_fast.lifelong import Task
+from lasem_fast.lifelong.task_data import check_tasks
+
+
+def check(data: schema.Data) -> None:
+    """Looks at the name and the options, at no files.
+
+    Raises:
+        ConfigError: there is no such data set, function or option.
+    """
+    if ":" in data.name:
+        _function(data)
+    else:
+        _checked(data)
 
 
 def load(data: schema.Data, seed: int) -> list[Task]:
@@ -66,15 +80,25 @@ def _checked(data: schema.Data) -> dict[str, Any]:
     return data.options()
 
 
-def _own(data: schema.Data, seed: int) -> list[Task]:
+def _function(data: schema.Data) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+    """The user's function, the options that it has and those that it is given."""
     function = users_objects.load(data.name, "data.name")
     known = users_objects.options_of(function)
     options = data.options()
     if data.root is not None:
         options["root"] = data.root
     check_options(options, known, "data")
-    options = _with_trial(options, known, seed)
-    return list(function(**options))
+    return function, known, options
+
+
+def _own(data: schema.Data, seed: int) -> list[Task]:
+    function, known, options = _function(data)
+    found = function(**_with_trial(options, known, seed))
+    listed = list(found) if isinstance(found, Iterable) else found
+    try:
+        return check_tasks(listed)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.name: what {data.name!r} returned: {error}") from error
 
 
 def _with_trial(options: dict[str, Any], known: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from filelock import FileLock, ReadWriteLock, Timeout
 from lasem_fast.experiments import results
 from lasem_fast.experiments.curves import curve_writer
 from lasem_fast.experiments.experiment import Experiment, Unit
-from lasem_fast.lifelong import Progress, SequenceError, train_sequence
+from lasem_fast.lifelong import Progress, train_sequence
 from lasem_fast.lifelong.checkpoints import write_text
 
 _TELL_EVERY = 0.3  # seconds
@@ -63,7 +63,7 @@ def _done(experiment: Experiment, unit: Unit, wait: bool) -> bool:
             results.remove_state(unit)
     except Timeout:
         return True
-    except SequenceError as error:
+    except Exception as error:  # of a method, of its making or of its data: the others go on
         write_text(unit.folder / "error.txt", "".join(traceback.format_exception(error)))
         return False
     return True

@@ -20,7 +20,6 @@ class Phase(NamedTuple):
 
     epoch: int
     epochs: int
-    first_epoch_of_run: int  # epochs of the tasks before, for schedules over the whole run
 
 
 class StepResult(NamedTuple):
@@ -49,6 +48,8 @@ class Method(Protocol):
 
     A method whose network changes size while a task is trained may say so by ``grows = True``: a
     prediction of its time then goes through the epochs of some tasks, with a mini-batch in each.
+    One that cannot train a later task in fewer epochs may say in how many by ``least_epochs = 5``:
+    a sequence of several tasks with fewer is then refused before anything is trained.
     """
 
     module: nn.Module

@@ -138,19 +138,34 @@ def checked_folder(folder: Any, save_every: Any) -> Path | None:
     return place
 
 
-def check_functions(**functions: Any) -> None:
-    """All of them can be called; a module takes tensors, which none of them is given."""
-    for name, value in functions.items():
+def check_functions(**functions: tuple[Any, str]) -> None:
+    """All of them can be called with what they are given, if anything.
+
+    Raises:
+        TypeError: one of them cannot; a module takes tensors, which none of them is given.
+    """
+    for name, (value, given) in functions.items():
         if not callable(value) or isinstance(value, nn.Module):
             raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):  # some of C have none
+            continue
+        try:
+            signature.bind(*[given] * bool(given))
+        except TypeError:
+            called = getattr(value, "__name__", type(value).__name__)
+            raise TypeError(
+                f"{name}: expected a function that can be called as {name}({given}), got "
+                f"{called}{signature}"
+            ) from None
 
 
-def check_numbers(seed: Any, **counts: Any) -> None:
-    """A seed and whole numbers of at least 1."""
-    for name, value in {"seed": seed, **counts}.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if name in counts and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected a number in 0..2^63 - 1, got {seed}")
+def check_epochs(method: Method, epochs: int, n_tasks: int) -> None:
+    """Raises ValueError if the tasks after the first are too short for the method."""
+    least = getattr(method, "least_epochs", 1)
+    if n_tasks > 1 and epochs < least:
+        raise ValueError(
+            f"epochs: expected at least {least} for {type(method).__name__} and several tasks, got "
+            f"{epochs}"
+        )

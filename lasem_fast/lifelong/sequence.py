@@ -22,6 +22,7 @@ from filelock import FileLock
 from torch import nn
 
 from lasem_fast import metrics
+from lasem_fast._numbers import seed_number, whole_number
 from lasem_fast.backends import choices
 from lasem_fast.em import LASEM
 from lasem_fast.lifelong import checkpoints
@@ -31,8 +32,8 @@ from lasem_fast.lifelong.method import Method, MethodFactory
 from lasem_fast.lifelong.methods import Search, Static
 from lasem_fast.lifelong.records import RunRecord, TaskRecord
 from lasem_fast.lifelong.run_checks import (
+    check_epochs,
     check_functions,
-    check_numbers,
     checked_device,
     checked_folder,
     checked_method,
@@ -106,8 +107,8 @@ def train_sequence(
         on_epoch: called after every epoch.
         on_task: called after every task with the record so far, for example to save its
             ``to_dict()``. What it or ``on_epoch`` raises ends the run as it is.
-        schedule: a factor on the learning rate, given the number of epochs that the whole run has
-            behind it; None: no change.
+        schedule: a factor on the learning rate, finite and at least 0, given the number of epochs
+            that the whole run has behind it; None: no change.
         drop_last: leave out a last mini-batch that is smaller, unless it is the only one.
         evaluate_every: every how many epochs, and after the last, the current task is evaluated;
             the best epoch is sought among these. Tasks before it are evaluated then at most.
@@ -121,6 +122,7 @@ def train_sequence(
     Raises:
         TypeError, ValueError: an argument is not as described, or ``folder`` holds the state of
             another run; nothing has been trained.
+        OSError: ``folder`` cannot be made or written.
         RuntimeError: the device, or the backend that ``em_options`` names, cannot be used here.
         SequenceError: a task failed; its ``record`` holds the tasks that had ended before.
     """
@@ -131,12 +133,21 @@ def train_sequence(
             f"method: expected one of {', '.join(METHODS)}, got {method!r} (or a function that "
             f"makes a Method)"
         )
-    check_functions(make_net=make_net, make_head=make_head, optimizer=optimizer)
-    optional = {"on_epoch": on_epoch, "on_task": on_task, "schedule": schedule}
-    check_functions(**{name: given for name, given in optional.items() if given is not None})
-    check_numbers(seed, epochs=epochs, batch_size=batch_size, evaluate_every=evaluate_every)
+    check_functions(
+        make_net=(make_net, ""), make_head=(make_head, "task"), optimizer=(optimizer, "parameters")
+    )
+    optional = {
+        "on_epoch": (on_epoch, "progress"),
+        "on_task": (on_task, "record"),
+        "schedule": (schedule, "epoch"),
+    }
+    check_functions(**{name: given for name, given in optional.items() if given[0] is not None})
+    seed = seed_number(seed, "seed")
+    epochs = whole_number(epochs, "epochs")
+    batch_size = whole_number(batch_size, "batch_size")
+    evaluate_every = whole_number(evaluate_every, "evaluate_every")
     if evaluate_earlier_every is not None:
-        check_numbers(seed, evaluate_earlier_every=evaluate_earlier_every)
+        evaluate_earlier_every = whole_number(evaluate_earlier_every, "evaluate_earlier_every")
     if not isinstance(drop_last, bool):
         raise TypeError(f"drop_last: expected True or False, got {drop_last!r}")
     place = checked_folder(folder, save_every)
@@ -167,6 +178,7 @@ def train_sequence(
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         )
         learner = run.method()
+        check_epochs(learner, epochs, len(tasks))
         record = RunRecord(name, seed, epochs, batch_size, list(learner.labels))
         if hasattr(learner, "candidates"):
             if place is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lasem_fast._numbers import whole_number
 from lasem_fast.networks.checks import is_plain
 
 Split = tuple[Tensor, Tensor]
@@ -43,32 +44,29 @@ def check_tasks(tasks: Any) -> list[Task]:
         TypeError, ValueError: naming the task and the split.
     """
     if not isinstance(tasks, Sequence) or not all(isinstance(task, Task) for task in tasks):
-        got = [type(t).__name__ for t in tasks] if isinstance(tasks, Sequence) else tasks
-        raise TypeError(f"tasks: expected a sequence of Task, got {got!r}")
+        listed = isinstance(tasks, Sequence) and not isinstance(tasks, str)
+        got = [type(t).__name__ for t in tasks] if listed else type(tasks).__name__
+        raise TypeError(f"tasks: expected a sequence of Task, got {got}")
     if not tasks:
         raise ValueError("tasks: expected at least one task, got none")
-    for i, task in enumerate(tasks):
-        _check_name_and_classes(task, f"tasks[{i}]")
+    tasks = [_with_whole_classes(task, f"tasks[{i}]") for i, task in enumerate(tasks)]
     names = [task.name for task in tasks]
     if len(set(names)) != len(names):
         raise ValueError(f"tasks: expected different names, got {names}")
     for task in tasks:
         for split, pair in task.splits():
             _check_split(pair, f"{split} of task {task.name!r}", task.n_classes)
-    return list(tasks)
+    return tasks
 
 
-def _check_name_and_classes(task: Task, where: str) -> None:
+def _with_whole_classes(task: Task, where: str) -> Task:
+    """The task with ``n_classes`` as an int."""
     if not isinstance(task.name, str):
         raise TypeError(f"{where}: expected a name (str), got {task.name!r}")
     if not task.name:
         raise ValueError(f"{where}: expected a name, got an empty string")
-    if not isinstance(task.n_classes, int) or isinstance(task.n_classes, bool):
-        raise TypeError(f"n_classes of task {task.name!r}: expected an int, got {task.n_classes!r}")
-    if task.n_classes < 1:
-        raise ValueError(
-            f"n_classes of task {task.name!r}: expected at least 1, got {task.n_classes}"
-        )
+    classes = whole_number(task.n_classes, f"n_classes of task {task.name!r}")
+    return replace(task, n_classes=classes)
 
 
 def _check_split(pair: Any, where: str, n_classes: int) -> None:

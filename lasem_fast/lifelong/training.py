@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._numbers import finite_number
 from lasem_fast.configs import Configuration
 from lasem_fast.lifelong import checkpoints
 from lasem_fast.lifelong.clock import Clock
@@ -117,7 +118,7 @@ def train(
         check_fit(method, task)
     while now.epoch < run.epochs:
         epoch = now.epoch + 1
-        method.begin_epoch(task, Phase(epoch, run.epochs, number * run.epochs))
+        method.begin_epoch(task, Phase(epoch, run.epochs))
         _set_learning_rate(now.optimizer, run.schedule, number * run.epochs + now.epoch)
         with clock.time("train"):
             loss, posterior = _epoch(run, method, now)
@@ -160,8 +161,9 @@ def _set_learning_rate(
 ) -> None:
     """``epoch``: of the whole run, from 0."""
     if schedule is not None:
+        factor = finite_number(schedule(epoch), f"schedule({epoch})", zero=True)
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(epoch)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
 def _epoch(run: Run, method: Method, now: Training) -> tuple[float, list[float] | None]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+from lasem_fast._numbers import seed_number
 
 _MOST_THREADS = 1024
 
@@ -31,9 +36,10 @@ def threads(text: str) -> int:
 def seed(text: str) -> int:
     """A whole number that PyTorch takes as a seed."""
     value = _whole(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected a number in 0..2^63 - 1, got {value}")
-    return value
+    try:
+        return seed_number(value, "")
+    except ValueError as error:  # argparse names the option itself
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
 
 
 def above_zero(text: str) -> float:
@@ -63,6 +69,19 @@ def device(text: str) -> str:
             f"({reason})"
         ) from error
     return text
+
+
+@contextmanager
+def writing(parser: argparse.ArgumentParser, option: str, place: Path) -> Iterator[None]:
+    """What cannot be written is told with the option that names the place."""
+    try:
+        yield
+    except OSError as error:
+        at = "" if error.filename in (None, str(place)) else f" at {error.filename}"
+        parser.error(
+            f"{option}: expected a place that can be written, got {str(place)!r} "
+            f"({error.strerror or error}{at})"
+        )
 
 
 def _whole(text: str) -> int:

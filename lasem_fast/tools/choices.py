@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lasem_fast.backends import choices, measurements
+from lasem_fast.tools import arguments
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             return 0
         if args.threads is not None and args.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {args.threads}")
-        return _pin(args.file, args.threads)
+        with arguments.writing(pin, "FILE", args.file):
+            return _pin(args.file, args.threads)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -230,7 +230,6 @@ def test_phases():
 
 _OUT = torch.empty(8, 64, dtype=torch.bfloat16)
 _READ = dumped(1024)
-_HALF = numbered(4, 64)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.configs import ConfigSpace, Configuration
-from lasem_fast.lifelong.method import Optimizer, Phase, StepResult
+from lasem_fast.lifelong.method import Optimizer, StepResult
+from lasem_fast.lifelong.methods.on_net import OnNet
 from lasem_fast.lifelong.methods.static import trained
 from lasem_fast.lifelong.task_data import Task
 from lasem_fast.net import TransferNet
 from lasem_fast.transfer import Branch, HardParameterSharing
 
 
-class BruteForce:
+class BruteForce(OnNet):
     """The best of all configurations, task after task; 1 + (T - 1) C trainings for T tasks.
 
     The first task is trained once: with nothing shared under hard parameter sharing, with all
@@ -37,16 +38,13 @@ class BruteForce:
                 f"space: expected configurations of the net's {net.depth} stages, got depth "
                 f"{space.depth}"
             )
+        super().__init__(net)
         self.module = net
         self.labels: list[str] = []
         self.space = ConfigSpace(net.depth) if space is None else space
         self._plain = isinstance(net.mechanism, HardParameterSharing)
         self._first = self.space.bottom(0) if self._plain else self.space.all
         self._trial: Configuration = self._first  # of the task under way
-
-    def add_task(self, task: Task, head: nn.Module) -> list[nn.Parameter]:
-        self.module.add_task(task.name, head)
-        return self.module.task_parameters(task.name)
 
     def candidates(self, task: Task) -> Sequence[Configuration]:
         return [self._first] if task.name == self.module.tasks[0] else self.space.configs
@@ -69,9 +67,6 @@ class BruteForce:
                 _copy(shared, specific.module)
         net.keep(first, config)
 
-    def begin_epoch(self, task: Task, phase: Phase) -> None:
-        """Nothing: every epoch is like the one before."""
-
     def step(self, x: Tensor, y: Tensor, task: str, optimizer: Optimizer) -> StepResult:
         return StepResult(trained(self.module, x, y, task, self._trial, optimizer))
 
@@ -89,9 +84,6 @@ class BruteForce:
         if task.name != self.module.tasks[0]:
             self.module.keep(task.name, self._trial)
         return self.config(task.name)
-
-    def logits(self, x: Tensor, task: str) -> Tensor:
-        return self.module(x, task, config=self.config(task))
 
     def kept_parameters(self) -> int:
         kept = {p for task in self.module.tasks for p in self._used_by(task)}

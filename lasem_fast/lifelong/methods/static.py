@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lasem_fast.configs import Configuration, parse_config
-from lasem_fast.lifelong.method import Optimizer, Phase, StepResult
+from lasem_fast.lifelong.method import Optimizer, StepResult
+from lasem_fast.lifelong.methods.on_net import OnNet
 from lasem_fast.lifelong.task_data import Task
 from lasem_fast.net import TransferNet
 
 
-class Static:
+class Static(OnNet):
     """Training of one configuration by cross-entropy, without search or roll-back.
 
     Args:
@@ -25,16 +26,10 @@ class Static:
     """
 
     def __init__(self, net: TransferNet, config: Any) -> None:
+        super().__init__(net)
         self.module = net
         self.labels: list[str] = []
         self._config = parse_config(config, net.depth)
-
-    def add_task(self, task: Task, head: nn.Module) -> list[nn.Parameter]:
-        self.module.add_task(task.name, head)
-        return self.module.task_parameters(task.name)
-
-    def begin_epoch(self, task: Task, phase: Phase) -> None:
-        """Nothing: every epoch is like the one before."""
 
     def step(self, x: Tensor, y: Tensor, task: str, optimizer: Optimizer) -> StepResult:
         return StepResult(trained(self.module, x, y, task, self._config, optimizer))
@@ -48,13 +43,6 @@ class Static:
     def end_task(self, task: Task) -> Configuration:
         self.module.keep(task.name, self._config)
         return self._config
-
-    def logits(self, x: Tensor, task: str) -> Tensor:
-        return self.module(x, task, config=self._config)
-
-    def kept_parameters(self) -> int:
-        kept = {p for task in self.module.tasks for p in self.module.task_parameters(task)}
-        return sum(p.numel() for p in kept)
 
 
 def trained(
