@@ -95,7 +95,7 @@ def predict(launch: Launch, code: MachineCode, ceilings: Ceilings) -> Prediction
 
 def _operand(launch: Launch) -> torch.dtype:
     arguments = launch.arguments
-    return arguments.get("y", arguments.get("dy")).dtype
+    return next(arguments[name] for name in ("y", "dy", "x") if name in arguments).dtype
 
 
 def _boxed_work(launch: Launch) -> tuple[float, float, float]:
