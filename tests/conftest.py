@@ -6,6 +6,7 @@ import pytest
 import torch
 from isas import has
 
+import lasem_fast as lf
 from lasem_fast.backends import choices
 from lasem_fast.backends import cpu_ops as ops
 
@@ -52,6 +53,14 @@ def measuring(unset, monkeypatch):
     """As ``unset``, of a process that measures."""
     monkeypatch.setenv("LASEM_FAST_CHOICES", "measure")
     return unset
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def backend(request):
+    """Runs the test once with each backend for a CPU that is not the reference."""
+    if lf.backends()[request.param] != "available":
+        pytest.skip(f"cpp: {lf.backends()[request.param]}")
+    return request.param
 
 
 @pytest.fixture(params=["avx2", "avx512"])

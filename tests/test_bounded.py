@@ -103,6 +103,16 @@ def test_a_weight_that_is_changed_before_the_backward_is_an_error():
         step.loss.backward()
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+def test_a_pruned_search_within_a_budget_inside_a_transform(backend):
+    em = lf.LASEM(small_net(2), backend=backend, prior="uniform", prune=0.5, max_memory=0.5)
+    x, y = batch()
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(em(leaf, y, "a").loss, leaf)
+    found = torch.func.grad(lambda x: em(x, y, "a").loss)(x)
+    torch.testing.assert_close(found.detach(), want)
+
+
 def test_a_budget_holds_in_every_mode():
     """Evaluation needs less, so that its cut would not do for training."""
     em = lf.LASEM(small_net(3, extra=(lambda: nn.BatchNorm2d(3),)), max_memory=90_000)

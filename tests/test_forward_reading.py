@@ -16,7 +16,6 @@ from torch.nn.modules.module import register_module_forward_hook
 import lasem_fast as lf
 from lasem_fast.tree.lowering import Program, program_of
 
-BACKENDS = ["torch", "cpp"]
 SWITCH = True
 
 
@@ -144,13 +143,6 @@ class Swallowing(_Stage):
 class Default(_Stage):
     def forward(self, h, twice=True, flags=(1, 2)):
         return self.both(h) if twice and len(flags) == 2 else self.one(h)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if lf.backends()[request.param] != "available":
-        pytest.skip(lf.backends()[request.param])
-    return request.param
 
 
 def _case(kind, layers=1):

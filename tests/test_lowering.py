@@ -102,11 +102,8 @@ FORWARDS = {
 
 
 @pytest.mark.parametrize("place", FORWARDS)
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_a_forward_put_in_the_place_of_a_layers_own_is_called(backend, place):
     """One that both branches share, so that they do not differ by it."""
-    if lf.backends()[backend] != "available":
-        pytest.skip(lf.backends()[backend])
     torch.manual_seed(0)
     net = lf.TransferNet([nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2))])
     net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast.configs import Configuration
-from lasem_fast.networks.saved import absent, lasting
-from lasem_fast.networks.task_modules import TaskModules, Unlisted
+from lasem_fast.networks.saved import lasting
+from lasem_fast.networks.task_modules import TaskModules, UnderWay
 
 _FLOATING = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
@@ -143,7 +143,7 @@ class _Values(nn.Module):
         return values
 
 
-class Rollback(Unlisted):
+class Rollback(UnderWay):
     """Keeps the shared stages' last settled values and the changes of the open tasks.
 
     Invariant, for sums: shared = settled + the open tasks' changes + what the active task did since
@@ -278,7 +278,7 @@ class Rollback(Unlisted):
             _put_away(name, shared)
         others = self._others(task)
         if not others:
-            self.forget()
+            self.forget_all()
             return
         own = self.changes[task]
         for name in now.tensors:
@@ -338,7 +338,7 @@ class Rollback(Unlisted):
         settled = self.settled[name] if name in self.settled else None
         return own.is_sum(name) and _same_form(now, own[name]) and _same_form(settled, own[name])
 
-    def forget(self) -> None:
+    def forget_all(self) -> None:
         """Takes the shared stages as they are for settled."""
         self.active = self.settled = self.anchor = None
         self.weights = frozenset()
@@ -362,7 +362,7 @@ class Rollback(Unlisted):
         changes = state["changes"]
         if isinstance(changes, list):  # as former versions saved them
             changes = dict.fromkeys(changes, True)
-        self.forget()
+        self.forget_all()
         self.active = state["active"]
         self.turn = torch.full_like(self.turn, state.get("turn", 0), device=present.device)
         self.settled = _Values.blank(state["settled"], present)
@@ -371,19 +371,6 @@ class Rollback(Unlisted):
         self.anchor = _Values.blank(state["anchor"], present)
         for task, structure in changes.items():
             self.changes[task] = _Values.blank(structure, present, changes=True)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool,
-        missing: list[str], unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        """Of what a partial state has no values for nothing is under way."""
-        lost = absent(self, state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-        if lost:
-            missing += lost
-            self.forget()
 
 
 def _present(shared: nn.ModuleList) -> Snapshot:

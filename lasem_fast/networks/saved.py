@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -54,11 +54,6 @@ def _decoded(state: Any) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"state_dict: expected a dict as extra state, got {found!r}")
     return found
-
-
-def absent(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-    """What a state dict lacks of the values of a module with this prefix."""
-    return [name for name in module.state_dict(prefix=prefix) if name not in state_dict]
 
 
 def lasting() -> AbstractContextManager:

@@ -70,6 +70,26 @@ class Unlisted(nn.Module):
         return [*self.buffers(), *(b for buffers in inside for b in buffers)]
 
 
+class UnderWay(Unlisted):
+    """One that a partial state dict either has all values for, or leaves nothing under way in."""
+
+    def forget_all(self) -> None:
+        """Leaves nothing under way."""
+        raise NotImplementedError(f"{type(self).__name__} does not define forget_all")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        lost = [name for name in self.state_dict(prefix=prefix) if name not in state_dict]
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        if lost:
+            missing += lost
+            self.forget_all()
+
+
 class UnlistedTaskModules(Unlisted, TaskModules):
     """Modules by task name that an outer ``buffers()`` does not list."""
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasem_fast.networks.saved import absent, lasting
-from lasem_fast.networks.task_modules import UnlistedTaskModules
+from lasem_fast.networks.saved import lasting
+from lasem_fast.networks.task_modules import TaskModules, UnderWay
 
 
-class Posteriors(UnlistedTaskModules):
+class Posteriors(UnderWay, TaskModules):
     """The posterior of each task's last E-step, and for how many mini-batches it is still good."""
 
     def __init__(self) -> None:
@@ -40,29 +40,19 @@ class Posteriors(UnlistedTaskModules):
             del self[task]
         self.left.pop(task, None)
 
+    def forget_all(self) -> None:
+        """Drops everything: every task's next mini-batch infers a posterior of its own."""
+        for task in list(self):
+            self.forget(task)
+
     def structure(self) -> dict[str, Any]:
         """Which posteriors are kept; their values are in the buffers."""
         return {task: [self.left[task], str(self[task].posterior.dtype)] for task in self}
 
     def restore_structure(self, state: dict[str, Any], like: Tensor) -> None:
         """Makes the buffers that a saved state has values for; ``like`` is ``[C, d]``."""
-        for task in list(self):
-            self.forget(task)
+        self.forget_all()
         for task, (left, dtype) in state.items():
             dtype = getattr(torch, dtype.removeprefix("torch."))
             uniform = torch.full((len(like),), 1 / len(like), dtype=dtype, device=like.device)
             self.keep(task, uniform, left)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool,
-        missing: list[str], unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
-        """Where a partial state has no values, the next mini-batch infers its own posterior."""
-        lost = absent(self, state_dict, prefix)
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
-        if lost:
-            missing += lost
-            for task in list(self):
-                self.forget(task)

@@ -88,6 +88,8 @@ class Search:
         operations = dispatch.operations(backend)
         self._scores = operations.scores
         self._gives_scores = bool(operations.scored_heads)
+        # of each stage, whether its shared branch is used, and its own
+        self._used = [frozenset(bits) for bits in zip(*space.configs, strict=True)]
         self._some: tuple[tuple[int, ...], Evaluator] | None = None
         # tasks whose last M-step followed so little that a forward of its own is cheaper
         self.few: set[str] = set()
@@ -165,7 +167,8 @@ class Search:
             share = evaluation.share_of(weights.weighs)
             few = None if share is None else share < _FEW
         loss = expected_nll(_picked(weights.weights, m_rows), m_step.nll)
-        if m_rows is not None and loss.requires_grad:
+        # transforms give zeros in any case
+        if m_rows is not None and loss.requires_grad and not is_transformed():
             loss = with_zeros(loss, self._left_out(network, m_rows))
         nll = e_step.nll.detach()
         if not reads_values:
@@ -264,9 +267,9 @@ class Search:
     def _left_out(self, network: Network, rows: Sequence[int]) -> list[Tensor]:
         """The weights of branches that the space uses, and these configurations do not."""
         left = []
-        for i, branches in enumerate(network.stages):
-            followed = {self.space[row][i] for row in rows}
-            for shared in {config[i] for config in self.space} - followed:
+        followed = map(set, zip(*(self.space[row] for row in rows), strict=True))
+        for branches, used, kept in zip(network.stages, self._used, followed, strict=True):
+            for shared in used - kept:
                 left += branches[SHARED if shared else SPECIFIC].weights()
         return left
 

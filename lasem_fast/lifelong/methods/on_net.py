@@ -30,7 +30,7 @@ class OnNet:
 
     def config(self, task: str) -> Configuration:
         """The configuration that is best now or was kept."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define config")
 
     def logits(self, x: Tensor, task: str) -> Tensor:
         """Outputs ``[N, n_classes]`` of the task's configuration."""
