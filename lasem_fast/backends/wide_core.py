@@ -7,6 +7,7 @@ turn its images to rows outermost and channels last, with a ReLU behind it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -134,14 +135,10 @@ def _gradients(
         wanted: which gradients.
         live: for each of ``how.rows`` whether it counts.
     """
-    classes: dict[tuple[int, ...], list[int]] = {}
-    for parent in range(how.parents):
-        counts = live[parent * how.branches : (parent + 1) * how.branches]
-        if taken := tuple(compress(range(how.branches), counts)):
-            classes.setdefault(taken, []).append(parent)
     dx = None
-    of_weights: list[dict[int, Tensor]] = [{}, {}]
-    for taken, members in classes.items():
+    of_weights: list[list[tuple[tuple[int, ...], Tensor]]] = [[], []]
+    classes = _classes(tuple(live), how.branches)
+    for taken, members in classes:
         part = _Part(members, taken, how)
         dz = part.of_gradient(dy, y)
         back, *found = _of_layer(how.core, part.of_input(x), part.of_weights(weight), dz, wanted)
@@ -150,31 +147,58 @@ def _gradients(
                 dx = back
             else:
                 if dx is None:
-                    every = sum(map(len, classes.values())) == how.parents
+                    every = sum(len(parents) for _, parents in classes) == how.parents
                     made = torch.empty_like if every else torch.zeros_like
                     plain = torch.contiguous_format if how.turned else torch.preserve_format
                     dx = made(x, memory_format=plain)
                 part.put_input(back, dx)
-        for sums, gradient in zip(of_weights, found, strict=True):
+        for parts, gradient in zip(of_weights, found, strict=True):
             if gradient is not None:
-                for branch, own in zip(taken, gradient.chunk(len(taken)), strict=True):
-                    sums[branch] = sums[branch] + own if branch in sums else own
+                parts.append((taken, gradient))
     if wanted[0] and dx is None:
         dx = torch.zeros_like(x)
     shapes = weight.shape[1:], ()
     return [dx, *(
-        _side_by_side(sums, weight, shape, how.branches) if wants else None
-        for sums, shape, wants in zip(of_weights, shapes, wanted[1:], strict=True)
+        _side_by_side(parts, weight, shape, how.branches) if wants else None
+        for parts, shape, wants in zip(of_weights, shapes, wanted[1:], strict=True)
     )]  # fmt: skip
 
 
+@lru_cache(maxsize=256)
+def _classes(live: tuple[bool, ...], branches: int) -> list[tuple[tuple[int, ...], list[int]]]:
+    """The parents of every set of live branches, those with all of them first."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for parent in range(len(live) // branches):
+        counts = live[parent * branches : (parent + 1) * branches]
+        if taken := tuple(compress(range(branches), counts)):
+            found.setdefault(taken, []).append(parent)
+    return sorted(found.items(), key=lambda item: -len(item[0]))
+
+
 def _side_by_side(
-    found: dict[int, Tensor], weight: Tensor, shape: Sequence[int], branches: int
+    parts: Sequence[tuple[tuple[int, ...], Tensor]],
+    weight: Tensor,
+    shape: Sequence[int],
+    branches: int,
 ) -> Tensor:
-    """The branches' gradients, each ``[K, *shape]``; 0 where nothing was found."""
-    missing = (len(weight) // branches, *shape)
-    parts = [found[b] if b in found else weight.new_zeros(missing) for b in range(branches)]
-    return torch.cat(parts)
+    """The branches' gradients, each ``[K, *shape]``; 0 where nothing was found.
+
+    Args:
+        parts: branches and the gradients of theirs, side by side.
+        weight: ``[B * K, ...]``.
+        shape: of a branch's gradient, without K.
+        branches: their number B.
+    """
+    width = len(weight) // branches
+    if parts and len(parts[0][0]) == branches:
+        (_, whole), *parts = parts
+    else:
+        whole = weight.new_zeros((len(weight), *shape))
+    for taken, gradient in parts:
+        for at, first, count in _runs(taken):
+            own = gradient.narrow(0, at * width, count * width)
+            whole.narrow(0, first * width, count * width).add_(own)
+    return whole
 
 
 class _Part:
