@@ -60,6 +60,7 @@ def as_on_a_device(case: Case, boxes: bool) -> Iterator[tuple[LASEM, Problem]]:
         enter = stack.enter_context
         enter(mock.patch.object(dispatch, "_why_no_triton", return_value=""))
         enter(mock.patch.object(triton_level, "_INTERPRETED", True))
+        enter(mock.patch.object(triton_level, "_INTERPRETS_BFLOAT16", True))
         enter(mock.patch.object(triton_scores, "_INTERPRETED", True))
         # functions, because a mock takes long to be called
         enter(mock.patch.object(triton_scores, "_looked_at_first", _no))

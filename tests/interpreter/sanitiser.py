@@ -17,6 +17,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+from lasem_fast.backends import triton_level
+
 _NOBODY = -1
 _SEVERAL = -2
 
@@ -147,6 +149,7 @@ def sanitised():
     patches |= {n: computed(n) for n in ("binary_op", "unary_op", "create_dot", "create_fma")}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launch))
+        stack.enter_context(mock.patch.object(triton_level, "_INTERPRETS_BFLOAT16", True))
         for name, replacement in patches.items():
             stack.enter_context(mock.patch.object(InterpreterBuilder, name, replacement))
         yield

@@ -16,6 +16,7 @@ from oracle import brute_force
 from torch import nn
 
 import lasem_fast as lf
+from lasem_fast.backends import triton_level as triton_backend
 from lasem_fast.backends import triton_scores
 from lasem_fast.backends.triton_level import GatherLevel
 from lasem_fast.backends.triton_level_op import Liveness, Tiles, level
@@ -319,6 +320,17 @@ def test_launches_of_levels_and_head():
         "level_forward_kernel", "level_dgrad_kernel", "level_wgrad_kernel", "level_wgrad_sum_kernel"
     }  # fmt: skip
     assert _on_a_long_batch(kernels) <= 23
+
+
+def test_the_plain_interpreter_gets_no_bfloat16(monkeypatch):
+    """Without the sanitiser it takes 16 bits for a number, and a loss was 1e9 of 1."""
+    monkeypatch.setattr(triton_backend, "_INTERPRETS_BFLOAT16", False)
+    net, x, y = _cifar_4(), torch.randn(1, 3, 8, 8), torch.tensor([1])
+    with launches() as counted, torch.autocast("cpu", torch.bfloat16):
+        step = lf.LASEM(net, backend="triton")(x, y, "a")
+        exact = lf.LASEM(net, backend="reference")(x, y, "a")
+    assert not any("level" in name for name in counted.kernels)
+    assert abs(step.loss - exact.loss) <= torch.finfo(torch.bfloat16).eps * exact.loss
 
 
 def test_launches_of_a_whole_step(monkeypatch):
