@@ -22,6 +22,8 @@ from lasem_fast.transfer import Branch
 
 # Measured with PyTorch 2.13 and oneDNN on two cores.
 _MANY_PIXELS, _MANY_VALUES = 256, 2**15
+# Multiplications whose half takes no longer than to find out that it may be left out.
+_FEW_PRODUCTS = 2**25
 
 
 def wide_level(
@@ -51,7 +53,10 @@ def wide_level(
     relu = bool(after) and type(after[0]) is nn.ReLU
     taken = is_taken(stage.core, h)
     turned = taken and _gains_by_turning(stage, h, rows)
-    if turned or (taken and liveness is not None and torch.is_grad_enabled()):
+    leaves_out = liveness is not None and torch.is_grad_enabled()
+    if leaves_out and taken and not turned and _saves_little(h, weights["weight"]):
+        h = _with_weights(stage.core, weights, h)
+    elif turned or (taken and leaves_out):
         how = Wide(
             stage.core,
             rows=range(rows * len(branches)),
@@ -71,6 +76,11 @@ def wide_level(
     if turned:
         return _turned_back(h, rows, len(branches))
     return _branches_into_batch(h, len(branches))
+
+
+def _saves_little(h: Tensor, weight: Tensor) -> bool:
+    """Whether a layer on the net's input is so small that its backward need not leave rows out."""
+    return not h.requires_grad and h.numel() * (weight.numel() // weight.shape[1]) < _FEW_PRODUCTS
 
 
 def _gains_by_turning(stage: PlainStage, h: Tensor, rows: int) -> bool:
