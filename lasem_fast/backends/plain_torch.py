@@ -50,7 +50,7 @@ def wide_level(
         h = layer(h)
     if isinstance(stage.core, nn.Linear) and h.dim() != 2:
         return None
-    relu = bool(after) and type(after[0]) is nn.ReLU
+    relu = len(after) > 0 and type(after[0]) is nn.ReLU
     taken = is_taken(stage.core, h)
     turned = taken and _gains_by_turning(stage, h, rows)
     leaves_out = liveness is not None and torch.is_grad_enabled()

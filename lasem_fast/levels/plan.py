@@ -41,6 +41,7 @@ class Level:
     rows: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(
         init=False, compare=False, repr=False
     )
+    _hash: int | None = field(init=False, default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # set here, not when first read: torch.compile cannot trace a cached property
@@ -56,10 +57,12 @@ class Level:
             rows[branch][0].append(row)
             rows[branch][1].append(parent)
         object.__setattr__(self, "rows", {b: (tuple(r), tuple(p)) for b, (r, p) in rows.items()})
-        # levels of hundreds of rows are looked up at every step
-        object.__setattr__(self, "_hash", hash((self.parents, self.branches, self.width)))
 
     def __hash__(self) -> int:
+        # kept, because levels of hundreds of rows are looked up at every step; not made before,
+        # because torch.compile of PyTorch 2.11 cannot trace it
+        if self._hash is None:
+            object.__setattr__(self, "_hash", hash((self.parents, self.branches, self.width)))
         return self._hash
 
     def __len__(self) -> int:
