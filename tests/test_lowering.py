@@ -136,6 +136,8 @@ class Branching(Counting):
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.GELU()), "GELU"),
         (nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3)), "ReLU does not follow"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(), nn.Conv2d(2, 2, 3)), "random numbers"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.RReLU()), "random numbers"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.RReLU().eval()), "a layer RReLU"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(3, stride=1)), "max-pool"),
         (
             nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.BatchNorm2d(2)),
@@ -207,6 +209,15 @@ STAGES = {
     "projection": lambda: Block(down=nn.Conv2d(4, 4, 1)),
     "passing": Passing,
     "wide first": lambda: nn.Sequential(nn.Conv2d(4, 4, 7, padding=3), nn.ReLU(), Block()),
+    "grouped, then not": lambda: nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)
+    ),
+    "grouped, last": lambda: nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    ),
+    "dropout that is off": lambda: nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1), nn.Dropout2d(0.0), nn.ReLU()
+    ),
     "no epilogue": lambda: nn.Conv2d(4, 4, 3, padding=1),
     "pool before relu": lambda: nn.Sequential(
         nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(3, padding=1, ceil_mode=True), nn.ReLU()

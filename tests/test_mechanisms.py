@@ -451,3 +451,64 @@ def test_weights_are_generated_under_autocast(transfer):
     # each of the step's few products rounds to 8 bits
     assert float((step.loss - exact.loss).abs() / exact.loss.abs()) < 16 * 2**-8
     assert all(torch.isfinite(p.grad).all() for p in net.task_parameters("a"))
+
+
+class _Halving(lf.transfer.TransferMechanism):
+    """A shared branch with half of the stage's first weight."""
+
+    def shared_branch(self, shared, adapters):
+        name = next(name for name, _ in shared.named_parameters() if name.endswith("weight"))
+        return lf.transfer.Branch(shared, {name: shared.get_parameter(name) / 2})
+
+
+def _used_twice(*between):
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    return nn.Sequential(conv, nn.ReLU(), *between, conv, nn.ReLU())
+
+
+def _tied(*between):
+    first, second = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.ReLU(), *between, second, nn.ReLU())
+
+
+@pytest.mark.parametrize("between", [(), (nn.Dropout(0.0), nn.Tanh()), (nn.Dropout(1e-9),)])
+@pytest.mark.parametrize("stage", [_used_twice, _tied])
+def test_weights_of_one_stage_that_are_one(stage, between, backend):
+    torch.manual_seed(0)
+    net = lf.TransferNet([stage(*between), stage(*between)], transfer=_Halving())
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
+    names = [name for name, _ in net.named_parameters()]
+    x, y = batch(dtype=torch.float32)
+    lf.LASEM(net, backend=backend)(x, y, "a").loss.backward()
+    assert [name for name, _ in net.named_parameters()] == names
+
+    def logits(net, config, x, task):
+        h = x
+        for stage, shared in enumerate(config):
+            module = net.shared[stage] if shared else net.specific[task][stage]
+            weight = module[0].weight / 2 if shared else module[0].weight
+            for layer in module:
+                is_conv = isinstance(layer, nn.Conv2d)
+                h = layer._conv_forward(h, weight, layer.bias) if is_conv else layer(h)
+        return net.heads[task](h)
+
+    truth = brute_force(net, lf.ConfigSpace(2).bits, x, y, "a", logits=logits)
+    for name, parameter in net.named_parameters():
+        assert_equals(parameter.grad, truth.grads[name], name, 1e-5)
+
+
+def test_tied_layers_whose_weights_would_be_generated_apart_are_refused():
+    with pytest.raises(ValueError, match=r"stages\[0\].0 and stages\[0\].2, which share one"):
+        _net("tf", stages=[_tied()])
+
+
+def test_a_generated_layer_used_twice_across_a_dropout(backend):
+    torch.manual_seed(0)
+    net = _net("tf", stages=[_used_twice(nn.Dropout(1e-9))], features=72)
+    found = []
+    for name in (backend, "reference"):
+        net.zero_grad()
+        lf.LASEM(net, backend=name)(*batch(), "a").loss.backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+    torch.testing.assert_close(*found)

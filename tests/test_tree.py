@@ -187,3 +187,40 @@ def test_a_layer_used_twice_in_a_stage_runs_twice():
     em = lf.LASEM(net, backend="torch")
     truth = brute_force(net, em.space.bits, x, y, "a")
     assert_step_equals(net, em(x, y, "a"), truth)
+
+
+class Complex(nn.Module):
+    def forward(self, h):
+        return torch.complex(h, h.flip(1))
+
+
+class Real(nn.Module):
+    def forward(self, h):
+        return h.real + 0.5 * h.imag
+
+
+@torch.no_grad()
+def _draw_complex(stage):
+    for parameter in stage.parameters():
+        parameter.copy_(torch.randn(parameter.shape, dtype=parameter.dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"prune": 1e-9}, {"max_memory": 16000}], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "sample"),
+    [(lambda: nn.Linear(4, 4), (4,)), (lambda: nn.Conv1d(4, 4, 1), (4, 1))],
+    ids=["linear", "convolution"],
+)
+def test_complex_layers(layer, sample, options, backend):
+    torch.manual_seed(0)
+    stages = [Complex(), *(layer().to(torch.complex128) for _ in range(3)), Real()]
+    net = lf.TransferNet(stages, lf.transfer.HardParameterSharing(init=_draw_complex))
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double())
+    x, y = torch.randn(3, *sample, dtype=torch.float64), torch.tensor([0, 2, 1])
+    grads = []
+    for name, own in ((backend, options), ("reference", {})):
+        net.zero_grad()
+        lf.LASEM(net, backend=name, **own)(x, y, "a").loss.backward()
+        grads.append([parameter.grad for parameter in net.parameters()])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # prune leaves out 1e-9

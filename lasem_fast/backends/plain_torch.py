@@ -154,7 +154,8 @@ def run_level(
         The R rows, ``[R, N, H', W', C']`` or ``[R, N, F']``.
     """
     samples = x.shape[1]
-    if level.is_full:
+    # side by side, grouped convolutions would read each other's channels
+    if level.is_full and getattr(layer.core, "groups", 1) == 1:
         wide = {"weight": torch.cat(layer.weights)}
         if layer.biases:
             wide["bias"] = torch.cat(layer.biases)

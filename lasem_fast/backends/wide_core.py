@@ -56,6 +56,8 @@ def is_taken(core: nn.Module, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or is_transformed() or torch.is_autocast_enabled("cpu"):
         return False
+    if x.is_complex():  # whose gradients are of conjugates
+        return False
     if type(core) is nn.Linear:
         return x.dim() == 2
     return (

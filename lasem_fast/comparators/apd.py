@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from lasem_fast._called_with import called_with
 from lasem_fast._numbers import finite_number
 from lasem_fast.comparators.task_net import TaskNet, TaskNetMethod, listed_stages
 from lasem_fast.lifelong.task_data import Task
@@ -131,7 +131,7 @@ class DecomposedNet(TaskNet):
                 inner_name(name, "weight"): layer.weight * next(masks).sigmoid() + next(additions)
                 for name, layer in _weighted(stage)
             }
-            h = functional_call(stage, tensors, (h,))
+            h = called_with(stage, tensors, (h,))
         return self.heads[task](h)
 
     def drifts(self, task: str) -> list[Tensor]:

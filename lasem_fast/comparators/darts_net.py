@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
+from lasem_fast._called_with import called_with
 from lasem_fast.comparators.optimizer_state import load_plain, to_plain
 from lasem_fast.configs import Configuration
 from lasem_fast.net import TransferNet
@@ -74,7 +74,7 @@ class MixedNet(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, task: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy of the mixture with ``tensors`` in the place of the parameters so named."""
-        return F.cross_entropy(functional_call(self, dict(tensors), (x, task)), y)
+        return F.cross_entropy(called_with(self, tensors, (x, task)), y)
 
     def auxiliary_loss(self, task: str) -> Tensor | float:
         """The mechanism's terms of all stages, each by how far the stage is shared (a constant)."""

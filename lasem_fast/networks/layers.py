@@ -22,6 +22,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 _MAY_BE_RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
 _MAY_MIX_SAMPLES = (_BatchNorm, _InstanceNorm, _SpectralNorm)
 
+_DROPOUTS = frozenset(
+    {
+        nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    }
+)  # fmt: skip
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _BATCH_NORMS = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d})
 
@@ -163,7 +169,7 @@ def flattens_samples(layer: nn.Module) -> bool:
 
 def does_nothing(layer: nn.Module) -> bool:
     """Whether a layer is the identity in its present mode; hooks are not looked at."""
-    off = type(layer) is nn.Dropout and not (layer.training and is_random(layer))
+    off = type(layer) in _DROPOUTS and not (layer.training and is_random(layer))
     return off or type(layer) is nn.Identity
 
 

@@ -86,7 +86,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
 
 def _told_apart(h: Tensor) -> Tensor:
     """Two samples that differ: of equal ones, behind a ReLU that is shut, nothing could be seen."""
-    if not h.is_floating_point() or len(h) < 2 or not torch.equal(h[0], h[1]):
+    if not _eps(h) or len(h) < 2 or not torch.equal(h[0], h[1]):
         return h
     torch.manual_seed(0)
     return h + torch.rand_like(h)
@@ -113,7 +113,7 @@ def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> No
 
 def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
     """Whether a sample's output changes when another one takes the other's place."""
-    tolerance = torch.finfo(first.output.dtype).eps if first.output.is_floating_point() else 0.0
+    tolerance = _eps(first.output)
     far = lambda out, row: _far(out[row], first.output[row], tolerance)  # noqa: E731
     again = _run(branch, h).output
     if any(far(again, row) for row in (0, 1)):
@@ -129,7 +129,7 @@ def _depends_on_others_at_random(branch: Branch, h: Tensor) -> bool:
     here, there = h[[0, 1, 1, 0]], h[[0, 0, 0, 1]]  # all but the first are another one
     for seed in _SEEDS:
         first = _run(branch, here, seed, calm=False).output
-        eps = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
+        eps = _eps(first)
         if _far(_run(branch, here, seed, calm=False).output, first, eps):
             return False  # it has random numbers of its own: nothing can be said
         if _far(_run(branch, there, seed, calm=False).output[:1], first[:1], eps):
@@ -146,6 +146,12 @@ def _depends_on_number(branch: Branch, h: Tensor, first: _Run) -> bool:
     except Exception:
         return False  # it cannot take a batch of one
     return all(_far(out, first.output[row : row + 1], _COARSEST) for row, out in enumerate(alone))
+
+
+def _eps(values: Tensor) -> float:
+    """Of a dtype with rounding; 0 of whole numbers."""
+    rounds = values.is_floating_point() or values.is_complex()
+    return torch.finfo(values.dtype).eps if rounds else 0.0
 
 
 def _far(a: Tensor, b: Tensor, eps: float) -> bool:

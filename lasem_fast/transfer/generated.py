@@ -128,7 +128,16 @@ class GeneratingMechanism(TransferMechanism, ABC):
         """The layers whose weights are generated, which must be all that has parameters."""
         found = {n: m for n, m in stage.named_modules() if type(m) in self.layer_types}
         # what a layer has beside weight and bias (old-style weight_norm) is not generated
-        generated = {id(p) for layer in found.values() for p in (layer.weight, layer.bias)}
+        generated: dict[int, str] = {}
+        for name, layer in found.items():
+            for parameter in (layer.weight, layer.bias):
+                other = generated.setdefault(id(parameter), name)
+                if parameter is not None and other != name:
+                    raise ValueError(
+                        f"transfer={self.name!r}: expected layers with parameters of their own, "
+                        f"got {_place(position, other)} and {_place(position, name)}, which share "
+                        f"one; use one layer twice, or another mechanism, for example 'hps'"
+                    )
         for name, parameter in stage.named_parameters():
             if id(parameter) not in generated:
                 owner = name.rpartition(".")[0]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from lasem_fast._called_with import called_with
 from lasem_fast.initialisers import redraw_
 
 
@@ -32,7 +32,7 @@ class Branch(NamedTuple):
     def __call__(self, h: Tensor) -> Tensor:
         """The branch's output for ``h``."""
         if self.tensors:
-            return functional_call(self.module, dict(self.tensors), (h,))
+            return called_with(self.module, self.tensors, (h,))
         return self.module(h)
 
     def weights(self) -> list[Tensor]:
@@ -65,8 +65,36 @@ class Branch(NamedTuple):
 
     def parameter(self, layer: nn.Module, layer_name: str, name: str) -> Tensor | None:
         """The tensor in force as parameter ``name`` of the layer called ``layer_name``."""
-        own = getattr(layer, name)
-        return self.tensors.get(inner_name(layer_name, name), own) if self.tensors else own
+        own, key = getattr(layer, name), inner_name(layer_name, name)
+        if not self.tensors:
+            return own
+        if key not in self.tensors:
+            key = next((k for k in self.tensors if self._is_of(k, layer, name)), key)
+        return self.tensors.get(key, own)
+
+    def part(self, module: nn.Sequential) -> Branch:
+        """The branch with some of its layers alone, which have kept their names."""
+        tensors = {}
+        for key, tensor in self.tensors.items():
+            if key.partition(".")[0] not in module._modules:
+                places = (
+                    inner_name(layer_name, name)
+                    for layer_name, layer in module.named_modules()
+                    for name in (*layer._parameters, *layer._buffers)
+                    if self._is_of(key, layer, name)
+                )
+                key = next(places, None)
+            if key is not None:
+                tensors[key] = tensor
+        return self._replace(module=module, tensors=tensors)  # which part writes is not known
+
+    def _is_of(self, key: str, layer: nn.Module, name: str) -> bool:
+        """Whether a tensor's name is another one of this layer's: used twice, or weights tied."""
+        owner, _, leaf = key.rpartition(".")
+        there, own = self.module.get_submodule(owner), layer._parameters.get(name)
+        if there is layer:
+            return leaf == name
+        return own is not None and there._parameters.get(leaf) is own
 
 
 class TransferMechanism:

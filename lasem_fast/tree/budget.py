@@ -140,7 +140,7 @@ def _measured(network: Network, operations: Operations, x: Tensor) -> Iterator[_
         tree = Tree(Plan((level,), tuple(range(len(there)))), operations)
         inputs = _tensors(h)  # an image's own gradient is a little more than a step needs
         for tensor in inputs:
-            tensor.requires_grad_(tensor.is_floating_point())
+            tensor.requires_grad_(tensor.is_floating_point() or tensor.is_complex())
         own = [t for t in _weights_of(network, i) if t.requires_grad]
 
         def forward(stage=stage, h=h, tree=tree) -> Fold:
@@ -190,12 +190,12 @@ class _Ones(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.size = x.shape
-        return x.new_zeros(())
+        ctx.size, ctx.dtype = x.shape, x.dtype
+        return x.new_zeros((), dtype=x.dtype.to_real())
 
     @staticmethod
     def backward(ctx, dy):
-        return dy.new_ones(ctx.size)
+        return dy.new_ones(ctx.size, dtype=ctx.dtype)
 
 
 def _tensors(h: Fold) -> list[Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from lasem_fast.levels.relu_and_pool import Pool, max_pool, relu_and_pool
 from lasem_fast.networks.layers import (
+    does_nothing,
     flattens_samples,
     is_batch_norm,
     is_patched,
@@ -314,11 +315,11 @@ class _Builder:
             self._relu(node)
         elif type(layer) is nn.MaxPool2d:
             self._pool(node, max_pool(layer))
-        elif type(layer) is nn.Identity or (is_random(layer) and not layer.training):
+        elif does_nothing(layer):
             self._same(node)
         elif flattens_samples(layer):
             self._flatten(node)
-        elif is_random(layer):
+        elif layer.training and is_random(layer):
             raise _Refused(f"{type(layer).__name__} draws random numbers in training mode")
         else:
             raise _Refused(f"it has a layer {type(layer).__name__}, which no kernel has")

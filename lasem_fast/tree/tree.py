@@ -369,17 +369,11 @@ def _split(branches: Sequence[Branch | None]) -> tuple[list, list] | None:
     if at == 0:
         return None
     halves = [
-        (None, None) if b is None else (_part(b, 0, at), _part(b, at, None)) for b in branches
-    ]
+        (None, None) if b is None
+        else (b.part(_slice(b.module, 0, at)), b.part(_slice(b.module, at, None)))
+        for b in branches
+    ]  # fmt: skip
     return [first for first, _ in halves], [second for _, second in halves]
-
-
-def _part(branch: Branch, start: int, stop: int | None) -> Branch:
-    module = _slice(branch.module, start, stop)
-    layers = dict(module.named_children())
-    tensors = {k: t for k, t in branch.tensors.items() if k.partition(".")[0] in layers}
-    # which part writes is not known
-    return Branch(module, tensors, branch.writes_input)
 
 
 def _slice(module: nn.Sequential, start: int, stop: int | None) -> nn.Sequential:
