@@ -108,7 +108,7 @@ class LASEM(nn.Module):
         self.net = net
         # numbers, because AveragedModel(use_buffers=True) averages all buffers
         self.register_buffer("_bits", space.bits.float(), persistent=False)
-        # one constant for every step: a kernel less on a device
+        # made once: a captured step has a kernel less
         self.register_buffer("_nothing_dropped", torch.zeros(()), persistent=False)
         self._prior = as_prior(prior)
         self._prior.check(len(space))
@@ -426,7 +426,8 @@ class LASEM(nn.Module):
             found = self._search.step(network, x, y, None, reads_values, keeps_state)
         step = EMStep(
             loss=self._with_auxiliary(found.loss, found.weights, task),
-            posterior=found.posterior,
+            # what is kept for the next mini-batches is not given away: a caller may write to it
+            posterior=found.posterior if reused is None else found.posterior.clone(),
             log_likelihood=found.log_likelihood,
             nll=found.nll,
             dropped_mass=self._dropped(found),
@@ -453,7 +454,14 @@ class LASEM(nn.Module):
         return nullcontext() if known else all_or_nothing(self._prior)
 
     def _dropped(self, found: Found) -> Tensor:
-        return self._nothing_dropped if found.dropped_mass is None else found.dropped_mass
+        return self._no_mass() if found.dropped_mass is None else found.dropped_mass
+
+    def _no_mass(self) -> Tensor:
+        """A zero of the caller's own; in a graph the constant, which is a kernel less."""
+        zero = self._nothing_dropped
+        if zero.is_cuda and not torch.compiler.is_compiling():
+            return zero if torch.cuda.is_current_stream_capturing() else zero.clone()
+        return zero.clone()
 
     def _fixed_step(self, x: Tensor, y: Tensor, task: str, config: Configuration) -> EMStep:
         """A plain training step of the configuration that an ended task kept."""
@@ -476,7 +484,7 @@ class LASEM(nn.Module):
             posterior=posterior,
             log_likelihood=torch.where(here, m_step.log_likelihood, -torch.inf),
             nll=torch.where(here, m_step.nll.detach(), torch.inf),
-            dropped_mass=self._nothing_dropped,
+            dropped_mass=self._no_mass(),
         )
         # last, when nothing can fail any more
         if network.batch_norms is not None and self._keeps_state():

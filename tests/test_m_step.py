@@ -287,6 +287,21 @@ def test_a_posterior_is_reused_and_counted_once():
     assert int(em._prior.states["a"].wins.sum()) == 3
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_what_a_step_gives_may_be_written_to(backend):
+    net = small_net(2)
+    em = lf.LASEM(net, backend=backend, e_step_every=3)
+    first = em(*batch(seed=1), "a").posterior.clone()
+    for seed in (2, 3):
+        x, y = batch(seed=seed)
+        step = em(x, y, "a")
+        truth = brute_force(net, em.space.bits, x, y, "a", posterior=first)
+        assert_step_equals(net, step, truth)
+        assert float(step.dropped_mass) == 0
+        for tensor in step[1:]:
+            tensor += 1
+
+
 def test_a_reused_and_pruned_posterior_evaluates_what_it_follows():
     net = small_net()
     x, y = batch(samples=1)
