@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nets import batch, small_net
-from oracle import assert_equals, brute_force, logits_of
+from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from torch import nn
 
 import lasem_fast as lf
@@ -650,6 +650,23 @@ def test_spectral_norm_in_training_mode_is_refused_by_name(norm, backend):
         em(*batch(), "a")
     em.eval()
     em(*batch(), "a").loss.backward()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_counted_tokens_are_those_of_the_mini_batch_or_refused_by_name(place, backend):
+    """The gradient of a token is over how often the batch has it, and a tree has larger batches."""
+    torch.manual_seed(0)
+    stages = [nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Tanh()]
+    stages.insert(1 - place, nn.Identity())
+    net = lf.TransferNet(stages)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(6, 3)))
+    x, y = torch.tensor([[0, 1], [1, 1], [4, 0]]), torch.tensor([0, 2, 1])
+    em = lf.LASEM(net.double(), backend=backend)
+    if place == 1:
+        with pytest.raises(ValueError, match=r"shared.1 \(Embedding\), whose scale_grad_by_freq"):
+            em(x, y, "a")
+        return
+    assert_step_equals(net, em(x, y, "a"), brute_force(net, em.space.bits, x, y, "a"))
 
 
 def test_a_prior_that_is_refused_has_not_begun():

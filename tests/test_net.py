@@ -254,6 +254,13 @@ def test_modes_are_copied_layer_by_layer(transfer):
         (lambda: lf.TransferNet([nn.ReLU()], transfer=1), TypeError, "transfer: expected a name"),
         (lambda: lf.TransferNet([m := nn.Linear(1, 1), m]), ValueError, "parameters of its own"),
         (
+            lambda: lf.TransferNet(
+                [nn.Sequential(nn.ReLU(), n := nn.BatchNorm1d(1, affine=False)), n]
+            ),
+            ValueError,
+            r"statistics of its own, got '' \(BatchNorm1d\) in both stages\[0\] and stages\[1\]",
+        ),
+        (
             lambda: small_net(1).add_task("a", nn.ReLU()),
             ValueError,
             "task: expected a new name, got 'a'",

@@ -15,9 +15,11 @@ from lasem_fast.networks.batch_norm import frozen
 from lasem_fast.networks.layers import (
     any_mixes_samples,
     any_uses_batch_statistics,
+    counts_tokens,
     iterates,
     mixes_samples,
     modules_in,
+    moves_statistics,
     parameters_in,
 )
 from lasem_fast.networks.network import Network
@@ -36,15 +38,23 @@ class TaskNet(Protocol):
 
 
 def check_stages(stages: Any) -> None:
-    """Stages are distinct modules with initialised parameters of their own."""
+    """Stages are distinct modules with initialised parameters and statistics of their own."""
     if not isinstance(stages, list) or not all(isinstance(s, nn.Module) for s in stages):
         got = [type(s).__name__ for s in stages] if isinstance(stages, list) else stages
         raise TypeError(f"stages: expected a sequence of nn.Module, got {got!r}")
     if not stages:
         raise ValueError("stages: expected at least one stage, got none")
     owner: dict[int, int] = {}
+    norms: dict[nn.Module, int] = {}
     for i, stage in enumerate(stages):
         _check_trainable(stage, f"stages[{i}]")
+        for name, layer in stage.named_modules():
+            if moves_statistics(layer) and norms.setdefault(layer, i) != i:
+                raise ValueError(
+                    f"stages: expected every stage to have running statistics of its own, got "
+                    f"{name!r} ({type(layer).__name__}) in both stages[{norms[layer]}] and "
+                    f"stages[{i}]"
+                )
         for name, parameter in stage.named_parameters():
             other = owner.setdefault(id(parameter), i)
             if other != i:
@@ -283,9 +293,18 @@ def check_independent_samples(net: TaskNet, task: str) -> None:
         return
     for part, module in parts.items():
         for name, layer in module.named_modules():
+            where = f"{part}.{name}" if name else part
+            # the first stage sees the mini-batch once, whatever the configurations
+            first = not part.startswith("heads") and name.partition(".")[0] == "0"
+            if counts_tokens(layer) and not first:
+                raise ValueError(
+                    f"net: expected layers that treat samples independently, got {where} "
+                    f"({type(layer).__name__}), whose scale_grad_by_freq counts tokens over all "
+                    f"configurations behind the first stage; make it part of the first stage, or "
+                    f"leave that out"
+                )
             if not (mixes_samples(layer) or iterates(layer)):
                 continue
-            where = f"{part}.{name}" if name else part
             if iterates(layer):
                 raise ValueError(
                     f"net: expected layers that a call leaves as they are, got {where} "

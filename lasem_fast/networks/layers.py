@@ -20,7 +20,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 _MAY_BE_RANDOM = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase, nn.RReLU)
-_MAY_MIX_SAMPLES = (_BatchNorm, _InstanceNorm, _SpectralNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_MAY_MIX_SAMPLES = (_BatchNorm, _InstanceNorm, _SpectralNorm, *_EMBEDDINGS)
 
 _DROPOUTS = frozenset(
     {
@@ -300,6 +301,11 @@ def uses_batch_statistics(layer: nn.Module, *, patched: bool = False) -> bool:
     return is_known and (layer.training or layer.running_mean is None)
 
 
+def moves_statistics(layer: nn.Module) -> bool:
+    """Whether a layer has running statistics, which move in training mode."""
+    return isinstance(layer, _BatchNorm | _InstanceNorm) and layer.running_mean is not None
+
+
 def any_uses_batch_statistics(layers: Sequence[nn.Module]) -> bool:
     """Whether one of the layers is such a batch norm."""
     # a list: torch.compile's isdisjoint of a map says yes to anything (2.13)
@@ -318,11 +324,16 @@ def mixes_samples(layer: nn.Module) -> bool:
     return isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats
 
 
+def counts_tokens(layer: nn.Module) -> bool:
+    """Whether a layer's gradient depends on how often its batch has a token."""
+    return isinstance(layer, _EMBEDDINGS) and layer.scale_grad_by_freq
+
+
 def any_mixes_samples(layers: Sequence[nn.Module]) -> bool:
-    """Whether one of the layers mixes samples or iterates."""
+    """Whether one of the layers mixes samples, in its gradient too, or iterates."""
     kinds = {kind for kind in set(map(type, layers)) if issubclass(kind, _MAY_MIX_SAMPLES)}
     return any(
-        mixes_samples(layer) or iterates(layer)
+        mixes_samples(layer) or counts_tokens(layer) or iterates(layer)
         for layer in [m for m in layers if m._forward_pre_hooks or type(m) in kinds]
     )
 
