@@ -583,3 +583,27 @@ def test_a_frozen_part_and_a_mode_that_is_set_inside(backend):
     x, y = small_batch()
     truth = brute_force(copy.deepcopy(net), lf.ConfigSpace(2).bits, x, y, "a")
     assert_step_equals(net, lf.LASEM(net, backend=backend)(x, y, "a"), truth)
+
+
+class _Skip(nn.Module):
+    """No known layer, so that its first mini-batch is looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+
+    def forward(self, h):
+        return h + self.norm(self.conv(h))
+
+
+def test_a_block_is_looked_at_under_autocast(backend):
+    torch.manual_seed(0)
+    net = lf.TransferNet([_Skip(), _Skip()])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(72, 3)))
+    x, y = torch.randn(4, 2, 6, 6), torch.tensor([0, 2, 1, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, wanted = (
+            lf.LASEM(copy.deepcopy(net), backend=b)(x, y, "a").nll for b in (backend, "reference")
+        )
+    # the rounding of the products themselves
+    assert (found - wanted).norm() <= torch.finfo(torch.bfloat16).eps * wanted.norm()

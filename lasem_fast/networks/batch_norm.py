@@ -116,7 +116,8 @@ def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Batch-norm layers that would use a batch's statistics scale and shift only; none moves."""
 
     def forward(layer: nn.Module, h: Tensor) -> Tensor:
-        zeros = h.new_zeros(h.shape[1])
+        # under autocast the layer's own tensors have another dtype than what comes in
+        zeros = h.new_zeros(h.shape[1], dtype=_held_in(layer, h))
         return F.batch_norm(
             h, zeros, zeros + 1, layer.weight, layer.bias, training=False, eps=layer.eps
         )
@@ -199,8 +200,7 @@ def normalised(
     """
     mean = var = None
     if not is_transformed():  # those take no tensors that are written to
-        held = layer.weight if layer.running_mean is None else layer.running_mean
-        dtype = apart.dtype if held is None else held.dtype
+        dtype = _held_in(layer, apart)
         mean, var = torch.zeros(2, apart.shape[1], dtype=dtype, device=apart.device)
     # contiguous, and its gradient too, which goes through a vector: where a single image or its
     # gradient has odd strides, the gradient that PyTorch 2.13 gives is wrong
@@ -211,6 +211,12 @@ def normalised(
     if mean is None:
         return out, None
     return out, torch.cat([mean.view(rows, -1), var.view(rows, -1)], dim=1)
+
+
+def _held_in(layer: nn.Module, h: Tensor) -> torch.dtype:
+    """The dtype of a batch norm's tensors; where it has none, that of its input."""
+    held = layer.weight if layer.running_mean is None else layer.running_mean
+    return h.dtype if held is None else held.dtype
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
