@@ -308,3 +308,24 @@ def test_a_state_that_is_refused_leaves_all_as_it_was():
     assert same_bits(values(other.module), before) and other.module.units == units
     assert other.module.stages[0][0].out_channels == 4
     other.logits(task().test[0], "a")
+
+
+def test_what_an_initialiser_leaves_alone_is_zero():
+    """And not whatever was in memory: this one draws weights, and no biases."""
+    method = DEN(linear_stages(2, 3, 4), init=_draws_weights_alone)
+    method.add_task(task("a"), nn.Linear(4, 2))
+    layer = method.module.stages[0][0]
+    before = values(layer)
+    torch.use_deterministic_algorithms(True)  # fills what empty() returns with NaN
+    try:
+        expand(method.module, "a", 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(layer.bias, torch.cat([before["bias"], torch.zeros(2).double()]))
+    assert bool(torch.isfinite(layer.weight).all())
+
+
+def _draws_weights_alone(module):
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight)

@@ -59,10 +59,15 @@ class Units:
 
     @torch.no_grad()
     def widen(self, outputs: int, inputs: int, draw: Callable[[nn.Module], object]) -> None:
-        """Adds units at the end up to so many, their weights drawn by ``draw`` on a copy."""
+        """Adds units at the end up to so many, their weights drawn by ``draw`` on a copy.
+
+        What ``draw`` leaves alone is 0.
+        """
         kept, old_bias = self.weight.detach().clone(), self.layer.bias
         wider = Units(copy.deepcopy(self.layer), self.rest)
         wider.resize(outputs, inputs)
+        for parameter in wider.layer.parameters():
+            parameter.zero_()
         draw(wider.layer)
         weight, bias = wider.weight.detach(), wider.layer.bias
         weight[: kept.shape[0], : kept.shape[1]] = kept
