@@ -25,6 +25,7 @@ from lasem_fast.networks.saved import all_or_nothing, lasting, packed, unpacked
 from lasem_fast.priors import Prior, as_prior
 from lasem_fast.search import dispatch, first_look
 from lasem_fast.search.m_step import MStep
+from lasem_fast.search.parts import Parts
 from lasem_fast.search.posterior import evidence, is_finite
 from lasem_fast.search.ranks import Ranks
 from lasem_fast.search.reuse import Posteriors
@@ -76,9 +77,11 @@ class LASEM(nn.Module):
     the weights at any time between two ``add_task`` or ``end_task`` calls; its copy of the prior
     stands still, so ask ``em`` itself for :meth:`best_config`.
 
-    Under ``DistributedDataParallel`` the prior is that of the first process, in all of them, and so
-    is every choice at the end of a task; a task that was added after wrapping is refused. A LASEM
-    that is compiled does not see that it is wrapped, and does none of this.
+    Under ``DistributedDataParallel`` posterior and log-likelihoods are those of the whole
+    mini-batch, of which every process has a part; ``loss`` and ``nll`` are those of its own part,
+    whose gradients are averaged. The prior is that of the first process, in all of them, and so is
+    every choice at the end of a task; a task that was added after wrapping is refused. A LASEM that
+    is compiled does not see that it is wrapped, and does none of this.
 
     Source: LASEM (Lee, Behpour, Eaton, ICML 2021), Algorithm 1.
     """
@@ -416,14 +419,15 @@ class LASEM(nn.Module):
             if type(self._prior).log_prob.__module__ != Prior.__module__:
                 self._log_prior(task)  # a user's own is checked before anything else
         network, reads_values = self._network(task, x), self._reads_values(x)
+        parts = self._parts(x) if keeps_state and self._ranks.several else None
         try:
-            found = self._search.step(network, x, y, follow, reads_values, keeps_state)
+            found = self._search.step(network, x, y, follow, reads_values, keeps_state, parts)
         except NothingLeft:
             if reused is None:
                 raise
             self._start_prior(task)
             reused = None  # what it followed overflows now: it is time for another E-step
-            found = self._search.step(network, x, y, None, reads_values, keeps_state)
+            found = self._search.step(network, x, y, None, reads_values, keeps_state, parts)
         step = EMStep(
             loss=self._with_auxiliary(found.loss, found.weights, task),
             # what is kept for the next mini-batches is not given away: a caller may write to it
@@ -447,6 +451,10 @@ class LASEM(nn.Module):
         elif frozen is None and self.e_step_every > 1:
             self._posteriors.keep(task, found.posterior, self.e_step_every - 1)
         return step
+
+    def _parts(self, x: Tensor) -> Parts:
+        """The mini-batch that all processes have a part of."""
+        return Parts(self._ranks, self.likelihood, len(x), len(self.space), x.device)
 
     def _as_before_if_a_users_own_fails(self) -> AbstractContextManager:
         """A context that puts the prior back where its update is not one of the library's."""

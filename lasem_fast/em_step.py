@@ -10,6 +10,9 @@ from torch import Tensor
 class EMStep(NamedTuple):
     """What one mini-batch gave. All but ``loss`` are detached; nothing waits for the device.
 
+    Under ``DistributedDataParallel`` ``posterior`` and ``log_likelihood`` are those of the whole
+    mini-batch in a step of training, ``loss`` and ``nll`` those of this process's part.
+
     Attributes:
         loss: scalar; its gradient is minus Eq. 3 and 4, averaged over the mini-batch.
         posterior: P(c | X, y) ``[C]``, or the frozen one that was passed.

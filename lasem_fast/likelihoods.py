@@ -32,6 +32,18 @@ class Likelihood:
         """The log-likelihood ``[C]`` of the mini-batch; the joint one, a sum, unless overridden."""
         return log_prob.sum(dim=1)
 
+    def combine(self, parts: Tensor, sizes: Tensor) -> Tensor:
+        """The log-likelihood ``[C]`` of a mini-batch from those of its parts.
+
+        A likelihood that overrides :meth:`reduce` overrides this too, or cannot be used under
+        ``DistributedDataParallel``, where every process has a part.
+
+        Args:
+            parts: ``[W, C]``, what :meth:`reduce` gives for each of W parts.
+            sizes: ``[W]``, the samples in each of them, of ``parts``' dtype.
+        """
+        return parts.sum(dim=0)
+
 
 class Joint(Likelihood):
     """Classification, log of the product of P(y_i | x_i, c) over the mini-batch (Eq. 2)."""
@@ -73,6 +85,9 @@ class Mean(Joint):
     def reduce(self, log_prob: Tensor) -> Tensor:
         return log_prob.logsumexp(dim=1) - math.log(log_prob.shape[1])
 
+    def combine(self, parts: Tensor, sizes: Tensor) -> Tensor:
+        return (parts + sizes.log()[:, None]).logsumexp(dim=0) - sizes.sum().log()
+
 
 class Gaussian(Likelihood):
     """Regression with independent Gaussian noise: P(y_i | x_i, c) = N(y_i; f_c(x_i), sigma^2 I).
@@ -107,6 +122,25 @@ _METHODS = "check_target", "log_prob", "reduce"
 def is_changed(likelihood: Likelihood) -> bool:
     """Whether a method of the object was put in the place of its class's."""
     return any(method in vars(likelihood) for method in _METHODS)
+
+
+def check_combines(likelihood: Likelihood) -> None:
+    """Raises where ``combine`` does not belong to ``reduce``: one is overridden without the other.
+
+    Raises:
+        TypeError: likewise.
+    """
+    places = [likelihood, *type(likelihood).__mro__]
+    reduces, combined = (
+        next(i for i, place in enumerate(places) if method in vars(place))
+        for method in ("reduce", "combine")
+    )
+    if reduces < combined:
+        raise TypeError(
+            f"likelihood: expected one that defines combine as well as reduce, because every "
+            f"process of DistributedDataParallel has a part of the mini-batch; got "
+            f"{type(likelihood).__name__}, whose combine is that of {places[combined].__name__}"
+        )
 
 
 _BY_NAME = {"joint": Joint, "mean": Mean}

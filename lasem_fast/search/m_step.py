@@ -6,6 +6,7 @@ approximations leave configurations out and report the posterior mass of what th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -67,10 +68,10 @@ class MStep(NamedTuple):
         """Whether nothing of this posterior ``[C]`` may be left out; waits for the device."""
         return self.is_exact or (self.draws is None and posterior.min().item() > self.prune)
 
-    def weights(self, posterior: Tensor) -> Weights:
-        """The weights for a posterior ``[C]``."""
+    def weights(self, posterior: Tensor, agree: Callable[[Tensor], None] | None = None) -> Weights:
+        """The weights for a posterior ``[C]``; ``agree`` overwrites what was drawn, if given."""
         if self.draws is not None:
-            return drawn(posterior, self.draws)
+            return drawn(posterior, self.draws, agree)
         return pruned(posterior, self.prune) if self.prune > 0 else Weights(posterior)
 
 
@@ -103,12 +104,14 @@ def _pruned_on_host(posterior: Tensor, mass: float) -> Weights:
     return Weights(made(weights), torch.tensor(weighs, device="cpu"), made(dropped_mass))
 
 
-def drawn(posterior: Tensor, draws: int) -> Weights:
+def drawn(posterior: Tensor, draws: int, agree: Callable[[Tensor], None] | None = None) -> Weights:
     """Draws configurations from the posterior, with replacement; unbiased.
 
     Each weighs how often it was drawn over ``draws``. Uses PyTorch's random state.
     """
     rows = torch.multinomial(posterior, draws, replacement=True)
+    if agree is not None:
+        agree(rows)
     counts = torch.zeros_like(posterior).index_add(0, rows, torch.ones_like(rows).to(posterior))
     return _followed(counts / draws, posterior, counts > 0)
 

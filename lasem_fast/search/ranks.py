@@ -2,7 +2,7 @@
 
 DDP keeps equal what it found when it wrapped the module. The prior and the copies for the roll-back
 come later, and the choice at the end of a task belongs to no forward; those are kept equal here,
-by what the first process has.
+by what the first process has. :mod:`lasem_fast.search.parts` has what a mini-batch asks for.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ class Ranks:
         ends = torch.tensor([number, -number], device=device)
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
         return ends[0] == -ends[1]
+
+    @torch.no_grad()
+    def of_all(self, values: Tensor) -> Tensor:
+        """``[W, ...]``: what all W processes have, in their order; does not wait for a device."""
+        found = [torch.empty_like(values) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(found, values.contiguous(), group=self._group)
+        return torch.stack(found)
 
     @torch.no_grad()
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:

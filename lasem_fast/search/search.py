@@ -19,6 +19,7 @@ from lasem_fast.networks.network import Network
 from lasem_fast.priors import Prior
 from lasem_fast.search import dispatch
 from lasem_fast.search.m_step import MStep
+from lasem_fast.search.parts import Parts
 from lasem_fast.search.posterior import Evidence, evidence, expected_nll, is_finite, posterior_of
 from lasem_fast.search.zeros import with_zeros
 from lasem_fast.tree.evaluation import Evaluation, Evaluator
@@ -102,6 +103,7 @@ class Search:
         frozen: Tensor | None,
         reads_values: bool,
         counts: bool,
+        parts: Parts | None = None,
     ) -> Found:
         """E-step and M-step.
 
@@ -112,20 +114,30 @@ class Search:
             frozen: ``[C]``, a posterior to follow in place of this mini-batch's own; None: infer.
             reads_values: whether values may be looked at, which waits for a device.
             counts: whether the prior may count the posterior.
+            parts: those of the mini-batch in all processes; None: this one has the whole.
 
         Raises:
             TypeError, ValueError: the targets do not fit, or no configuration has a finite loss.
         """
         bad: set[int] = set()  # configurations that overflow
+        agree = None if parts is None else parts.as_first
+
+        def left_out(more: Sequence[int]) -> bool:
+            """Leaves out more configurations, which overflow here or in another process."""
+            found = bad.union(more) if parts is None else parts.left_out(bad.union(more))
+            grows = found != bad
+            bad.update(found)
+            return grows
+
         while True:
             rows = self._all_but(bad)
             if frozen is not None:
                 posterior = _without(frozen, bad)
-                weights = self.m_step.weights(posterior)
+                weights = self.m_step.weights(posterior, agree)
                 if weights.weighs is not None and reads_values:
                     rows = _numbers(weights.weighs)
             targets = None
-            if frozen is None and rows is None and not reads_values:
+            if frozen is None and rows is None and not reads_values and parts is None:
                 targets = self._targets(y, network.task, counts)
             evaluation = self._evaluate(network, x, rows, frozen is not None, reads_values, targets)
             if evaluation.scores is not None:
@@ -135,33 +147,37 @@ class Search:
             self.likelihood.check_target(y, e_output, values=reads_values)
             scores = None
             if frozen is None and rows is None:
-                scores = self._scored(evaluation, y, network.task, reads_values, counts)
-            if scores is not None and self._follows_all(scores.posterior, reads_values):
+                exact = self.m_step.is_exact and parts is None
+                scores = self._scored(evaluation, y, network.task, reads_values, counts, exact)
+            alone = scores is not None and parts is None
+            if alone and self._follows_all(scores.posterior, reads_values):
                 return _of_scores(scores)
             if scores is not None:
                 e_step = Evidence(scores.log_likelihood, scores.nll, is_finite(scores.nll))
             else:
                 e_step = evidence(e_output, y, self.likelihood)
-                if reads_values and (overflowed := _numbers(~e_step.finite, rows)):
-                    bad.update(overflowed)
-                    continue
+            if reads_values and not alone and left_out(_numbers(~e_step.finite, rows)):
+                continue
             log_likelihood = self._spread(e_step.log_likelihood, rows, bad, -torch.inf)
+            if parts is not None:
+                log_likelihood = parts.log_likelihood(log_likelihood)
             if frozen is None:
-                if scores is not None:
+                if alone:
                     posterior = scores.posterior
                 else:
                     posterior = self._infer(network.task, log_likelihood, reads_values)
-                weights = self.m_step.weights(posterior)
+                weights = self.m_step.weights(posterior, agree)
             followed = weights.weighs
             part = evaluation.m_step(followed if rows is None else _picked(followed, rows))
             m_rows = part.configs if rows is None else _composed(rows, part.configs)
             m_step = e_step
             if part.logits is not e_output:
                 m_step = evidence(part.logits, y, self.likelihood)
-                if reads_values and (overflowed := _numbers(~m_step.finite, m_rows)):
-                    bad.update(overflowed)
-                    continue
-            break
+            if not reads_values or (m_step is e_step and parts is None):
+                break
+            overflowed = () if m_step is e_step else _numbers(~m_step.finite, m_rows)
+            if not left_out(overflowed):
+                break
         few = None
         if reads_values and weights.weighs is not None and frozen is None and rows is None:
             share = evaluation.share_of(weights.weighs)
@@ -184,7 +200,7 @@ class Search:
             nll=self._spread(nll, rows, bad, torch.inf),
             dropped_mass=weights.dropped_mass,
             counted=False,
-            finite=e_step.finite,
+            finite=e_step.finite if parts is None else log_likelihood > -torch.inf,
             few=few,
         )
 
@@ -274,9 +290,17 @@ class Search:
         return left
 
     def _scored(
-        self, evaluation: Evaluation, y: Tensor, task: str, reads_values: bool, counts: bool
+        self,
+        evaluation: Evaluation,
+        y: Tensor,
+        task: str,
+        reads_values: bool,
+        counts: bool,
+        exact: bool,
     ) -> Scores | None:
         """What a backend's posterior head gives; its nll has a gradient for an M-step of its own.
+
+        ``exact``: whether the M-step follows the posterior head's own posterior as it is.
 
         None where it has none, or where a configuration is to be left out.
         """
@@ -288,11 +312,11 @@ class Search:
             return None
         if is_transformed():
             return None
-        exact = self.m_step.is_exact  # else more follows, which may fail: nothing is counted yet
         for operation in self._scores:
             scores = operation(
-                output, y, self.likelihood, self.prior, task, counts and exact, paired,
-                not (exact or paired),
+                output, y, self.likelihood, self.prior, task,
+                counts and exact,  # else more follows, which may fail: nothing is counted yet
+                paired, not (exact or paired),
             )  # fmt: skip
             if scores is None:
                 continue

@@ -1,0 +1,70 @@
+"""Several processes, each with a part of the mini-batch: the posterior is that of the whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lasem_fast.likelihoods import Gaussian, Joint, Likelihood, Mean, check_combines
+
+
+def test_two_processes_against_one(tmp_path, request):
+    script = request.path.parent / "parts_of_a_batch.py"
+    command = [sys.executable, str(script), str(tmp_path / "store")]
+    ranks = [
+        subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, text=True) for r in (0, 1)
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+@pytest.mark.parametrize("likelihood", [Joint(), Mean(), Gaussian()])
+@pytest.mark.parametrize("sizes", [[5], [1, 4], [2, 1, 2]])
+def test_parts_add_up_to_the_whole(likelihood, sizes):
+    log_prob = torch.randn(7, 5, dtype=torch.float64) - 3
+    parts = torch.stack([likelihood.reduce(part) for part in log_prob.split(sizes, dim=1)])
+    whole = likelihood.combine(parts, torch.tensor(sizes, dtype=torch.float64))
+    torch.testing.assert_close(whole, likelihood.reduce(log_prob))
+
+
+class _Median(Joint):
+    def reduce(self, log_prob):
+        return log_prob.median(dim=1).values
+
+
+class _Both(_Median):
+    def combine(self, parts, sizes):
+        return parts.sum(dim=0)
+
+
+class _Above(_Both):
+    def log_prob(self, output, y):
+        return super().log_prob(output, y)
+
+
+class _Again(_Both):
+    def reduce(self, log_prob):
+        return log_prob.amax(dim=1)
+
+
+def _with_methods(**methods):
+    likelihood = Joint()
+    vars(likelihood).update(methods)
+    return likelihood
+
+
+@pytest.mark.parametrize(
+    "likelihood", [Likelihood(), Joint(), Mean(), Gaussian(), _Both(), _Above(),
+                   _with_methods(reduce=sum, combine=sum), _with_methods(combine=sum)]
+)  # fmt: skip
+def test_likelihoods_that_put_parts_together(likelihood):
+    check_combines(likelihood)
+
+
+@pytest.mark.parametrize("likelihood", [_Median(), _Again(), _with_methods(reduce=sum)])
+def test_likelihoods_that_do_not(likelihood):
+    with pytest.raises(TypeError, match="combine as well as reduce"):
+        check_combines(likelihood)
