@@ -27,7 +27,7 @@ from lasem_fast.search import dispatch, first_look
 from lasem_fast.search.m_step import MStep
 from lasem_fast.search.parts import Parts
 from lasem_fast.search.posterior import evidence, is_finite
-from lasem_fast.search.ranks import Ranks
+from lasem_fast.search.ranks import Ranks, check_is_whole
 from lasem_fast.search.reuse import Posteriors
 from lasem_fast.search.search import Found, NothingLeft, Search
 from lasem_fast.search.untrained import Untrained
@@ -213,7 +213,8 @@ class LASEM(nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as described, or the net cannot be evaluated
                 as one tree. Weights, prior, snapshots and random state are then as before.
-            RuntimeError: a stage begins to write to its input after the first mini-batch.
+            RuntimeError: a stage begins to write to its input after the first mini-batch; the
+                LASEM is wrapped in ``nn.DataParallel`` or sharded by FSDP.
 
         Warns:
             UserWarning: once per task, if its own parameters stay as they are while others train.
@@ -223,6 +224,8 @@ class LASEM(nn.Module):
                 "max_memory: expected None inside torch.compile, which traces one step whole, got "
                 f"{self.max_memory}"
             )
+        if not torch.compiler.is_compiling():
+            check_is_whole(self, self.net)
         config = self._check_call(x, y, task, posterior)
         keeps_state = self._keeps_state()
         if keeps_state:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from nets import batch, small_net
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lasem_fast as lf
@@ -179,6 +181,11 @@ def main() -> None:
     with pytest.raises(TypeError, match=r"combine as well as reduce.* WithoutCombine"):
         wrapped(em)(*batch(), task="a")
     assert digits(em.state_dict().values()) == before
+
+    em = lf.LASEM(small_net(2))
+    fully_shard(em, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(RuntimeError, match="FSDP has sharded"):
+        em(*batch(), task="a")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from nets import batch, small_net
 
+import lasem_fast as lf
 from lasem_fast.likelihoods import Gaussian, Joint, Likelihood, Mean, check_combines
 
 
@@ -19,6 +21,14 @@ def test_two_processes_against_one(tmp_path, request):
     ]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+def test_replicas_of_data_parallel_are_refused():
+    em = lf.LASEM(small_net(2))
+    replica = em._replicate_for_data_parallel()  # as nn.DataParallel makes them on its devices
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel.* use DistributedDataParallel"):
+        replica(*batch(), "a")
+    assert em(*batch(), "a").loss.requires_grad
 
 
 @pytest.mark.parametrize("likelihood", [Joint(), Mean(), Gaussian()])

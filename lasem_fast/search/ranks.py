@@ -107,3 +107,23 @@ class Ranks:
         tensor = torch.tensor(number, device=device)
         self.take_from_first([tensor])
         return int(tensor)
+
+
+def check_is_whole(*modules: nn.Module) -> None:
+    """The modules are held as a whole, in this process alone or in every one of several.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    for module in modules:
+        attributes = vars(module)
+        if attributes.get("_is_replica"):
+            got = "a replica of nn.DataParallel, which forgets what the prior counts"
+        elif attributes.get("_is_fsdp_managed_module"):
+            got = "one that FSDP has sharded, which the roll-back at a task's end cannot read"
+        else:
+            continue
+        raise RuntimeError(
+            f"net: expected a LASEM that every process has as a whole, got {got}; "
+            f"use DistributedDataParallel"
+        )
