@@ -73,10 +73,10 @@ class CapturedStep:
     """One training step of one task; :func:`capture` makes it.
 
     The first call, and the first one after something that the graph has taken in was changed (a
-    float learning rate, the training mode, tensors that were replaced), runs eagerly; the next
-    records the graph. Tensors that are replaced one by one inside of the optimiser's state (instead
-    of by ``load_state_dict``) or of the net's modules are noticed within 256 calls; other settings
-    of a module, such as the probability of a dropout, are not.
+    float learning rate, the training mode, the probability of a dropout, tensors that were
+    replaced), runs eagerly; the next records the graph. Tensors that are replaced one by one inside
+    of the optimiser's state (instead of by ``load_state_dict``) or of the net's modules are noticed
+    within 256 calls; other settings of a module are not.
 
     Attributes:
         why_eager: why there is no graph and every call runs eagerly, or None.

@@ -7,6 +7,7 @@ from operator import attrgetter, is_, is_not
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from lasem_fast.em import LASEM
@@ -15,7 +16,7 @@ from lasem_fast.networks.layers import is_batch_norm, is_random
 # Calls between two full comparisons.
 _RARELY = 256
 _address, _trains = Tensor.data_ptr, attrgetter("requires_grad")
-_mode = attrgetter("training")
+_mode, _probability = attrgetter("training"), attrgetter("p")
 _there = partial(is_not, None)
 
 
@@ -36,6 +37,7 @@ class Holdings:
         prior = self.em._prior
         return (
             [module.training for module in self.em.modules()],
+            [dropout.p for dropout in self._dropouts_now()],
             [(w.data_ptr(), w.requires_grad) for w in self._weights_now()],
             [buffer.data_ptr() for buffer in (*prior.buffers(), *prior.states.all_buffers())],
             [[_mark(value) for value in state.values()] for state in states],
@@ -49,6 +51,8 @@ class Holdings:
         self._weights = self._weights_now()
         self._moded = [self.em, *filter(_shows_its_mode, self.em.net.modules())]
         self._modes = [*map(_mode, self._moded)]
+        self._dropouts = self._dropouts_now()
+        self._probabilities = [*map(_probability, self._dropouts)]
         self._addresses = [*map(_address, self._in_memory())]
         self._trained = [w for w in self._weights if w.requires_grad]
         self._frozen = [w for w in self._weights if not w.requires_grad]
@@ -58,11 +62,13 @@ class Holdings:
         """Whether nothing was replaced since :meth:`remember`, in a few microseconds.
 
         Sees weights and the prior's counts by address, the optimiser by the identity of its state,
-        groups and their values, and the mode of layers that depend on theirs. Every so often it
-        says False, for a comparison in full.
+        groups and their values, the mode of layers that depend on theirs, and the probabilities of
+        dropouts. Every so often it says False, for a comparison in full.
         """
         self._calls += 1
         if self._calls >= _RARELY or [*map(_mode, self._moded)] != self._modes:
+            return False
+        if [*map(_probability, self._dropouts)] != self._probabilities:
             return False
         objects, lengths = self._optimizer_now()
         return (
@@ -76,6 +82,9 @@ class Holdings:
     def _weights_now(self) -> list[Tensor]:
         """The net's parameters and buffers; walking its modules takes too long for every call."""
         return [*self.em.net.parameters(), *self.em.net.buffers()]
+
+    def _dropouts_now(self) -> list[nn.Module]:
+        return [module for module in self.em.net.modules() if isinstance(module, _DropoutNd)]
 
     def _in_memory(self) -> list[Tensor]:
         """The weights and the prior's buffers, of all tasks."""

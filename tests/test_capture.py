@@ -575,6 +575,18 @@ class TestHoldings:
         em._prior.probabilities = em._prior.probabilities.clone()
         assert not holds.seem_the_same()
 
+    def test_the_probability_of_a_dropout_is_seen_at_once(self):
+        em, optimizer = _made()
+        dropout = nn.Dropout(0.0)
+        em.net.heads["a"].append(dropout)
+        holds = Holdings(em, optimizer)
+        before = holds.everything()
+        holds.remember()
+        assert holds.seem_the_same()
+        dropout.p = 0.5
+        assert not holds.seem_the_same()
+        assert holds.everything() != before
+
     def test_steps_change_nothing(self):
         em, optimizer, holds = self._held()
         em(*_batches(1)[0], "a").loss.backward()
