@@ -183,6 +183,13 @@ def main() -> None:
     assert digits(em.state_dict().values()) == before
 
     em = lf.LASEM(small_net(2))
+    ddp = wrapped(em)
+    with pytest.raises(RuntimeError, match=r"every process.* leave join\(\) out"), ddp.join():
+        ddp(*batch(), task="a")
+    ddp = wrapped(em)
+    ddp(*batch(), task="a").loss.backward()
+
+    em = lf.LASEM(small_net(2))
     fully_shard(em, mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(RuntimeError, match="FSDP has sharded"):
         em(*batch(), task="a")

@@ -39,11 +39,19 @@ class Ranks:
         """Looks who calls; True if it is a DDP that has not called before.
 
         Raises:
-            RuntimeError: DDP calls, and some of the parameters are not among those that it found.
+            RuntimeError: DDP calls, and some of the parameters are not among those that it found,
+                or processes may run out of mini-batches earlier than others.
         """
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if ddp is None or dist.get_world_size(ddp.process_group) == 1:
             return False
+        if ddp._join_config.enable:
+            raise RuntimeError(
+                "x: expected a part of every mini-batch in every process, because the posterior is "
+                "that of all parts, got a call inside DistributedDataParallel.join(), which is for "
+                "processes that run out of them; leave join() out, and let the sampler give all "
+                "processes as many (drop_last=True)"
+            )
         new = ddp is not self._ddp()
         known = {id(p) for p in ddp._module_parameters} if new else self._known
         unknown = sum(p.requires_grad and id(p) not in known for p in trained)
