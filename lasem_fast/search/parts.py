@@ -43,20 +43,40 @@ class Parts:
         self._configs = configs
         self._device = device
 
-    def log_likelihood(self, own: Tensor) -> Tensor:
-        """Of the whole mini-batch, ``[C]``, from that of this part; -inf where one of them is."""
+    def together(self, own: Tensor, left_out: set[int] | None) -> tuple[Tensor, set[int]]:
+        """What the parts say of the whole mini-batch.
+
+        Args:
+            own: this part's log-likelihoods ``[C]``.
+            left_out: the configurations that this process leaves out; None: those whose
+                log-likelihood is -inf, which nobody looks at.
+
+        Returns:
+            The whole mini-batch's log-likelihoods ``[C]``, -inf where a process leaves one out; and
+            the configurations that some process does, none where nobody looks.
+        """
+        mine = own == -torch.inf if left_out is None else self._mask(left_out)
         size = own.new_full((1,), self._samples)
-        parts, sizes = self._ranks.of_all(torch.cat([own, size])).split([self._configs, 1], dim=1)
+        found = self._ranks.of_all(torch.cat([own, mine.to(own), size]))
+        parts, masks, sizes = found.split([self._configs, self._configs, 1], dim=1)
+        everywhere = masks.any(dim=0)
         whole = self._likelihood.combine(parts, sizes[:, 0])
-        return torch.where((parts == -torch.inf).any(dim=0), -torch.inf, whole)
+        whole = torch.where(everywhere, -torch.inf, whole)
+        return whole, set() if left_out is None else _numbers(everywhere)
 
     def left_out(self, configs: set[int]) -> set[int]:
         """The configurations that some process leaves out; waits for the others."""
-        mask = torch.zeros(self._configs, dtype=torch.int64)
-        mask[list(configs)] = 1
-        found = self._ranks.of_all(mask.to(self._device)).any(dim=0)
-        return set(found.nonzero().flatten().tolist())
+        return _numbers(self._ranks.of_all(self._mask(configs).to(torch.uint8)).any(dim=0))
 
     def as_first(self, drawn: Tensor) -> None:
         """Overwrites what was drawn at random by what the first process has drawn."""
         self._ranks.take_from_first([drawn])
+
+    def _mask(self, configs: set[int]) -> Tensor:
+        mask = torch.zeros(self._configs, dtype=torch.bool)
+        mask[list(configs)] = True
+        return mask.to(self._device)
+
+
+def _numbers(mask: Tensor) -> set[int]:
+    return set(mask.nonzero().flatten().tolist())

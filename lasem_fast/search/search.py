@@ -122,13 +122,6 @@ class Search:
         bad: set[int] = set()  # configurations that overflow
         agree = None if parts is None else parts.as_first
 
-        def left_out(more: Sequence[int]) -> bool:
-            """Leaves out more configurations, which overflow here or in another process."""
-            found = bad.union(more) if parts is None else parts.left_out(bad.union(more))
-            grows = found != bad
-            bad.update(found)
-            return grows
-
         while True:
             rows = self._all_but(bad)
             if frozen is not None:
@@ -156,11 +149,15 @@ class Search:
                 e_step = Evidence(scores.log_likelihood, scores.nll, is_finite(scores.nll))
             else:
                 e_step = evidence(e_output, y, self.likelihood)
-            if reads_values and not alone and left_out(_numbers(~e_step.finite, rows)):
-                continue
+            known = scores is not None or not reads_values  # that all are finite, or not at all
+            more = () if known else _numbers(~e_step.finite, rows)
             log_likelihood = self._spread(e_step.log_likelihood, rows, bad, -torch.inf)
             if parts is not None:
-                log_likelihood = parts.log_likelihood(log_likelihood)
+                left_out = bad.union(more) if reads_values else None
+                log_likelihood, more = parts.together(log_likelihood, left_out)
+            if not bad.issuperset(more):
+                bad.update(more)
+                continue
             if frozen is None:
                 if alone:
                     posterior = scores.posterior
@@ -173,11 +170,14 @@ class Search:
             m_step = e_step
             if part.logits is not e_output:
                 m_step = evidence(part.logits, y, self.likelihood)
-            if not reads_values or (m_step is e_step and parts is None):
+            if not reads_values or m_step is e_step:
                 break
-            overflowed = () if m_step is e_step else _numbers(~m_step.finite, m_rows)
-            if not left_out(overflowed):
+            more = _numbers(~m_step.finite, m_rows)
+            if parts is not None:
+                more = parts.left_out(bad.union(more))
+            if bad.issuperset(more):
                 break
+            bad.update(more)
         few = None
         if reads_values and weights.weighs is not None and frozen is None and rows is None:
             share = evaluation.share_of(weights.weighs)
