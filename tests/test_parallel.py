@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from nets import batch, small_net
 
 import lasem_fast as lf
 from lasem_fast.likelihoods import Gaussian, Joint, Likelihood, Mean, check_combines
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_two_processes_against_one(tmp_path, request):
@@ -21,6 +25,17 @@ def test_two_processes_against_one(tmp_path, request):
     ]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+def test_the_example_trains_in_two_processes():
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [ROOT / "examples" / "several_processes.py", "--epochs=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [line.split(":")[0] for line in done.stdout.splitlines()]
+    assert found == ["low", "high"], done.stdout
 
 
 def test_replicas_of_data_parallel_are_refused():
