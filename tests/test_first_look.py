@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Residual, batch
 from oracle import assert_step_equals, brute_force
 from torch import nn
@@ -84,6 +86,27 @@ def test_a_stage_that_draws_for_every_sample_is_not(backend):
             return h * mask * self.shift
 
     lf.LASEM(_net(Noise(None)), backend=backend)(*batch(), "a", torch.ones(4) / 4)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("says_so", [False, True])
+def test_a_stage_that_draws_and_does_not_say_so_is_told(says_so, backend):
+    class Dropping(Own):
+        def forward(self, h):
+            return F.dropout(h * self.shift, 0.5, self.training)
+
+    stage = Dropping(None)
+    stage.stochastic = says_so
+    em = lf.LASEM(_net(stage), backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        em.eval()(*batch(), "a")
+        assert not caught
+        em.train()(*batch(), "a")
+    assert len(caught) == (not says_so)
+    for warning in caught:
+        assert "got stage 2 (Dropping())" in str(warning.message)
+        assert "stochastic = True" in str(warning.message)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ class _Run(NamedTuple):
 def look(network: Network, x: Tensor) -> frozenset[int]:
     """Which stages write to their input, by position; the head's is the depth.
 
-    Changes nothing: neither random state nor buffers, and no hook is called.
+    Changes nothing: neither random state nor buffers, and no hook is called. Warns of a stage that
+    draws random numbers and does not say so.
 
     Raises:
         TypeError, ValueError: a stage or the head mixes samples, does not keep their number or
@@ -62,7 +64,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
             h = torch.cat([x[:1], other])
             for i, branches in enumerate(places[: unknown[-1] + 1]):
                 there = [branch for branch in branches if branch is not None]
-                h = _told_apart(h)
+                h, draws = _told_apart(h), False
                 for branch in there if i in unknown else ():
                     first = _run(branch, h)
                     if first.wrote:
@@ -73,8 +75,11 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
                     else:
                         where = f"the head of task {network.task!r}"
                         checks.check_logits(first.output, 1, len(h), network.task)
+                    draws = draws or (first.drew and branch.module.training)
                     if len(x) > 1 or alone:
                         _check_independent(branch, h, first, where)
+                if draws:
+                    _warn_of_noise(there[0].module, where)
                 if i < depth:
                     h = _run(there[0], h).output
     finally:
@@ -109,6 +114,17 @@ def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> No
             f"others; the samples of all configurations are evaluated as one batch, so use "
             f"backend='reference' or a layer that looks at one sample at a time"
         )
+
+
+def _warn_of_noise(module: nn.Module, where: str) -> None:
+    warnings.warn(
+        f"net: expected stages that draw no random numbers while their random layers are off, got "
+        f"{where} ({checks.name_of(module)}), which draws some; the E-step runs with this noise. "
+        f"Set stochastic = True on the module that draws, and let its forward draw only if "
+        f"self.training",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
