@@ -283,3 +283,16 @@ def test_a_first_mini_batch_of_one_sample_shows_what_mixes_too():
     net.add_task("a", nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"net: expected stages .* got stage 2 \(Mixes\(\)\)"):
         lf.LASEM(net, backend="torch")(torch.randn(1, 4), torch.tensor([1]), "a")
+
+
+def test_dropout_of_pytorch_is_not_looked_at(monkeypatch):
+    monkeypatch.delattr(first_look, "_run")
+    stage = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5), nn.ReLU(), nn.AlphaDropout(0.5))
+    lf.LASEM(_net(stage), backend="torch")(*batch(), "a")
+
+
+def test_devices_that_are_not_the_inputs_keep_their_random_state(monkeypatch):
+    for device in ("cuda", "xpu", "mps", "mtia"):
+        monkeypatch.delattr(f"torch.{device}.manual_seed", raising=False)
+        monkeypatch.delattr(f"torch.{device}.manual_seed_all", raising=False)
+    lf.LASEM(_net(Own(lambda h, _: F.relu(h))), backend="torch")(*batch(), "a")

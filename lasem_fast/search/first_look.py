@@ -93,7 +93,7 @@ def _told_apart(h: Tensor) -> Tensor:
     """Two samples that differ: of equal ones, behind a ReLU that is shut, nothing could be seen."""
     if not _eps(h) or len(h) < 2 or not torch.equal(h[0], h[1]):
         return h
-    torch.manual_seed(0)
+    _seed(0, h.device)
     return h + torch.rand_like(h)
 
 
@@ -188,7 +188,7 @@ def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run
     for layer in module.modules():
         _forget_hooks(layer)
     given = h.clone()
-    torch.manual_seed(seed)
+    _seed(seed, h.device)
     random.seed(seed)
     if (numpys := _numpys_random()) is not None:
         numpys.seed(seed)
@@ -199,6 +199,14 @@ def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run
     # values as well: .data and inference mode count no changes
     wrote = checks.version_of(given) != version or not torch.equal(given, h)
     return _Run(output, drew, wrote)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Of the two generators that a layer may draw from; ``torch.manual_seed`` seeds all devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _numpys_random() -> Any:
