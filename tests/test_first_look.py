@@ -174,6 +174,24 @@ def test_what_treats_samples_alone_is_not(function, dtype):
         lf.LASEM(_net(Own(function), dtype=dtype))(x, y, "a").loss.backward()
 
 
+class Recurrent(nn.Module):
+    """What leaves it has other strides than a tensor of its shape."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gru = nn.GRU(width, 8, batch_first=True)
+
+    def forward(self, h):
+        return self.gru(h)[0]
+
+
+def test_recurrent_stages_under_autocast_are_not():
+    net = lf.TransferNet([Recurrent(6), Recurrent(8)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(80, 3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        lf.LASEM(net)(torch.randn(4, 10, 6), torch.arange(4) % 3, "a").loss.backward()
+
+
 def test_the_look_leaves_no_trace():
     calls = []
     net = _net(Own(lambda h, shift: h + shift * torch.randn_like(h).sign().abs()))

@@ -134,8 +134,15 @@ def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
     again = _run(branch, h).output
     if any(far(again, row) for row in (0, 1)):
         return False  # it draws random numbers of its own: nothing can be said
-    outputs = [_run(branch, h[[row, row]]).output for row in (0, 1)]
+    outputs = [_run(branch, _twice(h, row)).output for row in (0, 1)]
     return any(far(out, row) for row, out in enumerate(outputs))
+
+
+def _twice(h: Tensor, row: int) -> Tensor:
+    """One of two samples twice, laid out as both: other strides may mean another algorithm."""
+    both = h.clone()
+    both[1 - row] = h[row]
+    return both
 
 
 def _depends_on_others_at_random(branch: Branch, h: Tensor) -> bool:
