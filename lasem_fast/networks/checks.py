@@ -277,11 +277,22 @@ def check_log_prior_values(log_prior: Tensor) -> None:
         )
 
 
-def check_independent_samples(net: TaskNet, task: str) -> None:
-    """No layer that the task uses mixes the samples of the folded batch."""
+def _parts_of(net: TaskNet, task: str) -> dict[str, nn.Module]:
+    """What a task uses of a net, by name."""
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]
     parts[f"heads[{task!r}]"] = net.heads[task]
+    return parts
+
+
+def has_batch_norm(net: TaskNet, task: str) -> bool:
+    """Whether a layer that the task uses takes a mini-batch's statistics."""
+    return any_uses_batch_statistics(modules_in(*_parts_of(net, task).values()))
+
+
+def check_independent_samples(net: TaskNet, task: str) -> None:
+    """No layer that the task uses mixes the samples of the folded batch."""
+    parts = _parts_of(net, task)
     layers = modules_in(*parts.values())
     if torch.compiler.is_compiling() and any_uses_batch_statistics(layers):
         raise ValueError(
