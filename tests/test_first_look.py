@@ -192,6 +192,36 @@ def test_recurrent_stages_under_autocast_are_not():
         lf.LASEM(net)(torch.randn(4, 10, 6), torch.arange(4) % 3, "a").loss.backward()
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", ["of the mini-batch", "asserted", "of the stage before"])
+def test_a_mask_kept_outside_is_told_by_name(kind, backend):
+    x, y = batch()
+    masks = [torch.ones(len(x), 1, 1, 1, dtype=x.dtype)]
+
+    class Masked(Own):
+        def forward(self, h):
+            if kind == "asserted":
+                assert len(h) == len(masks[0])
+            return h * masks[0] * self.shift
+
+    class Masking(nn.Conv2d):
+        def forward(self, h):
+            masks[0] = torch.ones_like(h[:, :1, :1, :1])
+            return super().forward(h)
+
+    net = _net(Masked(None))
+    if kind == "of the stage before":
+        net = lf.TransferNet([Masking(2, 3, 3, padding=1), nn.Conv2d(3, 3, 1), Masked(None)])
+        net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+        net.double()
+    stage = len(net.shared)
+    with pytest.raises(
+        ValueError, match=rf"net: expected .* number of samples, got stage {stage} \(Masked\(\)\)"
+    ):
+        lf.LASEM(net, backend=backend)(x, y, "a")
+    lf.LASEM(net, backend="reference")(x, y, "a")
+
+
 def test_the_look_leaves_no_trace():
     calls = []
     net = _net(Own(lambda h, shift: h + shift * torch.randn_like(h).sign().abs()))
