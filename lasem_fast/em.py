@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -242,7 +244,10 @@ class LASEM(nn.Module):
         else:
             if keeps_state:
                 self._untrained.look(self.net, task)
-            step = self._step_or_as_before(x, y, task, posterior, config)
+            run = LASEM._step_or_as_before
+            if "torch._dynamo" in sys.modules and checks.has_batch_norm(self.net, task):
+                run = _outside_of_graphs()
+            step = run(self, x, y, task, posterior, config)
         if keeps_state:
             if self._ranks.several and posterior is None and config is None:
                 self._ranks.take_from_first(self._prior.states[task].buffers())
@@ -606,3 +611,12 @@ def _checked_space(space: ConfigSpace | None, depth: int) -> ConfigSpace:
             f"space: expected configurations of the net's {depth} stages, got depth {space.depth}"
         )
     return space
+
+
+@lru_cache(1)
+def _outside_of_graphs() -> Callable[..., EMStep]:
+    """A step of which ``torch.compile``, having refused the whole, compiles no part.
+
+    Inside such a part the forward that a batch norm has during a step would not be called.
+    """
+    return torch.compiler.disable(LASEM._step_or_as_before)

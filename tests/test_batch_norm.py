@@ -422,6 +422,25 @@ def test_the_c_plus_plus_backend_takes_the_layers_around_it(memory_format):
     assert error**0.5 <= 2 * theirs**0.5
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_what_may_break_into_graphs_is_not_compiled(backend, request):
+    request.addfinalizer(torch._dynamo.reset)  # it remembers what it could not compile
+    x, y = torch.randn(6, 8), torch.arange(6) % 3
+    linear = lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())  # noqa: E731
+    net = lf.TransferNet([linear(), linear()])
+    net.add_task("a", nn.Linear(8, 3))
+    net.double()
+    truth = lf.LASEM(copy.deepcopy(net), backend="reference")
+    em = lf.LASEM(net, backend=backend)
+    compiled = torch.compile(em, backend="eager")
+    for _ in range(2):
+        ours, theirs = compiled(x.double(), y, "a"), truth(x.double(), y, "a")
+        torch.testing.assert_close(ours.posterior, theirs.posterior, rtol=0, atol=1e-10)
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=0, atol=1e-10)
+    for name, buffer in em.net.named_buffers():
+        torch.testing.assert_close(buffer, truth.net.get_buffer(name), rtol=0, atol=1e-10)
+
+
 def test_what_is_refused_in_words():
     x, y = small_batch()
     for norm in (nn.SyncBatchNorm(3), type("Own", (nn.BatchNorm2d,), {})(3)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import Residual, batch
 from oracle import assert_step_equals, brute_force
 from torch import nn
@@ -87,6 +89,27 @@ def test_a_stage_that_draws_for_every_sample_is_not(backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("says_so", [False, True])
+def test_a_stage_that_draws_and_does_not_say_so_is_told(says_so, backend):
+    class Dropping(Own):
+        def forward(self, h):
+            return F.dropout(h * self.shift, 0.5, self.training)
+
+    stage = Dropping(None)
+    stage.stochastic = says_so
+    em = lf.LASEM(_net(stage), backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        em.eval()(*batch(), "a")
+        assert not caught
+        em.train()(*batch(), "a")
+    assert len(caught) == (not says_so)
+    for warning in caught:
+        assert "got stage 2 (Dropping())" in str(warning.message)
+        assert "stochastic = True" in str(warning.message)
+
+
+@pytest.mark.parametrize("backend", FAST)
 def test_a_layer_that_comes_later_is_looked_at(backend):
     em = lf.LASEM(_net(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())), backend=backend)
     em(*batch(), "a")
@@ -149,6 +172,54 @@ def test_what_treats_samples_alone_is_not(function, dtype):
     for seed in range(5):
         x, y = batch(seed=seed, dtype=dtype)
         lf.LASEM(_net(Own(function), dtype=dtype))(x, y, "a").loss.backward()
+
+
+class Recurrent(nn.Module):
+    """What leaves it has other strides than a tensor of its shape."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gru = nn.GRU(width, 8, batch_first=True)
+
+    def forward(self, h):
+        return self.gru(h)[0]
+
+
+def test_recurrent_stages_under_autocast_are_not():
+    net = lf.TransferNet([Recurrent(6), Recurrent(8)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(80, 3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        lf.LASEM(net)(torch.randn(4, 10, 6), torch.arange(4) % 3, "a").loss.backward()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", ["of the mini-batch", "asserted", "of the stage before"])
+def test_a_mask_kept_outside_is_told_by_name(kind, backend):
+    x, y = batch()
+    masks = [torch.ones(len(x), 1, 1, 1, dtype=x.dtype)]
+
+    class Masked(Own):
+        def forward(self, h):
+            if kind == "asserted":
+                assert len(h) == len(masks[0])
+            return h * masks[0] * self.shift
+
+    class Masking(nn.Conv2d):
+        def forward(self, h):
+            masks[0] = torch.ones_like(h[:, :1, :1, :1])
+            return super().forward(h)
+
+    net = _net(Masked(None))
+    if kind == "of the stage before":
+        net = lf.TransferNet([Masking(2, 3, 3, padding=1), nn.Conv2d(3, 3, 1), Masked(None)])
+        net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)))
+        net.double()
+    stage = len(net.shared)
+    with pytest.raises(
+        ValueError, match=rf"net: expected .* number of samples, got stage {stage} \(Masked\(\)\)"
+    ):
+        lf.LASEM(net, backend=backend)(x, y, "a")
+    lf.LASEM(net, backend="reference")(x, y, "a")
 
 
 def test_the_look_leaves_no_trace():
@@ -260,3 +331,16 @@ def test_a_first_mini_batch_of_one_sample_shows_what_mixes_too():
     net.add_task("a", nn.Linear(3, 2))
     with pytest.raises(ValueError, match=r"net: expected stages .* got stage 2 \(Mixes\(\)\)"):
         lf.LASEM(net, backend="torch")(torch.randn(1, 4), torch.tensor([1]), "a")
+
+
+def test_dropout_of_pytorch_is_not_looked_at(monkeypatch):
+    monkeypatch.delattr(first_look, "_run")
+    stage = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5), nn.ReLU(), nn.AlphaDropout(0.5))
+    lf.LASEM(_net(stage), backend="torch")(*batch(), "a")
+
+
+def test_devices_that_are_not_the_inputs_keep_their_random_state(monkeypatch):
+    for device in ("cuda", "xpu", "mps", "mtia"):
+        monkeypatch.delattr(f"torch.{device}.manual_seed", raising=False)
+        monkeypatch.delattr(f"torch.{device}.manual_seed_all", raising=False)
+    lf.LASEM(_net(Own(lambda h, _: F.relu(h))), backend="torch")(*batch(), "a")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+import lasem_fast as lf
 from lasem_fast.initialisers import glorot_uniform_, redraw_, release_
 
 
@@ -85,6 +86,13 @@ def test_what_has_no_rule_is_named_and_keeps_its_values():
     assert redraw_(module) == ["0.scale", "1.weight", "1.bias"]
     same = [n for n, v in module.state_dict().items() if torch.equal(v, before[n])]
     assert same == ["0.scale", "1.weight", "1.bias"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_stage_is_refused_by_name():
+    net = lf.TransferNet([torch.jit.script(nn.Linear(2, 2))])
+    with pytest.raises(ValueError, match=r"stages\[0\]: expected a rule .* got none for 'weight'"):
+        net.add_task("a", nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("kind", ["claims", "arguments"])

@@ -15,6 +15,7 @@ from torch import nn
 
 import lasem_fast as lf
 from lasem_fast.tools.builtin import NETS
+from lasem_fast.tree import lowering
 from lasem_fast.tree.lowering import Program, program_of
 
 
@@ -168,6 +169,19 @@ def test_a_trace_follows_the_module():
     dropout = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(0.5), nn.ReLU())
     assert "random numbers" in program_of(dropout)
     assert _summary(dropout.eval()) == [("0", 0, True, None, False, 1)]
+
+
+def test_the_traces_of_both_steps_are_kept(monkeypatch):
+    stage = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(0.5), nn.ReLU())
+    m_step = program_of(stage)
+    stage[1].eval()
+    e_step = program_of(stage)
+    monkeypatch.delattr(lowering, "_trace")
+    for _ in range(2):
+        stage[1].train()
+        assert program_of(stage) is m_step
+        stage[1].eval()
+        assert program_of(stage) is e_step
 
 
 def test_a_trace_does_not_keep_its_module():

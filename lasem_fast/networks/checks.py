@@ -277,11 +277,22 @@ def check_log_prior_values(log_prior: Tensor) -> None:
         )
 
 
-def check_independent_samples(net: TaskNet, task: str) -> None:
-    """No layer that the task uses mixes the samples of the folded batch."""
+def _parts_of(net: TaskNet, task: str) -> dict[str, nn.Module]:
+    """What a task uses of a net, by name."""
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]
     parts[f"heads[{task!r}]"] = net.heads[task]
+    return parts
+
+
+def has_batch_norm(net: TaskNet, task: str) -> bool:
+    """Whether a layer that the task uses takes a mini-batch's statistics."""
+    return any_uses_batch_statistics(modules_in(*_parts_of(net, task).values()))
+
+
+def check_independent_samples(net: TaskNet, task: str) -> None:
+    """No layer that the task uses mixes the samples of the folded batch."""
+    parts = _parts_of(net, task)
     layers = modules_in(*parts.values())
     if torch.compiler.is_compiling() and any_uses_batch_statistics(layers):
         raise ValueError(
@@ -391,13 +402,18 @@ def check_logits_device(logits: Tensor, y: Tensor, task: str) -> None:
 
 
 def or_misfit(evaluate: Callable[[], Any], network: Network, x: Tensor) -> Any:
-    """Evaluates; an error that the input's shape or dtype explains becomes one that says so."""
+    """Evaluates; an error that the input's shape or dtype explains becomes one that says so.
+
+    So does one of a stage that takes the mini-batch's number of samples alone.
+    """
     if torch.compiler.is_compiling() or is_transformed():
         return evaluate()
     try:
         return evaluate()
-    except (RuntimeError, IndexError) as error:
-        reason = misfit(network, x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, AssertionError) as error:
+        reason = misfit(network, x) or _fixed_number(network, x)
         if reason is None:
             raise
         raise ValueError(reason) from error
@@ -405,9 +421,10 @@ def or_misfit(evaluate: Callable[[], Any], network: Network, x: Tensor) -> Any:
 
 @torch.no_grad()
 def misfit(network: Network, x: Tensor) -> str | None:
-    """Why a network cannot take ``x``, found on its first sample or else on all; None if it can."""
+    """Why a network cannot take ``x``, of its first sample or else of all; None if it can."""
     with frozen(network.modules()):
-        return _misfit(network, x, x[:1]) or _misfit(network, x, x)
+        of_all = _misfit(network, x, x)
+        return of_all and (_misfit(network, x, x[:1]) or of_all)
 
 
 def _misfit(network: Network, x: Tensor, h: Tensor) -> str | None:
@@ -415,16 +432,40 @@ def _misfit(network: Network, x: Tensor, h: Tensor) -> str | None:
         branch = next(b for b in branches if b is not None)
         try:
             out = branch(h.clone())
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, AssertionError) as error:
             return _misfit_message(x, f"stage {i + 1} ({name_of(branch.module)})", h, error)
         if not isinstance(out, Tensor):
             return None
         h = out
     try:
         network.head(h.clone())
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, AssertionError) as error:
         return _misfit_message(x, f"the head of task {network.task!r}", h, error)
     return None
+
+
+@torch.no_grad()
+def _fixed_number(network: Network, x: Tensor) -> str | None:
+    """Which stage takes a mini-batch and not twice as many samples; None if none is found."""
+    h = x
+    with frozen(network.modules()):
+        for i, branches in enumerate(network.stages):
+            branch = next(b for b in branches if b is not None)
+            try:
+                branch(torch.cat([h, h]))
+            except (RuntimeError, IndexError, AssertionError) as error:
+                return (
+                    f"net: expected stages that take any number of samples, got stage {i + 1} "
+                    f"({name_of(branch.module)}), which takes {len(h)} and not {2 * len(h)} "
+                    f"({_in_short(error)}); the samples of all configurations are evaluated as one "
+                    f"batch, so what belongs to a sample has to travel in the stages' tensors"
+                )
+            h = branch(h.clone())
+    return None
+
+
+def _in_short(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def name_of(module: nn.Module) -> str:
@@ -433,7 +474,7 @@ def name_of(module: nn.Module) -> str:
 
 
 def _misfit_message(x: Tensor, where: str, h: Tensor, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = _in_short(error)
     if not _may_be_infinite(h) and h.numel() > 0:
         reason += f"; the values are from {int(h.min())} to {int(h.max())}"
     return (

@@ -345,6 +345,8 @@ def keeps_samples_apart(module: nn.Module) -> bool:
     """
     if type(module) is nn.Sequential:
         return all(keeps_samples_apart(child) for child in module)
+    if type(module) in (nn.Dropout, nn.AlphaDropout):
+        return not module.inplace
     known = {nn.Linear, *_CONVOLUTIONS, *_BATCH_NORMS}
     return type(module) in known or _may_go_before(module)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ class _Run(NamedTuple):
 def look(network: Network, x: Tensor) -> frozenset[int]:
     """Which stages write to their input, by position; the head's is the depth.
 
-    Changes nothing: neither random state nor buffers, and no hook is called.
+    Changes nothing: neither random state nor buffers, and no hook is called. Warns of a stage that
+    draws random numbers and does not say so.
 
     Raises:
         TypeError, ValueError: a stage or the head mixes samples, does not keep their number or
@@ -62,7 +64,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
             h = torch.cat([x[:1], other])
             for i, branches in enumerate(places[: unknown[-1] + 1]):
                 there = [branch for branch in branches if branch is not None]
-                h = _told_apart(h)
+                h, draws = _told_apart(h), False
                 for branch in there if i in unknown else ():
                     first = _run(branch, h)
                     if first.wrote:
@@ -73,8 +75,11 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
                     else:
                         where = f"the head of task {network.task!r}"
                         checks.check_logits(first.output, 1, len(h), network.task)
+                    draws = draws or (first.drew and branch.module.training)
                     if len(x) > 1 or alone:
                         _check_independent(branch, h, first, where)
+                if draws:
+                    _warn_of_noise(there[0].module, where)
                 if i < depth:
                     h = _run(there[0], h).output
     finally:
@@ -88,7 +93,7 @@ def _told_apart(h: Tensor) -> Tensor:
     """Two samples that differ: of equal ones, behind a ReLU that is shut, nothing could be seen."""
     if not _eps(h) or len(h) < 2 or not torch.equal(h[0], h[1]):
         return h
-    torch.manual_seed(0)
+    _seed(0, h.device)
     return h + torch.rand_like(h)
 
 
@@ -111,6 +116,17 @@ def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> No
         )
 
 
+def _warn_of_noise(module: nn.Module, where: str) -> None:
+    warnings.warn(
+        f"net: expected stages that draw no random numbers while their random layers are off, got "
+        f"{where} ({checks.name_of(module)}), which draws some; the E-step runs with this noise. "
+        f"Set stochastic = True on the module that draws, and let its forward draw only if "
+        f"self.training",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
 def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
     """Whether a sample's output changes when another one takes the other's place."""
     tolerance = _eps(first.output)
@@ -118,8 +134,15 @@ def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
     again = _run(branch, h).output
     if any(far(again, row) for row in (0, 1)):
         return False  # it draws random numbers of its own: nothing can be said
-    outputs = [_run(branch, h[[row, row]]).output for row in (0, 1)]
+    outputs = [_run(branch, _twice(h, row)).output for row in (0, 1)]
     return any(far(out, row) for row, out in enumerate(outputs))
+
+
+def _twice(h: Tensor, row: int) -> Tensor:
+    """One of two samples twice, laid out as both: other strides may mean another algorithm."""
+    both = h.clone()
+    both[1 - row] = h[row]
+    return both
 
 
 def _depends_on_others_at_random(branch: Branch, h: Tensor) -> bool:
@@ -172,7 +195,7 @@ def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run
     for layer in module.modules():
         _forget_hooks(layer)
     given = h.clone()
-    torch.manual_seed(seed)
+    _seed(seed, h.device)
     random.seed(seed)
     if (numpys := _numpys_random()) is not None:
         numpys.seed(seed)
@@ -183,6 +206,14 @@ def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run
     # values as well: .data and inference mode count no changes
     wrote = checks.version_of(given) != version or not torch.equal(given, h)
     return _Run(output, drew, wrote)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Of the two generators that a layer may draw from; ``torch.manual_seed`` seeds all devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _numpys_random() -> Any:

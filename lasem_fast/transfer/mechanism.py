@@ -202,7 +202,8 @@ def new_weights(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name in left and parameter.requires_grad:
             owner, _, leaf = name.rpartition(".")
-            kind = type(module.get_submodule(owner)).__name__
+            # a scripted module has no get_submodule
+            kind = type(dict(module.named_modules())[owner]).__name__
             raise ValueError(
                 f"expected a rule for new values of every trainable parameter, got none for "
                 f"{leaf!r} of {kind} ({name!r} of the stage); give {kind} a reset_parameters() "

@@ -82,7 +82,8 @@ class Program(NamedTuple):
 def program_of(module: nn.Module) -> Program | str:
     """A stage's program, or the reason in words why it has none.
 
-    What is traced is remembered for as long as the module's layers, modes and settings stay.
+    What is traced is remembered for as long as the module's layers and settings stay, in the modes
+    that it was last in: those of an E-step and of an M-step alternate where there is dropout.
     """
     program = _plain(module)
     if program is not None:
@@ -91,11 +92,13 @@ def program_of(module: nn.Module) -> Program | str:
         return _skip_layer(module)
     if torch.compiler.is_compiling():
         return "inside torch.compile only a sequence of layers is looked into"
-    known = _traced.get(module)
-    if known is None or not known.holds(module):
+    last = _traced.get(module, ())
+    known = next((trace for trace in last if trace.holds(module)), None)
+    if known is None:
         inner = [m for m in module.modules() if m is not module]
         seen = _Seen.now(module), [(m, _Seen.now(m)) for m in inner]
-        known = _traced[module] = _Traced(*seen, *_trace(module))
+        known = _Traced(*seen, *_trace(module))
+        _traced[module] = (known, *last[: _MODES - 1])
     return known.program
 
 
@@ -135,7 +138,10 @@ class _Traced(NamedTuple):
         )
 
 
-_traced: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
+_MODES = 3
+"""That a stage's traces are kept of: an E-step's, an M-step's and evaluation's."""
+
+_traced: WeakKeyDictionary[nn.Module, tuple[_Traced, ...]] = WeakKeyDictionary()
 
 
 def same_program(a: Program, b: Program) -> bool:
