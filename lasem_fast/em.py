@@ -496,7 +496,8 @@ class LASEM(nn.Module):
         terms = self.net.auxiliary_losses(task)
         if all(term is None for term in terms):
             return loss
-        shared = weights @ self._bits.to(weights)
+        # no product of matrices, which autocast rounds
+        shared = (weights[:, None] * self._bits.to(weights)).sum(dim=0)
         for weight, term in zip(shared.unbind(), terms, strict=True):
             if term is not None:
                 loss = loss + weight * term
