@@ -63,6 +63,39 @@ def test_half_precision_outputs_are_scored_in_float32():
     assert evidence(P.log().bfloat16(), Y, lf.likelihoods.Joint()).nll.dtype == torch.float32
 
 
+class Correlated(lf.likelihoods.Likelihood):
+    """Regression whose errors are correlated: a product of matrices, which autocast would round."""
+
+    precision = torch.tensor([[3.0, 1.0, 0.5], [1.0, 2.0, 0.3], [0.5, 0.3, 1.0]])
+
+    def log_prob(self, output, y):
+        error = output - y
+        return -0.5 * ((error @ self.precision) * error).sum(-1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_users_likelihood_is_not_rounded_under_autocast(backend):
+    em = lf.LASEM(small_net(2, dtype=torch.float32), likelihood=Correlated(), backend=backend)
+    x, _ = batch(dtype=torch.float32)
+    y = 30 * torch.randn(4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = em.evaluate(x, "a").detach().float()
+        step = em(x, y, "a")
+    expected = Correlated().log_prob(logits, y).sum(1)
+    assert_equals(step.log_likelihood, expected, "log-likelihood", 1e-6)
+
+
+def test_half_precision_scores_are_added_up_in_float32():
+    class Half(lf.likelihoods.Joint):
+        def log_prob(self, output, y):
+            return super().log_prob(output, y).bfloat16()
+
+    found = evidence(P.log(), Y, Half())
+    assert found.log_likelihood.dtype == found.nll.dtype == torch.float32
+    expected = P.log()[..., 0].bfloat16().float().sum(1)
+    assert_equals(found.log_likelihood, expected, "log-likelihood", 1e-6)
+
+
 @pytest.mark.parametrize("likelihood", ["joint", "mean"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_every_prior_is_the_one_of_brute_force_over_several_batches(likelihood, backend):

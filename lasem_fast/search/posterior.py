@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,15 +29,26 @@ class Evidence(NamedTuple):
 
 def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
     """Scores the outputs ``[C, N, K]`` of all configurations, in float32 or better."""
-    if output.dtype in (torch.float16, torch.bfloat16):
-        output = output.float()
-    log_prob = likelihood.log_prob(output, y)
-    _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
-    nll = -log_prob.mean(dim=1)
-    value = likelihood.reduce(log_prob.detach())
+    output = _not_half(output)
+    with _without_autocast(output.device.type):  # a user's own may multiply matrices
+        log_prob = likelihood.log_prob(output, y)
+        _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
+        log_prob = _not_half(log_prob)
+        nll = -log_prob.mean(dim=1)
+        value = likelihood.reduce(log_prob.detach())
     _check_returned(value, output, 1, f"{type(likelihood).__name__}.reduce")
     finite = is_finite(nll)
-    return Evidence(torch.where(finite, value, -torch.inf), nll, finite)
+    return Evidence(torch.where(finite, _not_half(value), -torch.inf), nll, finite)
+
+
+def _not_half(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def is_finite(nll: Tensor) -> Tensor:
