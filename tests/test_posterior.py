@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -187,6 +188,33 @@ def test_a_users_prior_and_likelihood():
     assert_equals(
         step.posterior, (torch.tensor([0.0, -1, -2, -3]).double() + score).softmax(0), "posterior"
     )
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_parameters_of_a_users_prior_and_likelihood_leave_no_graph_behind(backend):
+    class Tempered(lf.likelihoods.Joint):
+        def __init__(self):
+            self.temperature = nn.Parameter(torch.tensor(0.5))
+
+        def reduce(self, log_prob):
+            return self.temperature * super().reduce(log_prob)
+
+    class Learned(lf.priors.MeanPosterior):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(4.0))
+
+        def log_prob(self, task):
+            return super().log_prob(task) + self.weight
+
+    for options in ({"likelihood": Tempered(), "prior": "mean_posterior"}, {"prior": Learned()}):
+        em = lf.LASEM(small_net(2), backend=backend, **options)
+        for _ in range(2):
+            step = em(*batch(), "a")
+            step.loss.backward()
+        assert not any(value.requires_grad for value in step[1:])
+        copied = copy.deepcopy(em)
+        assert torch.equal(copied._prior.states["a"].total, em._prior.states["a"].total)
 
 
 def test_a_users_prior_that_fails_leaves_all_as_it_was():

@@ -38,7 +38,8 @@ def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
         value = likelihood.reduce(log_prob.detach())
     _check_returned(value, output, 1, f"{type(likelihood).__name__}.reduce")
     finite = is_finite(nll)
-    return Evidence(torch.where(finite, _not_half(value), -torch.inf), nll, finite)
+    # detached again: a user's own may have parameters
+    return Evidence(torch.where(finite, _not_half(value).detach(), -torch.inf), nll, finite)
 
 
 def _not_half(values: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ def _check_returned(value: Any, output: Tensor, dimensions: int, method: str) ->
 
 def posterior_of(log_prior: Tensor, log_likelihood: Tensor) -> Tensor:
     """P(c | X, y) = softmax_c(log prior_c + L_c), exactly 0 where L_c is -inf (Algorithm 1)."""
-    return (log_prior.to(log_likelihood.dtype) + log_likelihood).softmax(dim=0)
+    # detached: a user's prior may have parameters
+    return (log_prior.detach().to(log_likelihood.dtype) + log_likelihood).softmax(dim=0)
 
 
 def expected_nll(posterior: Tensor, nll: Tensor) -> Tensor:
