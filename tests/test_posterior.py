@@ -299,6 +299,18 @@ def test_bad_priors_and_likelihoods_are_refused_in_words(call, error, words):
         call()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_log_likelihood_that_is_none_is_told_by_its_likelihood(backend, value):
+    class Own(lf.likelihoods.Joint):
+        def reduce(self, log_prob):
+            return super().reduce(log_prob).index_fill(0, torch.tensor([2]), value)
+
+    em = lf.LASEM(small_net(2), likelihood=Own(), backend=backend)
+    with pytest.raises(ValueError, match=r"likelihood: expected Own\.reduce .* got 1 that are NaN"):
+        em(*batch(), "a")
+
+
 @pytest.mark.parametrize(
     ("log_prob", "reduced", "message"),
     [

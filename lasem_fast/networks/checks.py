@@ -277,6 +277,16 @@ def check_log_prior_values(log_prior: Tensor) -> None:
         )
 
 
+def check_log_likelihood_values(log_likelihood: Tensor, method: str) -> None:
+    """What a likelihood's ``method`` gives is finite or -inf (reads the values)."""
+    bad = torch.isnan(log_likelihood) | (log_likelihood == torch.inf)
+    if bool(bad.any()):
+        raise ValueError(
+            f"likelihood: expected {method} to give values below infinity for finite "
+            f"log-probabilities, got {int(bad.sum())} that are NaN or +inf"
+        )
+
+
 def check_independent_samples(net: TaskNet, task: str) -> None:
     """No layer that the task uses mixes the samples of the folded batch."""
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
