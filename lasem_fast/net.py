@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from lasem_fast.networks.random_state import random_state_kept_on_error
 from lasem_fast.networks.saved import all_or_nothing, packed, unpacked
 from lasem_fast.networks.task_modules import TaskModules
 from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
+from lasem_fast.transfer.mechanism import copy_of
 
 
 class TransferNet(nn.Module):
@@ -367,7 +367,7 @@ def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
 
 def _baked(branch: Branch) -> nn.Module:
     """A copy of a branch's module with the tensors in force as its own parameters."""
-    module = copy.deepcopy(branch.module)
+    module = copy_of(branch.module)
     with torch.no_grad():
         for name, tensor in branch.tensors.items():
             owner, _, leaf = name.rpartition(".")
