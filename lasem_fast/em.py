@@ -223,6 +223,8 @@ class LASEM(nn.Module):
         config = self._check_call(x, y, task, posterior)
         keeps_state = self._keeps_state()
         if keeps_state:
+            if posterior is None and config is None and not torch.compiler.is_compiling():
+                checks.check_infers_once()
             self._meet_ranks(task)
             before = self._rollback.before(task, config is not None, self.net.shared)
         alike = None

@@ -11,6 +11,7 @@ import torch
 from nets import batch, small_net
 from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lasem_fast as lf
 
@@ -588,6 +589,23 @@ def test_a_validation_loss_changes_no_state(kind, prior, backend):
     before = _state(em)
     _without_state(em, x, y, kind)
     assert _same_state(before, em.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_step_inside_a_checkpoint_infers_once_or_is_refused(backend):
+    em, (x, y) = lf.LASEM(small_net(2), backend=backend), batch()
+    before = list(em.state_dict())
+    x.requires_grad_()
+    with pytest.raises(ValueError, match=r"em: expected a step .* outside of torch\.utils"):
+        checkpoint(lambda x: em(x, y, "a").loss, x, use_reentrant=False)
+    assert list(em.state_dict()) == before
+    truth = brute_force(em.net, em.space.bits, x, y, "a")
+    for options in ({"use_reentrant": True}, {"use_reentrant": False, "posterior": True}):
+        posterior = truth.posterior if options.pop("posterior", False) else None
+        em.net.zero_grad()
+        checkpoint(lambda x, p=posterior: em(x, y, "a", p).loss, x, **options).backward()
+        for name, parameter in em.net.named_parameters():
+            assert_equals(parameter.grad, truth.grads[name], f"gradient of {name}")
 
 
 def test_a_frozen_posterior_in_a_validation_loss_changes_no_state():

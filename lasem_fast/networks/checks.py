@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lasem_fast._host_values import is_transformed
-from lasem_fast.networks.batch_norm import frozen
+from lasem_fast.networks.batch_norm import frozen, is_checkpointed
 from lasem_fast.networks.layers import (
     any_mixes_samples,
     any_uses_batch_statistics,
@@ -378,6 +378,18 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
         raise TypeError(
             f"head of task {task!r}: expected dense floating-point logits, got {logits.dtype} of "
             f"layout {logits.layout}"
+        )
+
+
+def check_infers_once() -> None:
+    """A step that changes the prior is not run a second time in the backward."""
+    # the other kind of checkpoint runs it without gradients first, which changes nothing
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not in_backward and is_checkpointed():
+        raise ValueError(
+            "em: expected a step of training outside of torch.utils.checkpoint(use_reentrant="
+            "False), because its second run would follow the prior that the first has changed; "
+            "got one inside; LASEM(max_memory=...) saves memory instead"
         )
 
 
