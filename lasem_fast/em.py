@@ -301,7 +301,7 @@ class LASEM(nn.Module):
                 checks.check_log_prior_values(log_prior)
         finally:
             if not known:
-                self._prior.forget(task)
+                self._forget_prior(task)
         return log_prior.softmax(dim=0)
 
     def best_config(self, task: str) -> Configuration:
@@ -415,7 +415,7 @@ class LASEM(nn.Module):
         follow = frozen if reused is None else reused
         if follow is None:
             self._start_prior(task)
-            if type(self._prior).log_prob.__module__ != Prior.__module__:
+            if not self._is_known("log_prob"):
                 self._log_prior(task)  # a user's own is checked before anything else
         network, reads_values = self._network(task, x), self._reads_values(x)
         try:
@@ -438,7 +438,7 @@ class LASEM(nn.Module):
             return step
         if reused is None and frozen is None and not found.counted:
             finite = is_finite(found.nll) if found.finite is None else found.finite
-            with self._as_before_if_a_users_own_fails():
+            with self._as_before_if_a_users_own_fails("update"):
                 self._prior.update(task, found.posterior, finite.any())
         # last, when nothing can fail any more
         self._search.note(task, found)
@@ -450,10 +450,12 @@ class LASEM(nn.Module):
             self._posteriors.keep(task, found.posterior, self.e_step_every - 1)
         return step
 
-    def _as_before_if_a_users_own_fails(self) -> AbstractContextManager:
-        """A context that puts the prior back where its update is not one of the library's."""
-        known = type(self._prior).update.__module__ == Prior.__module__
-        return nullcontext() if known else all_or_nothing(self._prior)
+    def _as_before_if_a_users_own_fails(self, method: str) -> AbstractContextManager:
+        """A context that puts the prior back where its method is not one of the library's."""
+        return nullcontext() if self._is_known(method) else all_or_nothing(self._prior)
+
+    def _is_known(self, method: str) -> bool:
+        return getattr(type(self._prior), method).__module__ == Prior.__module__
 
     def _dropped(self, found: Found) -> Tensor:
         return self._no_mass() if found.dropped_mass is None else found.dropped_mass
@@ -519,8 +521,10 @@ class LASEM(nn.Module):
         """Makes the prior's buffers for a task that is seen for the first time."""
         if task not in self._prior.states:
             device = next(self.net.parameters()).device
-            with lasting():
+            with self._as_before_if_a_users_own_fails("start"), lasting():
                 self._prior.start(task, len(self.space), device)
+                if not self._is_known("start"):
+                    checks.check_started(self._prior, task, len(self.space))
 
     def _meet_ranks(self, task: str) -> None:
         """Under DDP, takes over what the first process has when it calls for the first time."""

@@ -233,6 +233,48 @@ def test_a_users_prior_that_fails_leaves_all_as_it_was():
     assert all(torch.equal(t, before[name]) for name, t in em.state_dict().items())
 
 
+class Unstarted(lf.priors.Prior):
+    def start(self, task, n_configs, device):
+        self.counts = torch.ones(n_configs)
+
+
+class Misnamed(lf.priors.Count):
+    def start(self, task, n_configs, device):
+        super().start(f"{task}2", n_configs, device)
+
+
+class Short(lf.priors.Count):
+    def start(self, task, n_configs, device):
+        super().start(task, n_configs - 1, device)
+
+
+class Unfinished(lf.priors.Count):
+    def start(self, task, n_configs, device):
+        super().start(task, n_configs, device)
+        raise RuntimeError("of its own")
+
+
+@pytest.mark.parametrize(
+    ("prior", "error", "words"),
+    [
+        (Unstarted, ValueError, r"prior: expected start of Unstarted .* 'a', as super.* got none"),
+        (Misnamed, ValueError, "prior: expected start of Misnamed .* 'a', as super.* got none"),
+        (Short, ValueError, r"prior: .* among them wins of shape \[4\], got \[3\]"),
+        (Unfinished, RuntimeError, "of its own"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_users_prior_that_does_not_start_leaves_all_as_it_was(backend, prior, error, words):
+    em = lf.LASEM(small_net(2), prior=prior(), backend=backend)
+    before = list(em.state_dict()), list(vars(em._prior))
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            em(*batch(), "a")
+        with pytest.raises(error, match=words):
+            em.prior("a")
+    assert (list(em.state_dict()), list(vars(em._prior))) == before
+
+
 @pytest.mark.parametrize("prior", ["count", "mean_posterior"])
 def test_a_prior_takes_what_fits_it_alone(prior):
     prior = {"count": lf.priors.Count, "mean_posterior": lf.priors.MeanPosterior}[prior]()

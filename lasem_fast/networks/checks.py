@@ -238,6 +238,16 @@ def is_plain(value: Any) -> bool:
     return value.layout == torch.strided
 
 
+def check_started(prior: Any, task: str, n_configs: int) -> None:
+    """What a prior has made for a task; wins, if there are any, count every configuration."""
+    made = f"prior: expected start of {type(prior).__name__} to make the buffers of task {task!r}"
+    if task not in prior.states:
+        raise ValueError(f"{made}, as super().start(task, n_configs, device) does, got none")
+    wins = getattr(prior.states[task], "wins", None)
+    if wins is not None and wins.shape != (n_configs,):
+        raise ValueError(f"{made}, among them wins of shape [{n_configs}], got {list(wins.shape)}")
+
+
 def check_log_prior(log_prior: Any, n_configs: int, device: torch.device) -> None:
     """What a prior says: one log-probability per configuration."""
     if not is_plain(log_prior) or not log_prior.is_floating_point():
