@@ -233,6 +233,20 @@ def test_a_users_prior_that_fails_leaves_all_as_it_was():
     assert all(torch.equal(t, before[name]) for name, t in em.state_dict().items())
 
 
+@pytest.mark.parametrize("likelihood", ["joint", Correlated()])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_prior_that_is_not_normalised_keeps_its_digits(backend, likelihood):
+    class Accumulated(lf.priors.Prior):
+        def log_prob(self, task):
+            return -1e7 - torch.arange(4, dtype=torch.float64)
+
+    em = lf.LASEM(small_net(2, dtype=torch.float32), None, likelihood, Accumulated(), backend)
+    x, y = batch(dtype=torch.float32)
+    step = em(x, y if likelihood == "joint" else torch.randn(4, 3), "a")
+    log_prior = -torch.arange(4, dtype=torch.float64)
+    assert_equals(step.posterior, posterior_of(log_prior, step.log_likelihood), "posterior", 1e-6)
+
+
 class Unstarted(lf.priors.Prior):
     def start(self, task, n_configs, device):
         self.counts = torch.ones(n_configs)

@@ -78,8 +78,10 @@ def _check_returned(value: Any, output: Tensor, dimensions: int, method: str) ->
 
 def posterior_of(log_prior: Tensor, log_likelihood: Tensor) -> Tensor:
     """P(c | X, y) = softmax_c(log prior_c + L_c), exactly 0 where L_c is -inf (Algorithm 1)."""
-    # detached: a user's prior may have parameters
-    return (log_prior.detach().to(log_likelihood.dtype) + log_likelihood).softmax(dim=0)
+    # detached: a user's prior may have parameters; not rounded to the likelihood's precision before
+    # the sum: it need not be normalised
+    joint = log_prior.detach() + log_likelihood
+    return joint.softmax(dim=0).to(log_likelihood.dtype)
 
 
 def expected_nll(posterior: Tensor, nll: Tensor) -> Tensor:
