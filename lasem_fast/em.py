@@ -284,6 +284,7 @@ class LASEM(nn.Module):
         checks.check_batch(x)
         checks.check_has_values(x, x, self.net)
         checks.check_open_task(task, self.net)
+        checks.check_weights_of_their_own(self.net)
         checks.check_independent_samples(self.net, task)
         network, evaluator = self._network(task, x), self._search.present_evaluator()
         if torch.compiler.is_compiling():
@@ -377,6 +378,7 @@ class LASEM(nn.Module):
         checks.check_target(y, x)
         checks.check_has_values(x, y, self.net)
         config = self.net.config(task)
+        checks.check_weights_of_their_own(self.net)
         checks.check_independent_samples(self.net, task)
         if posterior is not None:
             checks.check_posterior(posterior, len(self.space))

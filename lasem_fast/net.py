@@ -238,6 +238,7 @@ class TransferNet(nn.Module):
             raise TypeError("x: expected a dense tensor, got a sparse, nested or quantised one")
         if x.dim() < 1:
             raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
+        checks.check_weights_of_their_own(self)
         if torch.compiler.is_compiling():
             return self._output(path, x, task)
         with random_state_kept_on_error([x]):

@@ -11,6 +11,7 @@ import torch
 from nets import batch, small_net
 from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import lasem_fast as lf
@@ -589,6 +590,24 @@ def test_a_validation_loss_changes_no_state(kind, prior, backend):
     before = _state(em)
     _without_state(em, x, y, kind)
     assert _same_state(before, em.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_cache_that_gives_branches_the_same_weights_is_refused(backend):
+    stages = [nn.Linear(2, 3), parametrizations.weight_norm(nn.Linear(3, 3))]
+    net = lf.TransferNet(stages)
+    net.add_task("a", nn.Linear(3, 3))
+    em = lf.LASEM(net.double(), backend=backend)
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    before = list(em.state_dict())
+    calls = (lambda: em(x, y, "a"), lambda: em.evaluate(x, "a"), lambda: net(x, "a", 0))
+    for call in calls:
+        with parametrize.cached(), pytest.raises(ValueError, match=r"outside of .*cached\(\)"):
+            call()
+    assert list(em.state_dict()) == before
+    assert_step_equals(net, em(x, y, "a"), brute_force(net, em.space.bits, x, y, "a"))
+    with parametrize.cached():
+        lf.LASEM(small_net(2), backend=backend)(*batch(), "a")  # nothing is parametrised
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from lasem_fast._host_values import is_transformed
 from lasem_fast.networks.batch_norm import frozen, is_checkpointed
@@ -295,6 +296,20 @@ def check_log_likelihood_values(log_likelihood: Tensor, method: str) -> None:
             f"likelihood: expected {method} to give values below infinity for finite "
             f"log-probabilities, got {int(bad.sum())} that are NaN or +inf"
         )
+
+
+def check_weights_of_their_own(net: nn.Module) -> None:
+    """No cache gives a copy of a parametrised layer the weight of its model."""
+    if torch.compiler.is_compiling() or not parametrize._cache_enabled:
+        return
+    for name, layer in net.named_modules():
+        if parametrize.is_parametrized(layer):
+            raise ValueError(
+                f"net: expected a call outside of torch.nn.utils.parametrize.cached(), whose cache "
+                f"has one weight for a layer and all its copies, so that specific branches would "
+                f"use the shared weights; got one inside, with the parametrised {name} "
+                f"({type(layer).__name__})"
+            )
 
 
 def check_independent_samples(net: TaskNet, task: str) -> None:
