@@ -11,6 +11,7 @@ import torch
 from nets import batch, small_net
 from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -590,6 +591,39 @@ def test_a_validation_loss_changes_no_state(kind, prior, backend):
     before = _state(em)
     _without_state(em, x, y, kind)
     assert _same_state(before, em.state_dict())
+
+
+class Scaled8(nn.Module):
+    """Takes samples in 8 bits, and holds a constant in 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        scale = torch.full((2,), 0.5).to(torch.float8_e4m3fn)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, h):
+        return self.layer(h.double() * self.scale.double())
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_samples_and_constants_in_8_bits(backend, samples):
+    net = lf.TransferNet([Scaled8(), nn.Linear(3, 3)])
+    net.add_task("a", nn.Linear(3, 3))
+    for parameter in net.parameters():
+        parameter.data = parameter.data.double() if parameter.requires_grad else parameter.data
+    em = lf.LASEM(net, backend=backend)
+    x, y = torch.randn(samples, 2).to(torch.float8_e4m3fn), torch.arange(samples) % 3
+    values = [F.log_softmax(net(x, "a", config), 1)[range(samples), y] for config in em.space.bits]
+    log_likelihood = torch.stack(values).detach().sum(1)
+    step = em(x, y, "a")
+    assert_equals(step.log_likelihood, log_likelihood, "log-likelihood")
+    step.loss.backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    bad = torch.full((samples, 2), torch.nan).to(x.dtype)
+    with pytest.raises(ValueError, match=f"x: expected finite values, got {2 * samples} that are"):
+        em(bad, y, "a")
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])

@@ -60,6 +60,12 @@ def test_regression_through_the_tree():
     assert_equals(step.posterior, torch.stack(values).detach().softmax(0), "posterior")
 
 
+def test_float8_targets_are_refused():
+    em = lf.LASEM(small_net(2), likelihood=lf.likelihoods.Gaussian())
+    with pytest.raises(TypeError, match=r"y: expected floating-point targets .*float8_e5m2"):
+        em(batch()[0], torch.zeros(4, 3).to(torch.float8_e5m2), "a")
+
+
 def test_half_precision_outputs_are_scored_in_float32():
     assert evidence(P.log().bfloat16(), Y, lf.likelihoods.Joint()).nll.dtype == torch.float32
 

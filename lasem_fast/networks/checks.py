@@ -177,7 +177,7 @@ def check_finite_input(x: Tensor) -> None:
     """No NaN and no infinity in the batch (reads the values)."""
     if not _may_be_infinite(x) or _has_finite_sum(x):
         return
-    bad = int((~torch.isfinite(x)).sum())
+    bad = int((~torch.isfinite(_summable(x))).sum())
     if bad:
         raise ValueError(f"x: expected finite values, got {bad} that are NaN or infinite")
 
@@ -190,7 +190,7 @@ def check_finite_weights(parts: Sequence[tuple[str, nn.Module]]) -> None:
         name
         for prefix, part in parts
         for name, p in part.named_parameters(prefix)
-        if not bool(torch.isfinite(p).all())
+        if not bool(torch.isfinite(_summable(p)).all())
     ]
     if bad:
         raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
@@ -202,7 +202,12 @@ def _may_be_infinite(values: Tensor) -> bool:
 
 def _has_finite_sum(values: Tensor) -> bool:
     """One fast pass that NaN and infinity survive; finite values may overflow in it, too."""
-    return cmath.isfinite(values.sum().item())
+    return cmath.isfinite(_summable(values).sum().item())
+
+
+def _summable(values: Tensor) -> Tensor:
+    """The values in a dtype that PyTorch can add up, which float8 is not."""
+    return values.float() if values.itemsize == 1 and values.is_floating_point() else values
 
 
 def check_posterior(posterior: Any, n_configs: int) -> None:
