@@ -253,6 +253,29 @@ def test_a_prior_that_is_not_normalised_keeps_its_digits(backend, likelihood):
     assert_equals(step.posterior, posterior_of(log_prior, step.log_likelihood), "posterior", 1e-6)
 
 
+class Unmade(lf.priors.Prior):
+    def __init__(self):
+        pass
+
+
+class Uncopied(lf.priors.Prior):
+    def __init__(self):
+        super().__init__()
+        self.draws = iter(range(3)), (i for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("prior", "words"),
+    [
+        (Unmade, r"prior: expected __init__ of Unmade to call super\(\).__init__\(\)"),
+        (Uncopied, "prior: expected one that copy.deepcopy can copy, got Uncopied .*generator"),
+    ],
+)
+def test_a_users_prior_that_cannot_be_taken_is_told_so(prior, words):
+    with pytest.raises(TypeError, match=words):
+        lf.LASEM(small_net(2), prior=prior())
+
+
 class Unstarted(lf.priors.Prior):
     def start(self, task, n_configs, device):
         self.counts = torch.ones(n_configs)
