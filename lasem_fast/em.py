@@ -231,6 +231,8 @@ class LASEM(nn.Module):
         config = self._check_call(x, y, task, posterior)
         keeps_state = self._keeps_state()
         if keeps_state:
+            if posterior is None and config is None and not torch.compiler.is_compiling():
+                checks.check_infers_once()
             self._meet_ranks(task)
             before = self._rollback.before(task, config is not None, self.net.shared)
         alike = None
@@ -293,6 +295,7 @@ class LASEM(nn.Module):
         checks.check_batch(x)
         checks.check_has_values(x, x, self.net)
         checks.check_open_task(task, self.net)
+        checks.check_weights_of_their_own(self.net)
         checks.check_independent_samples(self.net, task)
         network, evaluator = self._network(task, x), self._search.present_evaluator()
         if torch.compiler.is_compiling():
@@ -310,7 +313,7 @@ class LASEM(nn.Module):
                 checks.check_log_prior_values(log_prior)
         finally:
             if not known:
-                self._prior.forget(task)
+                self._forget_prior(task)
         return log_prior.softmax(dim=0)
 
     def best_config(self, task: str) -> Configuration:
@@ -386,6 +389,7 @@ class LASEM(nn.Module):
         checks.check_target(y, x)
         checks.check_has_values(x, y, self.net)
         config = self.net.config(task)
+        checks.check_weights_of_their_own(self.net)
         checks.check_independent_samples(self.net, task)
         if posterior is not None:
             checks.check_posterior(posterior, len(self.space))
@@ -424,7 +428,7 @@ class LASEM(nn.Module):
         follow = frozen if reused is None else reused
         if follow is None:
             self._start_prior(task)
-            if type(self._prior).log_prob.__module__ != Prior.__module__:
+            if not self._is_known("log_prob"):
                 self._log_prior(task)  # a user's own is checked before anything else
         network, reads_values = self._network(task, x), self._reads_values(x)
         parts = self._parts(x) if keeps_state and self._ranks.several else None
@@ -448,7 +452,7 @@ class LASEM(nn.Module):
             return step
         if reused is None and frozen is None and not found.counted:
             finite = is_finite(found.nll) if found.finite is None else found.finite
-            with self._as_before_if_a_users_own_fails():
+            with self._as_before_if_a_users_own_fails("update"):
                 self._prior.update(task, found.posterior, finite.any())
         # last, when nothing can fail any more
         self._search.note(task, found)
@@ -464,10 +468,12 @@ class LASEM(nn.Module):
         """The mini-batch that all processes have a part of."""
         return Parts(self._ranks, self.likelihood, len(x), len(self.space), x.device)
 
-    def _as_before_if_a_users_own_fails(self) -> AbstractContextManager:
-        """A context that puts the prior back where its update is not one of the library's."""
-        known = type(self._prior).update.__module__ == Prior.__module__
-        return nullcontext() if known else all_or_nothing(self._prior)
+    def _as_before_if_a_users_own_fails(self, method: str) -> AbstractContextManager:
+        """A context that puts the prior back where its method is not one of the library's."""
+        return nullcontext() if self._is_known(method) else all_or_nothing(self._prior)
+
+    def _is_known(self, method: str) -> bool:
+        return getattr(type(self._prior), method).__module__ == Prior.__module__
 
     def _dropped(self, found: Found) -> Tensor:
         return self._no_mass() if found.dropped_mass is None else found.dropped_mass
@@ -512,7 +518,8 @@ class LASEM(nn.Module):
         terms = self.net.auxiliary_losses(task)
         if all(term is None for term in terms):
             return loss
-        shared = weights @ self._bits.to(weights)
+        # no product of matrices, which autocast rounds
+        shared = (weights[:, None] * self._bits.to(weights)).sum(dim=0)
         for weight, term in zip(shared.unbind(), terms, strict=True):
             if term is not None:
                 loss = loss + weight * term
@@ -532,8 +539,10 @@ class LASEM(nn.Module):
         """Makes the prior's buffers for a task that is seen for the first time."""
         if task not in self._prior.states:
             device = next(self.net.parameters()).device
-            with lasting():
+            with self._as_before_if_a_users_own_fails("start"), lasting():
                 self._prior.start(task, len(self.space), device)
+                if not self._is_known("start"):
+                    checks.check_started(self._prior, task, len(self.space))
 
     def _meet_ranks(self, task: str) -> None:
         """Under DDP, takes over what the first process has when it calls for the first time."""

@@ -138,6 +138,9 @@ def release_(module: nn.Module) -> None:
     Other layers keep what they have.
     """
     _check_module(module)
+    for name, parameter in module.named_parameters():
+        if parameter.is_complex():
+            raise TypeError(f"module: expected real parameters, got {parameter.dtype} in {name!r}")
     for layer in module.modules():
         if isinstance(layer, _WEIGHTED):
             _draw(layer, lambda layer=layer: _release(layer))
@@ -152,8 +155,6 @@ def _check_module(module: Any) -> None:
                 f"module: expected initialised parameters, got the lazy {name!r}; run the module "
                 f"once on a batch first"
             )
-        if parameter.is_complex():
-            raise TypeError(f"module: expected real parameters, got {parameter.dtype} in {name!r}")
 
 
 def _release(layer: nn.Module) -> None:

@@ -100,7 +100,7 @@ class Gaussian(Likelihood):
         self.sigma = finite_number(sigma, "sigma")
 
     def check_target(self, y: Tensor, output: Tensor, *, values: bool) -> None:
-        if not y.is_floating_point():
+        if not y.is_floating_point() or y.itemsize == 1:  # there is no arithmetic on float8
             raise TypeError(f"y: expected floating-point targets for regression, got {y.dtype}")
         if y.shape != output.shape[1:]:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from lasem_fast.networks.random_state import random_state_kept_on_error
 from lasem_fast.networks.saved import all_or_nothing, packed, unpacked
 from lasem_fast.networks.task_modules import TaskModules
 from lasem_fast.transfer import MECHANISMS, Branch, TransferMechanism
+from lasem_fast.transfer.mechanism import copy_of
 
 
 class TransferNet(nn.Module):
@@ -238,6 +238,7 @@ class TransferNet(nn.Module):
             raise TypeError("x: expected a dense tensor, got a sparse, nested or quantised one")
         if x.dim() < 1:
             raise ValueError(f"x: expected a batch [N, ...], got shape {list(x.shape)}")
+        checks.check_weights_of_their_own(self)
         if torch.compiler.is_compiling():
             return self._output(path, x, task)
         with random_state_kept_on_error([x]):
@@ -367,7 +368,7 @@ def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
 
 def _baked(branch: Branch) -> nn.Module:
     """A copy of a branch's module with the tensors in force as its own parameters."""
-    module = copy.deepcopy(branch.module)
+    module = copy_of(branch.module)
     with torch.no_grad():
         for name, tensor in branch.tensors.items():
             owner, _, leaf = name.rpartition(".")

@@ -194,7 +194,7 @@ def as_prior(prior: Any) -> Prior:
         TypeError, ValueError: none of these.
     """
     if isinstance(prior, Prior):
-        return copy.deepcopy(prior)
+        return _copied(prior)
     if isinstance(prior, Tensor):
         return Fixed(prior)
     if not isinstance(prior, str):
@@ -205,3 +205,18 @@ def as_prior(prior: Any) -> Prior:
     if prior not in _BY_NAME:
         raise ValueError(f"prior: expected one of {sorted(_BY_NAME)}, got {prior!r}")
     return _BY_NAME[prior]()
+
+
+def _copied(prior: Prior) -> Prior:
+    kind = type(prior).__name__
+    if not hasattr(prior, "states"):
+        raise TypeError(
+            f"prior: expected __init__ of {kind} to call super().__init__(), got one without states"
+        )
+    try:
+        return copy.deepcopy(prior)
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(
+            f"prior: expected one that copy.deepcopy can copy, got {kind} "
+            f"({str(error).splitlines()[0]})"
+        ) from error

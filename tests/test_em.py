@@ -11,6 +11,9 @@ import torch
 from nets import batch, small_net
 from oracle import assert_equals, assert_step_equals, brute_force, logits_of
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 import lasem_fast as lf
 
@@ -588,6 +591,74 @@ def test_a_validation_loss_changes_no_state(kind, prior, backend):
     before = _state(em)
     _without_state(em, x, y, kind)
     assert _same_state(before, em.state_dict())
+
+
+class Scaled8(nn.Module):
+    """Takes samples in 8 bits, and holds a constant in 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        scale = torch.full((2,), 0.5).to(torch.float8_e4m3fn)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, h):
+        return self.layer(h.double() * self.scale.double())
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_samples_and_constants_in_8_bits(backend, samples):
+    net = lf.TransferNet([Scaled8(), nn.Linear(3, 3)])
+    net.add_task("a", nn.Linear(3, 3))
+    for parameter in net.parameters():
+        parameter.data = parameter.data.double() if parameter.requires_grad else parameter.data
+    em = lf.LASEM(net, backend=backend)
+    x, y = torch.randn(samples, 2).to(torch.float8_e4m3fn), torch.arange(samples) % 3
+    values = [F.log_softmax(net(x, "a", config), 1)[range(samples), y] for config in em.space.bits]
+    log_likelihood = torch.stack(values).detach().sum(1)
+    step = em(x, y, "a")
+    assert_equals(step.log_likelihood, log_likelihood, "log-likelihood")
+    step.loss.backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    bad = torch.full((samples, 2), torch.nan).to(x.dtype)
+    with pytest.raises(ValueError, match=f"x: expected finite values, got {2 * samples} that are"):
+        em(bad, y, "a")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_cache_that_gives_branches_the_same_weights_is_refused(backend):
+    stages = [nn.Linear(2, 3), parametrizations.weight_norm(nn.Linear(3, 3))]
+    net = lf.TransferNet(stages)
+    net.add_task("a", nn.Linear(3, 3))
+    em = lf.LASEM(net.double(), backend=backend)
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    before = list(em.state_dict())
+    calls = (lambda: em(x, y, "a"), lambda: em.evaluate(x, "a"), lambda: net(x, "a", 0))
+    for call in calls:
+        with parametrize.cached(), pytest.raises(ValueError, match=r"outside of .*cached\(\)"):
+            call()
+    assert list(em.state_dict()) == before
+    assert_step_equals(net, em(x, y, "a"), brute_force(net, em.space.bits, x, y, "a"))
+    with parametrize.cached():
+        lf.LASEM(small_net(2), backend=backend)(*batch(), "a")  # nothing is parametrised
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_step_inside_a_checkpoint_infers_once_or_is_refused(backend):
+    em, (x, y) = lf.LASEM(small_net(2), backend=backend), batch()
+    before = list(em.state_dict())
+    x.requires_grad_()
+    with pytest.raises(ValueError, match=r"em: expected a step .* outside of torch\.utils"):
+        checkpoint(lambda x: em(x, y, "a").loss, x, use_reentrant=False)
+    assert list(em.state_dict()) == before
+    truth = brute_force(em.net, em.space.bits, x, y, "a")
+    for options in ({"use_reentrant": True}, {"use_reentrant": False, "posterior": True}):
+        posterior = truth.posterior if options.pop("posterior", False) else None
+        em.net.zero_grad()
+        checkpoint(lambda x, p=posterior: em(x, y, "a", p).loss, x, **options).backward()
+        for name, parameter in em.net.named_parameters():
+            assert_equals(parameter.grad, truth.grads[name], f"gradient of {name}")
 
 
 def test_a_frozen_posterior_in_a_validation_loss_changes_no_state():

@@ -79,6 +79,16 @@ def test_parametrised_weights_keep_what_they_promise():
     assert 0 < float(layer.weight.detach().abs().max()) <= 0.1 and bool((layer.bias == 0.2).all())
 
 
+def test_complex_layers_are_drawn_by_their_rule():
+    stage = nn.Linear(3, 2, dtype=torch.complex64)
+    net = lf.TransferNet([stage])
+    net.add_task("a", nn.Identity())
+    own = net.specific["a"][0]
+    assert bool((own.weight != stage.weight).all()) and bool((own.bias != stage.bias).all())
+    with pytest.raises(TypeError, match=r"module: expected real parameters, got .*complex64"):
+        release_(stage)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_what_has_no_rule_is_named_and_keeps_its_values():
     module = nn.Sequential(Scaled(), torch.jit.script(nn.Linear(2, 2)))

@@ -184,6 +184,38 @@ def test_weight_of_the_auxiliary_term(weight):
         )
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_the_auxiliary_term_is_not_rounded_under_autocast(backend):
+    net = _net("tf").float()
+    with torch.no_grad():
+        for factor in net.adapters["a"].parameters():  # nearly orthogonal, as it wants them
+            if factor.dim() == 2:
+                factor.copy_(torch.eye(len(factor)) + 1e-3 * torch.randn_like(factor))
+    x, y = batch(dtype=torch.float32)
+    em = lf.LASEM(net, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = em(x, y, "a")
+    penalty = orthogonality(net, "a")
+    terms = torch.stack([torch.as_tensor(penalty(i)).detach() for i in range(net.depth)])
+    costs = step.nll + em.space.bits.float() @ terms
+    assert_equals(step.loss.detach(), (step.posterior * costs).sum(), "loss", 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_the_weight_of_an_auxiliary_term_is_not_rounded_under_autocast(backend):
+    class Decay(lf.transfer.HardParameterSharing):
+        def auxiliary_loss(self, shared, adapters):
+            return 1000 * sum((p.square().sum() for p in shared.parameters()), torch.zeros(()))
+
+    net = _net(Decay()).float()
+    em = lf.LASEM(net, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = em(*batch(dtype=torch.float32), "a")
+    costs = step.nll + em.space.bits.float() @ torch.stack(net.auxiliary_losses("a")).detach()
+    expected = (step.posterior * costs).sum()
+    assert_equals(step.loss.detach() / expected, torch.ones(()), "loss", 1e-6)
+
+
 @pytest.mark.parametrize("config", [set(), {1}, {1, 3}, {1, 2, 3}, {2}])
 @pytest.mark.parametrize("transfer", GENERATING)
 def test_end_of_a_task(transfer, config):

@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from nets import Residual, batch, small_net
+from oracle import assert_step_equals, brute_force
 from torch import nn
 
 import lasem_fast as lf
@@ -173,6 +174,32 @@ def test_a_trainable_parameter_that_nothing_draws_is_refused():
     net.add_task("a", nn.Identity())
     assert bool(net.specific["a"][1].scale == 5.0)
     assert not torch.equal(net.specific["a"][1].linear.weight, net.shared[1].linear.weight)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_scripted_stages_have_branches_of_their_own(backend):
+    def draw(stage):
+        for parameter in stage.parameters():
+            nn.init.normal_(parameter, std=0.1)
+
+    def scripted(inputs):
+        layers = nn.Sequential(nn.Conv2d(inputs, 3, 3, padding=1), nn.ReLU())
+        return torch.jit.script(layers.double())
+
+    with pytest.raises(ValueError, match=r"rule for new .* 'weight' of RecursiveScriptModule"):
+        lf.TransferNet([scripted(2)]).add_task("a", nn.Flatten())
+    transfer = lf.transfer.HardParameterSharing(init=draw)
+    net = lf.TransferNet([scripted(2), scripted(3)], transfer=transfer)
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).double())
+    optimizer = torch.optim.SGD(net.task_parameters("a"), lr=0.1)
+    em, (x, y) = lf.LASEM(net, backend=backend), batch()
+    truth = brute_force(net, em.space.bits, x, y, "a")
+    assert_step_equals(net, em(x, y, "a"), truth)
+    optimizer.step()
+    em.end_task("a")
+    assert torch.equal(net.freeze("a")(x), net(x, "a"))
 
 
 def test_a_frozen_parameter_without_a_rule_is_a_constant():

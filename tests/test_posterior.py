@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -59,8 +60,47 @@ def test_regression_through_the_tree():
     assert_equals(step.posterior, torch.stack(values).detach().softmax(0), "posterior")
 
 
+def test_float8_targets_are_refused():
+    em = lf.LASEM(small_net(2), likelihood=lf.likelihoods.Gaussian())
+    with pytest.raises(TypeError, match=r"y: expected floating-point targets .*float8_e5m2"):
+        em(batch()[0], torch.zeros(4, 3).to(torch.float8_e5m2), "a")
+
+
 def test_half_precision_outputs_are_scored_in_float32():
     assert evidence(P.log().bfloat16(), Y, lf.likelihoods.Joint()).nll.dtype == torch.float32
+
+
+class Correlated(lf.likelihoods.Likelihood):
+    """Regression whose errors are correlated: a product of matrices, which autocast would round."""
+
+    precision = torch.tensor([[3.0, 1.0, 0.5], [1.0, 2.0, 0.3], [0.5, 0.3, 1.0]])
+
+    def log_prob(self, output, y):
+        error = output - y
+        return -0.5 * ((error @ self.precision) * error).sum(-1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_users_likelihood_is_not_rounded_under_autocast(backend):
+    em = lf.LASEM(small_net(2, dtype=torch.float32), likelihood=Correlated(), backend=backend)
+    x, _ = batch(dtype=torch.float32)
+    y = 30 * torch.randn(4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = em.evaluate(x, "a").detach().float()
+        step = em(x, y, "a")
+    expected = Correlated().log_prob(logits, y).sum(1)
+    assert_equals(step.log_likelihood, expected, "log-likelihood", 1e-6)
+
+
+def test_half_precision_scores_are_added_up_in_float32():
+    class Half(lf.likelihoods.Joint):
+        def log_prob(self, output, y):
+            return super().log_prob(output, y).bfloat16()
+
+    found = evidence(P.log(), Y, Half())
+    assert found.log_likelihood.dtype == found.nll.dtype == torch.float32
+    expected = P.log()[..., 0].bfloat16().float().sum(1)
+    assert_equals(found.log_likelihood, expected, "log-likelihood", 1e-6)
 
 
 @pytest.mark.parametrize("likelihood", ["joint", "mean"])
@@ -156,6 +196,33 @@ def test_a_users_prior_and_likelihood():
     )
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_parameters_of_a_users_prior_and_likelihood_leave_no_graph_behind(backend):
+    class Tempered(lf.likelihoods.Joint):
+        def __init__(self):
+            self.temperature = nn.Parameter(torch.tensor(0.5))
+
+        def reduce(self, log_prob):
+            return self.temperature * super().reduce(log_prob)
+
+    class Learned(lf.priors.MeanPosterior):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(4.0))
+
+        def log_prob(self, task):
+            return super().log_prob(task) + self.weight
+
+    for options in ({"likelihood": Tempered(), "prior": "mean_posterior"}, {"prior": Learned()}):
+        em = lf.LASEM(small_net(2), backend=backend, **options)
+        for _ in range(2):
+            step = em(*batch(), "a")
+            step.loss.backward()
+        assert not any(value.requires_grad for value in step[1:])
+        copied = copy.deepcopy(em)
+        assert torch.equal(copied._prior.states["a"].total, em._prior.states["a"].total)
+
+
 def test_a_users_prior_that_fails_leaves_all_as_it_was():
     class Failing(lf.priors.Count):
         def update(self, task, posterior, counted):
@@ -170,6 +237,85 @@ def test_a_users_prior_that_fails_leaves_all_as_it_was():
     with pytest.raises(RuntimeError, match="of its own"):
         em(*batch(), "a")
     assert all(torch.equal(t, before[name]) for name, t in em.state_dict().items())
+
+
+@pytest.mark.parametrize("likelihood", ["joint", Correlated()])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_prior_that_is_not_normalised_keeps_its_digits(backend, likelihood):
+    class Accumulated(lf.priors.Prior):
+        def log_prob(self, task):
+            return -1e7 - torch.arange(4, dtype=torch.float64)
+
+    em = lf.LASEM(small_net(2, dtype=torch.float32), None, likelihood, Accumulated(), backend)
+    x, y = batch(dtype=torch.float32)
+    step = em(x, y if likelihood == "joint" else torch.randn(4, 3), "a")
+    log_prior = -torch.arange(4, dtype=torch.float64)
+    assert_equals(step.posterior, posterior_of(log_prior, step.log_likelihood), "posterior", 1e-6)
+
+
+class Unmade(lf.priors.Prior):
+    def __init__(self):
+        pass
+
+
+class Uncopied(lf.priors.Prior):
+    def __init__(self):
+        super().__init__()
+        self.draws = iter(range(3)), (i for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("prior", "words"),
+    [
+        (Unmade, r"prior: expected __init__ of Unmade to call super\(\).__init__\(\)"),
+        (Uncopied, "prior: expected one that copy.deepcopy can copy, got Uncopied .*generator"),
+    ],
+)
+def test_a_users_prior_that_cannot_be_taken_is_told_so(prior, words):
+    with pytest.raises(TypeError, match=words):
+        lf.LASEM(small_net(2), prior=prior())
+
+
+class Unstarted(lf.priors.Prior):
+    def start(self, task, n_configs, device):
+        self.counts = torch.ones(n_configs)
+
+
+class Misnamed(lf.priors.Count):
+    def start(self, task, n_configs, device):
+        super().start(f"{task}2", n_configs, device)
+
+
+class Short(lf.priors.Count):
+    def start(self, task, n_configs, device):
+        super().start(task, n_configs - 1, device)
+
+
+class Unfinished(lf.priors.Count):
+    def start(self, task, n_configs, device):
+        super().start(task, n_configs, device)
+        raise RuntimeError("of its own")
+
+
+@pytest.mark.parametrize(
+    ("prior", "error", "words"),
+    [
+        (Unstarted, ValueError, r"prior: expected start of Unstarted .* 'a', as super.* got none"),
+        (Misnamed, ValueError, "prior: expected start of Misnamed .* 'a', as super.* got none"),
+        (Short, ValueError, r"prior: .* among them wins of shape \[4\], got \[3\]"),
+        (Unfinished, RuntimeError, "of its own"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_users_prior_that_does_not_start_leaves_all_as_it_was(backend, prior, error, words):
+    em = lf.LASEM(small_net(2), prior=prior(), backend=backend)
+    before = list(em.state_dict()), list(vars(em._prior))
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            em(*batch(), "a")
+        with pytest.raises(error, match=words):
+            em.prior("a")
+    assert (list(em.state_dict()), list(vars(em._prior))) == before
 
 
 @pytest.mark.parametrize("prior", ["count", "mean_posterior"])
@@ -236,6 +382,18 @@ def test_a_prior_moves_with_the_module():
 def test_bad_priors_and_likelihoods_are_refused_in_words(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_a_log_likelihood_that_is_none_is_told_by_its_likelihood(backend, value):
+    class Own(lf.likelihoods.Joint):
+        def reduce(self, log_prob):
+            return super().reduce(log_prob).index_fill(0, torch.tensor([2]), value)
+
+    em = lf.LASEM(small_net(2), likelihood=Own(), backend=backend)
+    with pytest.raises(ValueError, match=r"likelihood: expected Own\.reduce .* got 1 that are NaN"):
+        em(*batch(), "a")
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class BatchNorms:
         def forward(layer: nn.Module, h: Tensor) -> Tensor:
             if not uses_batch_statistics(layer, patched=True):  # since its stage was called
                 return type(layer).forward(layer, h)
-            if not torch.compiler.is_compiling() and _is_checkpointed():
+            if not torch.compiler.is_compiling() and is_checkpointed():
                 raise ValueError(
                     f"net: expected {layer} in training mode outside of torch.utils.checkpoint, "
                     f"because what is run again in the backward does not know which samples "
@@ -140,8 +140,8 @@ def _forward_of(
             del layer.__dict__["forward"]
 
 
-def _is_checkpointed() -> bool:
-    """Whether a stage runs this in a part that will run again in the backward."""
+def is_checkpointed() -> bool:
+    """Whether this runs in a part of a stage, or of a loop, that runs again in the backward."""
     frame = sys._getframe()
     while frame is not None:
         name = frame.f_globals.get("__name__", "")

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from lasem_fast._host_values import is_transformed
-from lasem_fast.networks.batch_norm import frozen
+from lasem_fast.networks.batch_norm import frozen, is_checkpointed
 from lasem_fast.networks.layers import (
     any_mixes_samples,
     any_uses_batch_statistics,
@@ -176,7 +177,7 @@ def check_finite_input(x: Tensor) -> None:
     """No NaN and no infinity in the batch (reads the values)."""
     if not _may_be_infinite(x) or _has_finite_sum(x):
         return
-    bad = int((~torch.isfinite(x)).sum())
+    bad = int((~torch.isfinite(_summable(x))).sum())
     if bad:
         raise ValueError(f"x: expected finite values, got {bad} that are NaN or infinite")
 
@@ -189,7 +190,7 @@ def check_finite_weights(parts: Sequence[tuple[str, nn.Module]]) -> None:
         name
         for prefix, part in parts
         for name, p in part.named_parameters(prefix)
-        if not bool(torch.isfinite(p).all())
+        if not bool(torch.isfinite(_summable(p)).all())
     ]
     if bad:
         raise ValueError(f"net: expected finite weights, got NaN or infinity in {bad}")
@@ -201,7 +202,12 @@ def _may_be_infinite(values: Tensor) -> bool:
 
 def _has_finite_sum(values: Tensor) -> bool:
     """One fast pass that NaN and infinity survive; finite values may overflow in it, too."""
-    return cmath.isfinite(values.sum().item())
+    return cmath.isfinite(_summable(values).sum().item())
+
+
+def _summable(values: Tensor) -> Tensor:
+    """The values in a dtype that PyTorch can add up, which float8 is not."""
+    return values.float() if values.itemsize == 1 and values.is_floating_point() else values
 
 
 def check_posterior(posterior: Any, n_configs: int) -> None:
@@ -236,6 +242,16 @@ def is_plain(value: Any) -> bool:
     if not isinstance(value, Tensor) or value.is_nested or value.is_quantized:
         return False
     return value.layout == torch.strided
+
+
+def check_started(prior: Any, task: str, n_configs: int) -> None:
+    """What a prior has made for a task; wins, if there are any, count every configuration."""
+    made = f"prior: expected start of {type(prior).__name__} to make the buffers of task {task!r}"
+    if task not in prior.states:
+        raise ValueError(f"{made}, as super().start(task, n_configs, device) does, got none")
+    wins = getattr(prior.states[task], "wins", None)
+    if wins is not None and wins.shape != (n_configs,):
+        raise ValueError(f"{made}, among them wins of shape [{n_configs}], got {list(wins.shape)}")
 
 
 def check_log_prior(log_prior: Any, n_configs: int, device: torch.device) -> None:
@@ -275,6 +291,30 @@ def check_log_prior_values(log_prior: Tensor) -> None:
             f"prior: expected log_prob to give values below infinity, got {int(bad.sum())} that "
             f"are NaN or +inf"
         )
+
+
+def check_log_likelihood_values(log_likelihood: Tensor, method: str) -> None:
+    """What a likelihood's ``method`` gives is finite or -inf (reads the values)."""
+    bad = torch.isnan(log_likelihood) | (log_likelihood == torch.inf)
+    if bool(bad.any()):
+        raise ValueError(
+            f"likelihood: expected {method} to give values below infinity for finite "
+            f"log-probabilities, got {int(bad.sum())} that are NaN or +inf"
+        )
+
+
+def check_weights_of_their_own(net: nn.Module) -> None:
+    """No cache gives a copy of a parametrised layer the weight of its model."""
+    if torch.compiler.is_compiling() or not parametrize._cache_enabled:
+        return
+    for name, layer in net.named_modules():
+        if parametrize.is_parametrized(layer):
+            raise ValueError(
+                f"net: expected a call outside of torch.nn.utils.parametrize.cached(), whose cache "
+                f"has one weight for a layer and all its copies, so that specific branches would "
+                f"use the shared weights; got one inside, with the parametrised {name} "
+                f"({type(layer).__name__})"
+            )
 
 
 def _parts_of(net: TaskNet, task: str) -> dict[str, nn.Module]:
@@ -379,6 +419,18 @@ def check_logits(logits: Tensor, leaves: int, samples: int, task: str) -> None:
         raise TypeError(
             f"head of task {task!r}: expected dense floating-point logits, got {logits.dtype} of "
             f"layout {logits.layout}"
+        )
+
+
+def check_infers_once() -> None:
+    """A step that changes the prior is not run a second time in the backward."""
+    # the other kind of checkpoint runs it without gradients first, which changes nothing
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not in_backward and is_checkpointed():
+        raise ValueError(
+            "em: expected a step of training outside of torch.utils.checkpoint(use_reentrant="
+            "False), because its second run would follow the prior that the first has changed; "
+            "got one inside; LASEM(max_memory=...) saves memory instead"
         )
 
 

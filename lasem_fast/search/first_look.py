@@ -59,7 +59,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
     try:
         with torch.random.fork_rng(devices=devices):
             # a single sample is looked at beside itself turned round, at half its size
-            alone = len(x) == 1 and x.is_floating_point()
+            alone = len(x) == 1 and x.is_floating_point() and not _is_8_bits(x)
             other = 0.5 * x.flip(tuple(range(1, x.dim()))) if alone else x[-1:]
             h = torch.cat([x[:1], other])
             for i, branches in enumerate(places[: unknown[-1] + 1]):
@@ -91,10 +91,15 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
 
 def _told_apart(h: Tensor) -> Tensor:
     """Two samples that differ: of equal ones, behind a ReLU that is shut, nothing could be seen."""
-    if not _eps(h) or len(h) < 2 or not torch.equal(h[0], h[1]):
+    if not _eps(h) or _is_8_bits(h) or len(h) < 2 or not torch.equal(h[0], h[1]):
         return h
     _seed(0, h.device)
     return h + torch.rand_like(h)
+
+
+def _is_8_bits(h: Tensor) -> bool:
+    """Whether there is no arithmetic on a tensor, as on float8."""
+    return h.itemsize == 1
 
 
 def _is_known(branch: Branch | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,15 +29,27 @@ class Evidence(NamedTuple):
 
 def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
     """Scores the outputs ``[C, N, K]`` of all configurations, in float32 or better."""
-    if output.dtype in (torch.float16, torch.bfloat16):
-        output = output.float()
-    log_prob = likelihood.log_prob(output, y)
-    _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
-    nll = -log_prob.mean(dim=1)
-    value = likelihood.reduce(log_prob.detach())
+    output = _not_half(output)
+    with _without_autocast(output.device.type):  # a user's own may multiply matrices
+        log_prob = likelihood.log_prob(output, y)
+        _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
+        log_prob = _not_half(log_prob)
+        nll = -log_prob.mean(dim=1)
+        value = likelihood.reduce(log_prob.detach())
     _check_returned(value, output, 1, f"{type(likelihood).__name__}.reduce")
     finite = is_finite(nll)
-    return Evidence(torch.where(finite, value, -torch.inf), nll, finite)
+    # detached again: a user's own may have parameters
+    return Evidence(torch.where(finite, _not_half(value).detach(), -torch.inf), nll, finite)
+
+
+def _not_half(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def is_finite(nll: Tensor) -> Tensor:
@@ -65,7 +78,10 @@ def _check_returned(value: Any, output: Tensor, dimensions: int, method: str) ->
 
 def posterior_of(log_prior: Tensor, log_likelihood: Tensor) -> Tensor:
     """P(c | X, y) = softmax_c(log prior_c + L_c), exactly 0 where L_c is -inf (Algorithm 1)."""
-    return (log_prior.to(log_likelihood.dtype) + log_likelihood).softmax(dim=0)
+    # detached: a user's prior may have parameters; not rounded to the likelihood's precision before
+    # the sum: it need not be normalised
+    joint = log_prior.detach() + log_likelihood
+    return joint.softmax(dim=0).to(log_likelihood.dtype)
 
 
 def expected_nll(posterior: Tensor, nll: Tensor) -> Tensor:

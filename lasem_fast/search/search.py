@@ -332,6 +332,8 @@ class Search:
         posterior = posterior_of(log_prior, log_likelihood)
         if reads_values and not bool(torch.isfinite(posterior).all()):
             checks.check_log_prior_values(log_prior)
+            method = f"{type(self.likelihood).__name__}.reduce"
+            checks.check_log_likelihood_values(log_likelihood, method)
             finite = int(torch.isfinite(log_likelihood).sum())
             raise ValueError(
                 f"prior: expected probability above 0 for a configuration with a finite loss on "

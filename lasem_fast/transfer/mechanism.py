@@ -180,12 +180,19 @@ def copy_of(stage: nn.Module) -> nn.Module:
         ValueError: the stage cannot be copied.
     """
     try:
-        return copy.deepcopy(stage)
+        # where gradients are recorded, a scripted module's copy hands them on to its model
+        with torch.no_grad():
+            copied = copy.deepcopy(stage)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"expected a module that copy.deepcopy can copy, got {type(stage).__name__} "
             f"({str(error).splitlines()[0]})"
         ) from error
+    given = dict(stage.named_parameters())
+    for name, parameter in copied.named_parameters():
+        if name in given:
+            parameter.requires_grad_(given[name].requires_grad)
+    return copied
 
 
 def new_weights(module: nn.Module) -> None:

@@ -73,11 +73,13 @@ class TensorFactorization(GeneratingMechanism):
     def auxiliary_loss(self, shared: nn.Module, adapters: nn.Module | None) -> Tensor | None:
         if adapters is None or self.aux_weight == 0:
             return None
-        norms = [
-            torch.linalg.vector_norm(
-                mode.T @ mode - torch.eye(len(mode), dtype=mode.dtype, device=mode.device)
-            )
-            for factors in adapters
-            for mode in factors.modes
-        ]
-        return self.aux_weight * torch.stack(norms).sum()
+        modes = [mode for factors in adapters for mode in factors.modes]
+        # nothing of a small difference would be left in lower precision
+        with torch.autocast(modes[0].device.type, enabled=False):
+            norms = [
+                torch.linalg.vector_norm(
+                    mode.T @ mode - torch.eye(len(mode), dtype=mode.dtype, device=mode.device)
+                )
+                for mode in modes
+            ]
+            return self.aux_weight * torch.stack(norms).sum()
