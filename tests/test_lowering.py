@@ -134,7 +134,16 @@ class Branching(Counting):
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.GELU()), "GELU"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Softmax2d()), "a layer Softmax2d"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.GELU(), nn.ReLU()), "ReLU behind another activation"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.GELU()), "GELU behind another activation"),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Tanh(), nn.SiLU()), "SiLU behind another activation"),
+        (
+            nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(2), nn.ELU()),
+            "ELU behind another activation, a sum or a max-pool",
+        ),
+        (nn.Sequential(nn.Conv2d(2, 2, 3), nn.GELU(), nn.GroupNorm(1, 2)), "a norm behind an"),
+        (nn.Sequential(nn.Linear(2, 2), nn.GroupNorm(1, 2)), "norm that does not follow a 2-D"),
         (nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3)), "ReLU does not follow"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Dropout(), nn.Conv2d(2, 2, 3)), "random numbers"),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.RReLU()), "random numbers"),
@@ -142,7 +151,7 @@ class Branching(Counting):
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.MaxPool2d(3, stride=1)), "max-pool"),
         (
             nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU(), nn.BatchNorm2d(2)),
-            "batch norm behind a ReLU",
+            "a norm behind an activation",
         ),
         (nn.Sequential(nn.Conv2d(2, 2, 3), nn.Linear(2, 2)), "linear layer on images"),
         (Counting(), "changes attributes"),
@@ -216,7 +225,44 @@ def test_a_linear_layer_on_the_pixels_of_images_runs_as_it_is():
     assert_step_equals(net, em(x, y, "a"), brute_force(net, em.space.bits, x, y, "a"))
 
 
+class Normed(nn.Module):
+    """A residual block with group norms and another activation, some of them by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList([nn.GroupNorm(2, 4), nn.GroupNorm(1, 4, affine=False)])
+
+    def forward(self, h):
+        out = F.gelu(self.norms[0](self.first(h)))
+        return F.relu(self.norms[1](self.second(out)) + h)
+
+
+class ActivatedSum(nn.Module):
+    """An activation before a sum, a ReLU and a pool behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, h):
+        return F.max_pool2d(F.relu(self.conv(h).tanh() + h), 2)
+
+
+def _behind(*layers):
+    return lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), *copy.deepcopy(layers))
+
+
 STAGES = {
+    "gelu": _behind(nn.GELU()),
+    "gelu, pool": _behind(nn.GELU("tanh"), nn.MaxPool2d(2)),
+    "silu in place": _behind(nn.SiLU(inplace=True)),
+    "leaky relu": _behind(nn.LeakyReLU(0.3), nn.Identity()),
+    "group norm": _behind(nn.GroupNorm(2, 4)),
+    "group norm, relu, pool": _behind(nn.GroupNorm(4, 4, affine=False), nn.ReLU(), nn.MaxPool2d(2)),
+    "group norm, elu, pool": _behind(nn.GroupNorm(1, 4), nn.ELU(), nn.MaxPool2d(2)),
+    "norms and skips": Normed,
+    "activated sum": ActivatedSum,
     "functions": lambda: Block(),
     "methods": lambda: Block(how="methods"),
     "in place": lambda: Block(how="in place"),
@@ -254,3 +300,44 @@ def test_fused_layers_equal_brute_force(name, groups):
     truth = brute_force(net, em.space.bits, x, y, "a")
     assert_step_equals(net, em(x, y, "a"), truth)
     assert PLAIN.levels[0].calls > calls
+
+
+def _step(em, x, y):
+    em.net.zero_grad()
+    step = em(x, y, "a")
+    step.loss.backward()
+    return step, [p.grad for p in em.net.parameters()]
+
+
+@pytest.mark.parametrize("options", [{}, {"prune": 0.3}, {"max_memory": 200_000}])
+@pytest.mark.parametrize("name", ["gelu, pool", "group norm, elu, pool", "norms and skips"])
+def test_activations_and_group_norms_behind_kernels(name, options):
+    """On the default backend, against the naive loop."""
+    torch.manual_seed(0)
+    net = lf.TransferNet([STAGES[name](), nn.Conv2d(4, 4, 3, padding=1), Normed()])
+    with torch.no_grad():
+        side = net.shared[2](net.shared[1](net.shared[0](torch.zeros(1, 4, 9, 8)))).shape[2:]
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(4 * side.numel(), 3)))
+    with torch.no_grad():  # affine parameters of a new norm are ones and zeros
+        for p in net.parameters():
+            p += 0.1 * torch.randn_like(p)
+    x, y = torch.randn(3, 4, 9, 8), torch.tensor([0, 2, 1])
+    em = lf.LASEM(copy.deepcopy(net), likelihood="mean", **options)
+    exact = lf.LASEM(net.double(), likelihood="mean", backend="reference", prune=em.prune)
+    got, want = _step(em, x, y), _step(exact, x.double(), y)
+    torch.testing.assert_close(got[0].posterior, want[0].posterior, check_dtype=False)
+    torch.testing.assert_close(got[1], want[1], check_dtype=False, rtol=1e-3, atol=1e-5)
+
+
+def test_branches_whose_activations_differ_run_as_they_are():
+    net = lf.TransferNet([STAGES["leaky relu"](), nn.Conv2d(4, 4, 3, padding=1)])
+    net.add_task("a", nn.Sequential(nn.Flatten(), nn.Linear(4 * 72, 3)))
+    net.double()
+    x, y = torch.randn(3, 4, 9, 8, dtype=torch.float64), torch.tensor([0, 2, 1])
+    em = lf.LASEM(net, backend="torch")
+    em._search.everything = evaluator_of(em.space, PLAIN)
+    em(x, y, "a")
+    net.specific["a"][0][1].negative_slope = 0.9  # between two steps
+    em = lf.LASEM(net, backend="torch")
+    em._search.everything = evaluator_of(em.space, PLAIN)
+    assert_step_equals(net, em(x, y, "a"), brute_force(net, em.space.bits, x, y, "a"))

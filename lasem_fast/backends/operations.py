@@ -58,7 +58,7 @@ class Targets(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm behind a layer's core.
+    """A batch norm or a group norm behind a layer's core.
 
     Attributes:
         layers: the module of each branch.
@@ -66,6 +66,7 @@ class Norm(NamedTuple):
         biases: likewise.
         eps: added to the variance.
         frozen: whether it uses running statistics; else those of every row's mini-batch by itself.
+        groups: of a group norm, whose statistics are each sample's own; 0 for a batch norm.
     """
 
     layers: list[nn.Module]
@@ -73,12 +74,14 @@ class Norm(NamedTuple):
     biases: list[Tensor]
     eps: float
     frozen: bool
+    groups: int = 0
 
 
 class Layer(NamedTuple):
     """One weighted layer in all its branches, with its epilogue.
 
-    ``pool(relu_after(relu(norm(core(x))) + skip))``, where everything but the core may be missing.
+    ``pool(relu_after(relu(norm(core(x))) + skip))``, where everything but the core may be missing;
+    an activation may stand in the place of the first ReLU.
 
     Attributes:
         core: the convolution or linear layer of one branch; the others have the same settings.
@@ -88,8 +91,10 @@ class Layer(NamedTuple):
         relu: whether a ReLU follows the core.
         relu_after: whether a ReLU follows the sum with the skip.
         pool: the max-pool at the end.
-        norm: the batch norm, or None. Level operations run the core of a layer with one alone, or
-            with a frozen one as part of its weights.
+        norm: the batch or group norm, or None. Level operations run the core of a layer with one
+            alone, or with a frozen one as part of its weights.
+        activation: another function of one value than the ReLU, or None. Level operations run the
+            core of a layer with one alone.
     """
 
     core: nn.Module
@@ -100,10 +105,15 @@ class Layer(NamedTuple):
     relu_after: bool
     pool: Pool
     norm: Norm | None = None
+    activation: nn.Module | None = None
 
     def core_alone(self) -> Layer:
         """The layer without what follows its core."""
-        return self._replace(relu=False, relu_after=False, pool=Pool(), norm=None)
+        return self.up_to_norm()._replace(norm=None)
+
+    def up_to_norm(self) -> Layer:
+        """The layer without what follows its norm."""
+        return self._replace(relu=False, relu_after=False, pool=Pool(), activation=None)
 
     def with_norm_folded_in(self) -> Layer:
         """The layer with its frozen batch norm as part of the weights."""

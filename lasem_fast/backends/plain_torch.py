@@ -209,6 +209,39 @@ def run_norm(
     return Normed(out, statistics)
 
 
+def run_group_norm(layer: Layer, y: Tensor, level: Level) -> Tensor:
+    """The group norm of a layer alone, of ``[R, N, H, W, C]``, each sample's own."""
+    norm, positions = layer.norm, index_tensor(level.positions, y.device)
+    images = F.group_norm(y.flatten(0, 1).permute(0, 3, 1, 2), norm.groups, eps=norm.eps)
+    out = images.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+    if not norm.weights:
+        return out
+    scale, shift = (torch.stack(of)[positions][:, None, None, None]
+                    for of in (norm.weights, norm.biases))  # fmt: skip
+    return torch.addcmul(shift, out, scale)
+
+
+def run_rest(
+    layer: Layer, y: Tensor, skip: Skip | None, liveness: Liveness | None = None
+) -> Tensor:
+    """What follows core and norm of a layer, of ``[R, N, H, W, C]`` or ``[R, N, F]``."""
+    passed_over(liveness)
+    if layer.activation is not None:
+        # what another operation made may be a view, which is not to be written to
+        y = layer.activation(y.clone() if getattr(layer.activation, "inplace", False) else y)
+    elif layer.relu:
+        y = y.relu()
+    if skip is not None:
+        data = skip.data
+        if skip.rows is not None:
+            data = data.index_select(0, index_tensor(skip.rows, data.device))
+        y = y + data
+    if layer.pool.size == 1:
+        return y.relu() if layer.relu_after else y
+    pooled = _pooled(layer, y.flatten(0, 1).permute(0, 3, 1, 2))
+    return pooled.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+
+
 def _end(layer: Layer, y: Tensor, skip: Skip | None) -> Tensor:
     """What follows the core and needs no skip: before rows are put in order, which moves less."""
     if layer.relu:

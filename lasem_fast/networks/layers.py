@@ -41,6 +41,9 @@ _ELEMENTWISE = frozenset(
     }
 )  # fmt: skip
 
+ACTIVATIONS = _ELEMENTWISE - {nn.AlphaDropout, nn.Dropout, nn.Identity, nn.ReLU}
+"""Functions of one value, other than the ReLU."""
+
 # Layers that treat every channel alone, by the number of spatial dimensions they work on.
 _CHANNELWISE = {
     1: frozenset(
@@ -118,7 +121,7 @@ class PlainStage(NamedTuple):
         name: the weighted layer's name inside the stage ("" if it is the stage).
         core: the convolution or linear layer.
         after: elementwise and channelwise layers behind it.
-        norm: name of the batch norm between the two; None: there is none.
+        norm: name of the batch or group norm between the two; None: there is none.
     """
 
     before: tuple[nn.Module, ...]
@@ -131,7 +134,7 @@ class PlainStage(NamedTuple):
 def plain_stage(module: nn.Module, *, with_norm: bool = False) -> PlainStage | None:
     """The parts of a plain stage, or None where the stage is anything else.
 
-    ``with_norm``: a batch norm may follow the weighted layer.
+    ``with_norm``: a batch norm or a group norm may follow the weighted layer.
     """
     if type(module) is nn.Sequential:
         children = list(module._modules.items())  # named_children leaves out a layer's second use
@@ -143,7 +146,7 @@ def plain_stage(module: nn.Module, *, with_norm: bool = False) -> PlainStage | N
             if at >= 0:
                 return None
             at = i
-        elif with_norm and is_batch_norm(child) and 0 <= at == i - 1:
+        elif with_norm and (is_batch_norm(child) or is_group_norm(child)) and 0 <= at == i - 1:
             norm = child_name
         elif type(child) not in _AHEAD:
             return None
@@ -290,6 +293,11 @@ def active_random(layers: Sequence[nn.Module]) -> list[nn.Module]:
 def is_batch_norm(layer: nn.Module) -> bool:
     """Whether a layer is one of PyTorch's own batch norms, as it is."""
     return type(layer) in _BATCH_NORMS and "forward" not in layer.__dict__
+
+
+def is_group_norm(layer: nn.Module) -> bool:
+    """Whether a layer is PyTorch's own group norm, as it is."""
+    return type(layer) is nn.GroupNorm and "forward" not in layer.__dict__
 
 
 def uses_batch_statistics(layer: nn.Module, *, patched: bool = False) -> bool:

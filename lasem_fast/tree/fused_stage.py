@@ -27,7 +27,7 @@ from lasem_fast.levels.fold import Carried, Fold, RowsFirst, folded
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness
 from lasem_fast.networks.batch_norm import check_values
-from lasem_fast.networks.layers import is_batch_norm, uses_batch_statistics
+from lasem_fast.networks.layers import is_batch_norm, is_group_norm, uses_batch_statistics
 from lasem_fast.transfer import Branch
 from lasem_fast.tree.lowering import FusedLayer, Program, common_program, layers_of
 
@@ -112,14 +112,21 @@ def run(
         if layer.norm is not None and layer.norm.frozen:
             # not once and for all: a checkpointed level does the same again
             layer = layer.with_norm_folded_in()
-        own, own_skip = (layer, skip) if layer.norm is None else (layer.core_alone(), None)
+        is_apart = layer.activation is not None or _is_group_normed(layer)
+        alone = is_apart or layer.norm is not None
+        own, own_skip = (layer.core_alone(), None) if alone else (layer, skip)
         y, x = _first(stage.operations[i], own, x, rows, own_skip, liveness, carry)
-        if layer.norm is not None:
-            normed = _normed(stage.norms, layer, y, rows, skip, liveness)
+        if _is_group_normed(layer):
+            y = plain_torch.run_group_norm(layer, y, rows)
+        elif layer.norm is not None:
+            own, own_skip = (layer.up_to_norm(), None) if is_apart else (layer, skip)
+            normed = _normed(stage.norms, own, y, rows, own_skip, liveness)
             y = normed.output
             if seen is not None:
                 before = [other.norm for other in program.layers[:i]]
                 seen(layer.norm.layers, rows, before.count(fused.norm), normed)
+        if is_apart:
+            y = plain_torch.run_rest(layer, y, skip, liveness)
         values[fused.source] = (x, x_rows)
         values.append((y, None))
     return _outputs(values, program, level)
@@ -159,6 +166,9 @@ def why_not(
     for fused, layer in zip(program.layers, layers, strict=True):
         reasons = [operation.why_not(layer, h) for operation in operations]
         found.append((fused.name, "" if "" in reasons else "; ".join(reasons)))
+        apart = [layer.norm.layers[0]] if _is_group_normed(layer) else []
+        for module in [*apart, *filter(None, [layer.activation])]:
+            found.append((fused.name, f"{type(module).__name__} runs in PyTorch"))
         if _is_normed(layer) and not norms:
             return "it has BatchNorm in training mode, which no kernel of the backend has"
     return found
@@ -196,10 +206,16 @@ def _with_tensors(program: Program, branches: Sequence[Branch]) -> list[Layer] |
 
 
 def _with_norm(layer: Layer, name: str, branches: Sequence[Branch]) -> Layer | None:
-    """The layer with its branches' batch norms; None where those are not of one form."""
+    """The layer with its branches' norms; None where those are not of one form."""
     norms = [branch.module.get_submodule(name) for branch in branches]
-    forms = {(n.eps, n.affine, n.num_features, uses_batch_statistics(n)) for n in norms}
-    if len(forms) > 1 or not all(map(is_batch_norm, norms)):
+    in_groups = all(map(is_group_norm, norms))
+    if not in_groups and not all(map(is_batch_norm, norms)):
+        return None
+    if in_groups:
+        forms = {(n.eps, n.affine, n.num_channels, n.num_groups) for n in norms}
+    else:
+        forms = {(n.eps, n.affine, n.num_features, uses_batch_statistics(n)) for n in norms}
+    if len(forms) > 1:
         return None
     tensors = [
         [branch.parameter(n, name, key) for branch, n in zip(branches, norms, strict=True)]
@@ -210,13 +226,18 @@ def _with_norm(layer: Layer, name: str, branches: Sequence[Branch]) -> Layer | N
         return None
     if len(scales) != len(shifts):
         return None
-    frozen = not uses_batch_statistics(norms[0])
-    return layer._replace(norm=Norm(norms, scales, shifts, norms[0].eps, frozen))
+    groups = norms[0].num_groups if in_groups else 0
+    frozen = not in_groups and not uses_batch_statistics(norms[0])
+    return layer._replace(norm=Norm(norms, scales, shifts, norms[0].eps, frozen, groups))
 
 
 def _is_normed(layer: Layer) -> bool:
     """Whether a layer has a batch norm in training mode."""
-    return layer.norm is not None and not layer.norm.frozen
+    return layer.norm is not None and not layer.norm.frozen and not layer.norm.groups
+
+
+def _is_group_normed(layer: Layer) -> bool:
+    return layer.norm is not None and layer.norm.groups > 0
 
 
 def _layer(fused: FusedLayer, weights: list[Tensor], biases: list[Tensor | None]) -> Layer:
@@ -228,6 +249,7 @@ def _layer(fused: FusedLayer, weights: list[Tensor], biases: list[Tensor | None]
         relu=fused.relu,
         relu_after=fused.relu_after,
         pool=fused.pool,
+        activation=fused.activation,
     )
 
 

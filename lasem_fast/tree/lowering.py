@@ -4,9 +4,9 @@ A fused layer is a convolution or linear layer with what kernels do in its epilo
 
     pool(relu_after(relu(norm(core(source))) + skip))
 
-where everything but the core may be missing. A stage that is made of nothing else, however its
-``forward`` is written, becomes a :class:`Program`; any other is refused with a reason, and runs in
-PyTorch as it is.
+where everything but the core may be missing, and another activation may take the first ReLU's
+place. A stage that is made of nothing else, however its ``forward`` is written, becomes a
+:class:`Program`; any other is refused with a reason, and runs in PyTorch as it is.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch import Tensor, fx, nn
 
 from lasem_fast.levels.relu_and_pool import Pool, max_pool, relu_and_pool
 from lasem_fast.networks.layers import (
+    ACTIVATIONS,
     does_nothing,
     flattens_samples,
     is_batch_norm,
+    is_group_norm,
     is_patched,
     is_random,
     plain_stage,
@@ -48,7 +50,8 @@ class FusedLayer(NamedTuple):
         skip: the value that is added then, or None.
         relu_after: whether another ReLU follows that sum.
         pool: the max-pool at the end.
-        norm: name of the batch norm behind the core, or None.
+        norm: name of the batch or group norm behind the core, or None.
+        activation: what stands in the place of the ReLU, or None.
     """
 
     name: str
@@ -60,6 +63,7 @@ class FusedLayer(NamedTuple):
     relu_after: bool = False
     pool: Pool = Pool()
     norm: str | None = None
+    activation: nn.Module | None = None
 
 
 class Program(NamedTuple):
@@ -149,10 +153,13 @@ def same_program(a: Program, b: Program) -> bool:
     if (a.inputs, a.outputs, len(a.layers)) != (b.inputs, b.outputs, len(b.layers)):
         return False
     for ours, theirs in zip(a.layers, b.layers, strict=True):
-        # all but the core, the second field
-        if ours[0] != theirs[0] or ours[2:] != theirs[2:]:
+        alike = {"core": None, "activation": None}
+        if ours._replace(**alike) != theirs._replace(**alike):
             return False
         if not same_settings(ours.core, theirs.core):
+            return False
+        kinds = type(ours.activation), type(theirs.activation)
+        if kinds != (type(None),) * 2 and not same_settings(ours.activation, theirs.activation):
             return False
     return True
 
@@ -181,14 +188,21 @@ def layers_of(program: Program, module: nn.Module) -> list[nn.Module]:
 
 
 def _plain(module: nn.Module) -> Program | None:
-    """The program of a convolution or linear layer with ReLU and max-pool; needs no tracing."""
+    """The program of a convolution or linear layer with ReLU or another activation, and max-pool.
+
+    Needs no tracing.
+    """
     stage = plain_stage(module, with_norm=True)
     if stage is None or type(stage.core) not in _CORES:
         return None
     if stage.norm is not None and not _are_images(stage.core, module._modules[stage.norm]):
         return None
-    behind = relu_and_pool(stage.after)
-    if behind is None or (behind.pool.size > 1 and type(stage.core) is not nn.Conv2d):
+    after = [layer for layer in stage.after if type(layer) is not nn.Identity]
+    activation = after.pop(0) if after and type(after[0]) in ACTIVATIONS else None
+    behind = relu_and_pool(after)
+    if behind is None or (behind.relu and activation is not None):
+        return None
+    if behind.pool.size > 1 and type(stage.core) is not nn.Conv2d:
         return None
     before = [layer for layer in stage.before if type(layer) is not nn.Identity]
     flatten = bool(before)
@@ -197,13 +211,14 @@ def _plain(module: nn.Module) -> Program | None:
     if flatten and type(stage.core) is not nn.Linear:
         return None
     layer = FusedLayer(
-        stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool, norm=stage.norm
-    )
+        stage.name, stage.core, flatten=flatten, relu=behind.relu, pool=behind.pool,
+        norm=stage.norm, activation=activation,
+    )  # fmt: skip
     return Program(1, (layer,), (1,))
 
 
 def _are_images(core: nn.Module, norm: nn.Module) -> bool:
-    return type(core) is nn.Conv2d and type(norm) is nn.BatchNorm2d
+    return type(core) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, nn.GroupNorm)
 
 
 def _skip_layer(module: SkipLayer) -> Program | str:
@@ -315,8 +330,10 @@ class _Builder:
                 raise _Refused("it has a linear layer on images, or a convolution on vectors")
             fields = FusedLayer(node.target, layer, value, flatten)
             self.known[node] = _Layer(fields)
-        elif is_batch_norm(layer):
+        elif is_batch_norm(layer) or is_group_norm(layer):
             self._norm(node, layer)
+        elif type(layer) in ACTIVATIONS:
+            self._activation(node, layer)
         elif type(layer) is nn.ReLU:
             self._relu(node)
         elif type(layer) is nn.MaxPool2d:
@@ -360,16 +377,29 @@ class _Builder:
     def _relu(self, node: fx.Node) -> None:
         layer = self._open(node.args[0], "a ReLU")
         name = "relu" if layer.fields.skip is None else "relu_after"
+        if name == "relu" and layer.fields.activation is not None:
+            raise _Refused("it has a ReLU behind another activation")
         layer.fields = layer.fields._replace(**{name: True})  # it commutes with a max-pool
         self._same(node)
 
+    def _activation(self, node: fx.Node, activation: nn.Module) -> None:
+        layer = self._open(node.args[0], type(activation).__name__)
+        fields = layer.fields
+        plain = fields.pool.size == 1 and fields.skip is None and not fields.relu
+        if not plain or fields.activation is not None:
+            raise _Refused(
+                f"it has {type(activation).__name__} behind another activation, a sum or a max-pool"
+            )
+        layer.fields = fields._replace(activation=activation)
+        self._same(node)
+
     def _norm(self, node: fx.Node, norm: nn.Module) -> None:
-        layer = self._open(node.args[0], "a batch norm")
+        layer = self._open(node.args[0], "a batch norm or group norm")
         fields = layer.fields
         if not _are_images(fields.core, norm):
-            raise _Refused("it has a batch norm that does not follow a 2-D convolution")
+            raise _Refused("it has a norm that does not follow a 2-D convolution")
         if fields != FusedLayer(fields.name, fields.core, fields.source, fields.flatten):
-            raise _Refused("it has a batch norm behind a ReLU, a sum, a max-pool or another one")
+            raise _Refused("it has a norm behind an activation, a sum, a max-pool or another one")
         layer.fields = fields._replace(norm=node.target)
         self._same(node)
 
@@ -437,6 +467,11 @@ def _only(count: int, *keywords: str) -> Callable:
     return wrap
 
 
+def _of_function(kind: type[nn.Module]) -> Callable[[_Builder, fx.Node], None]:
+    """Of a function that does what ``kind()`` does where it is given a tensor alone."""
+    return _only(1)(lambda builder, node: builder._activation(node, kind()))
+
+
 _relu = _only(1, "inplace")(_Builder._relu)
 _sum = _only(2)(_Builder._sum)
 
@@ -468,6 +503,17 @@ _FUNCTIONS: dict[Any, Callable[[_Builder, fx.Node], None]] = {
     F.relu_: _relu,
     "relu": _relu,
     "relu_": _relu,
+    F.elu: _of_function(nn.ELU),
+    F.gelu: _of_function(nn.GELU),
+    F.hardswish: _of_function(nn.Hardswish),
+    F.leaky_relu: _of_function(nn.LeakyReLU),
+    F.mish: _of_function(nn.Mish),
+    F.relu6: _of_function(nn.ReLU6),
+    F.silu: _of_function(nn.SiLU),
+    torch.sigmoid: _of_function(nn.Sigmoid),
+    torch.tanh: _of_function(nn.Tanh),
+    "sigmoid": _of_function(nn.Sigmoid),
+    "tanh": _of_function(nn.Tanh),
     operator.add: _sum,
     operator.iadd: _sum,
     torch.add: _sum,
