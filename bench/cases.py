@@ -180,6 +180,13 @@ def normed(device: str) -> list[Case]:
     return [Case(net, 10, "fp32", device, groups, without) for net, groups in rows]
 
 
+def activations(device: str) -> list[Case]:
+    """Nets whose kernels' epilogue is not all that stands behind a convolution."""
+    nets = "cifar-4", "cifar-4-gelu", "cifar-4-group-norm"
+    without = (NAIVE[1], *COMPILED, *VMAP, "plain tree, channels last")
+    return [Case(net, 10, "fp32", device, without=without) for net in nets]
+
+
 def smoke(device: str) -> list[Case]:
     """One small row with the columns that are quick: whether the suite runs at all."""
     without = (*COMPILED, *VMAP, *NAIVE)

@@ -22,6 +22,7 @@ SUITES = {
     "steps": cases.steps,
     "grouped": cases.grouped,
     "normed": cases.normed,
+    "activations": cases.activations,
     "smoke": cases.smoke,
 }
 FINISHED, REFUSED, LEFT_OUT = 0, 1, 3

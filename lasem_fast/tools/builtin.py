@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -42,8 +42,17 @@ class Skip(nn.Module):
         return h + self.layers(h)
 
 
+Behind = Callable[[int], list[nn.Module]]
+"""Makes what stands between a convolution of so many outputs and its pool."""
+
+
 def conv_layer(
-    inputs: int, outputs: int, kernel: int, pool: int = 1, norm: bool = False
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    pool: int = 1,
+    norm: bool = False,
+    behind: Behind = lambda _: [nn.ReLU()],
 ) -> list[nn.Module]:
     """The paper's layer: SAME convolution, ReLU, and SAME max-pool where ``pool`` > 1.
 
@@ -52,7 +61,7 @@ def conv_layer(
     layers: list[nn.Module] = [
         nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not norm),
         *([nn.BatchNorm2d(outputs)] if norm else []),
-        nn.ReLU(),
+        *behind(outputs),
     ]
     if pool > 1:
         layers.append(nn.MaxPool2d(pool, ceil_mode=True))
@@ -64,12 +73,12 @@ def conv_stages(
     channels: Sequence[int],
     kernels: Sequence[int],
     pools: Sequence[int],
-    norm: bool = False,
+    **options: Any,
 ) -> list[nn.Module]:
-    """One stage per layer."""
+    """One stage per layer; ``options`` are those of :func:`conv_layer`."""
     before = [inputs, *channels[:-1]]
     return [
-        nn.Sequential(*conv_layer(*layer, norm))
+        nn.Sequential(*conv_layer(*layer, **options))
         for layer in zip(before, channels, kernels, pools, strict=True)
     ]
 
@@ -103,20 +112,21 @@ def dense_head(inputs: int, hidden: Sequence[int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(inputs, classes))
 
 
-# The residual net serves CIFAR-100: its input is 32 x 32. Those with batch norm are ours.
+def _cifar_4(**options: Any) -> Builtin:
+    return Builtin(
+        lambda: conv_stages(3, (32, 32, 64, 64), (3,) * 4, (1, 2) * 2, **options),
+        lambda classes: dense_head(4096, (64,), classes),
+        (3, 32, 32),
+        10,
+    )
+
+
+# The residual net serves CIFAR-100: its input is 32 x 32. Those with a norm or GELU are ours.
 NETS = {
-    "cifar-4": Builtin(
-        lambda: conv_stages(3, (32, 32, 64, 64), (3,) * 4, (1, 2) * 2),
-        lambda classes: dense_head(4096, (64,), classes),
-        (3, 32, 32),
-        10,
-    ),
-    "cifar-4-norm": Builtin(
-        lambda: conv_stages(3, (32, 32, 64, 64), (3,) * 4, (1, 2) * 2, norm=True),
-        lambda classes: dense_head(4096, (64,), classes),
-        (3, 32, 32),
-        10,
-    ),
+    "cifar-4": _cifar_4(),
+    "cifar-4-norm": _cifar_4(norm=True),
+    "cifar-4-group-norm": _cifar_4(behind=lambda n: [nn.GroupNorm(8, n), nn.ReLU()]),
+    "cifar-4-gelu": _cifar_4(behind=lambda _: [nn.GELU()]),
     "cifar-6": Builtin(
         lambda: conv_stages(3, (32, 32, 64, 64, 128, 128), (3,) * 6, (1, 2) * 3),
         lambda classes: dense_head(2048, (64,), classes),
