@@ -123,7 +123,7 @@ def test_other_convolutions_are_left_to_pytorch(conv, why):
 @pytest.mark.parametrize(
     ("layers", "why"),
     [
-        ((nn.Conv2d(3, 5, 3), nn.Tanh()), "Tanh"),
+        ((nn.Conv2d(3, 5, 3), nn.Softmax2d()), "Softmax2d"),
         ((nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AvgPool2d(2)), "AvgPool2d"),
         ((nn.Conv2d(3, 5, 3), nn.ReLU(), nn.MaxPool2d(3, stride=2)), "max-pool"),
         ((nn.Conv2d(3, 5, 3), nn.ReLU(), nn.MaxPool2d(4)), "max-pool"),

@@ -9,7 +9,7 @@ import time
 import killed_run
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 
 def _run_and_kill(context, folder, kind, kills):
@@ -38,8 +38,10 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, t
     states = []
     for name, kills in (("whole", 0), ("killed", 4)):
         (tmp_path / name).mkdir()
-        states.append(tree_flatten(_run_and_kill(context, tmp_path / name, kind, kills)))
-    (whole, structure), (killed, other) = states
-    assert structure == other
-    for a, b in zip(whole, killed, strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        leaves, _ = tree_flatten_with_path(_run_and_kill(context, tmp_path / name, kind, kills))
+        states.append({keystr(path): leaf for path, leaf in leaves})  # in any order
+    whole, killed = states
+    assert whole.keys() == killed.keys()
+    for name, value in whole.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+        assert same(value, killed[name]), name

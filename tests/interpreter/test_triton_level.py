@@ -217,6 +217,8 @@ TAKEN = [
     (nn.Conv2d(3, 5, (2, 4), padding="same", bias=False), RELU, nn.MaxPool2d(2, padding=1)),
     (nn.Conv2d(3, 5, (2, 3), (2, 1), (0, 2)), nn.Identity(), nn.MaxPool2d(2)),
     (nn.Conv2d(3, 5, 5, padding="valid"),),
+    (nn.Conv2d(3, 5, 3, padding=1), nn.GELU(), nn.MaxPool2d(2)),
+    (nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), RELU),
     (nn.Flatten(), nn.Linear(3 * 6 * 7, 5), RELU),
     (nn.Flatten(), nn.Linear(3 * 6 * 7, 5, bias=False)),
 ]
@@ -224,7 +226,7 @@ LEFT = [
     (nn.Conv2d(3, 5, 3, dilation=2),),
     (nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"),),
     (nn.Conv2d(3, 5, 12, padding=6),),
-    (nn.Conv2d(3, 5, 3), nn.Tanh()),
+    (nn.Conv2d(3, 5, 3), nn.Softmax2d()),
     (nn.Conv2d(3, 5, 3), RELU, nn.MaxPool2d(3, stride=2)),
     (nn.Conv2d(3, 5, 3).double(), RELU),
     (nn.AvgPool2d(2), nn.Conv2d(3, 5, 3)),
