@@ -229,6 +229,21 @@ class LASEM(nn.Module):
         if not torch.compiler.is_compiling():
             check_is_whole(self, self.net)
         config = self._check_call(x, y, task, posterior)
+        run = LASEM._checked_step
+        if not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules:
+            if checks.has_batch_norm(self.net, task):
+                run = _outside_of_graphs()
+        return run(self, x, y, task, posterior, config)
+
+    def _checked_step(
+        self,
+        x: Tensor,
+        y: Tensor,
+        task: str,
+        posterior: Tensor | None,
+        config: Configuration | None,
+    ) -> EMStep:
+        """A step whose arguments fit, and what changes with it."""
         keeps_state = self._keeps_state()
         if keeps_state:
             if posterior is None and config is None and not torch.compiler.is_compiling():
@@ -246,10 +261,7 @@ class LASEM(nn.Module):
         else:
             if keeps_state:
                 self._untrained.look(self.net, task)
-            run = LASEM._step_or_as_before
-            if "torch._dynamo" in sys.modules and checks.has_batch_norm(self.net, task):
-                run = _outside_of_graphs()
-            step = run(self, x, y, task, posterior, config)
+            step = self._step_or_as_before(x, y, task, posterior, config)
         if keeps_state:
             if self._ranks.several and posterior is None and config is None:
                 self._ranks.take_from_first(self._prior.states[task].buffers())
@@ -628,4 +640,4 @@ def _outside_of_graphs() -> Callable[..., EMStep]:
 
     Inside such a part the forward that a batch norm has during a step would not be called.
     """
-    return torch.compiler.disable(LASEM._step_or_as_before)
+    return torch.compiler.disable(LASEM._checked_step)

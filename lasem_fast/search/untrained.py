@@ -79,7 +79,7 @@ class Untrained:
                 f"it of net.task_parameters({task!r}), add what net.add_task returns to it, or "
                 f"freeze them with requires_grad_(False)",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=6,  # look, two of the LASEM, two of nn.Module, the loop
             )
 
 
