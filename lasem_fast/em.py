@@ -228,11 +228,10 @@ class LASEM(nn.Module):
             )
         if not torch.compiler.is_compiling():
             check_is_whole(self, self.net)
-        config = self._check_call(x, y, task, posterior)
+        config, is_normed = self._check_call(x, y, task, posterior)
         run = LASEM._checked_step
-        if not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules:
-            if checks.has_batch_norm(self.net, task):
-                run = _outside_of_graphs()
+        if is_normed and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            run = _outside_of_graphs()
         return run(self, x, y, task, posterior, config)
 
     def _checked_step(
@@ -396,13 +395,14 @@ class LASEM(nn.Module):
 
     def _check_call(
         self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None
-    ) -> Configuration | None:
+    ) -> tuple[Configuration | None, bool]:
+        """The configuration that the task has kept, and whether a batch norm moves."""
         checks.check_batch(x)
         checks.check_target(y, x)
         checks.check_has_values(x, y, self.net)
         config = self.net.config(task)
         checks.check_weights_of_their_own(self.net)
-        checks.check_independent_samples(self.net, task)
+        is_normed = checks.check_independent_samples(self.net, task)
         if posterior is not None:
             checks.check_posterior(posterior, len(self.space))
             if config is not None:
@@ -415,7 +415,7 @@ class LASEM(nn.Module):
             checks.check_finite_weights(self.net.task_parts(task))
             if posterior is not None:
                 checks.check_posterior_values(posterior)
-        return config
+        return config, is_normed
 
     def _reads_values(self, x: Tensor) -> bool:
         on_host = x.device.type == "cpu" or self.validate

@@ -51,6 +51,10 @@ def _normed(inputs: int, outputs: int, pool: int = 1) -> nn.Module:
     return nn.Sequential(*conv_layer(inputs, outputs, 3, pool, norm=True))
 
 
+def _behind(inputs: int, outputs: int, *layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), *layers)
+
+
 def _linear(inputs: int, outputs: int, *before: nn.Module) -> nn.Module:
     return nn.Sequential(*before, nn.Linear(inputs, outputs), nn.ReLU())
 
@@ -85,6 +89,25 @@ NETS = {
     ),
     "batch norm in blocks": SmallNet(
         lambda: [_conv(2, 4), Skip(*_normed(4, 4), *_normed(4, 4)), _normed(4, 3, pool=2)],
+        27,
+        (2, 6, 6),
+        groups=(1, 2),
+    ),
+    "other activations": SmallNet(
+        lambda: [
+            _behind(2, 3, nn.GELU(), nn.MaxPool2d(2)),
+            _behind(3, 4, nn.SiLU(inplace=True)),
+            _behind(4, 3, nn.Tanh()),
+        ],
+        27,
+        (2, 6, 6),
+    ),
+    "group norm": SmallNet(
+        lambda: [
+            _behind(2, 4, nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2)),
+            Skip(*_behind(4, 4, nn.GroupNorm(4, 4, affine=False), nn.GELU())),
+            _behind(4, 3, nn.GroupNorm(1, 3), nn.ELU()),
+        ],
         27,
         (2, 6, 6),
         groups=(1, 2),

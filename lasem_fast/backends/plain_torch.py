@@ -174,10 +174,7 @@ def run_level(
             parts.append(_end(layer, y, skip))
         y = in_order(torch.cat(parts), len(level), level.merge_order())
     if skip is not None:
-        data = skip.data
-        if skip.rows is not None:
-            data = data.index_select(0, index_tensor(skip.rows, data.device))
-        y = _pooled(layer, y + _channels_first(data))
+        y = _pooled(layer, y + _channels_first(_added(skip)))
     if y.dim() == 4:
         y = y.permute(0, 2, 3, 1)
     return y.unflatten(0, (len(level), samples))
@@ -190,7 +187,6 @@ def run_norm(
 
     See :class:`~lasem_fast.backends.operations.NormOperation`.
     """
-    passed_over(liveness)
     rows, samples = y.shape[:2]
     norm, positions = layer.norm, index_tensor(level.positions, y.device)
     apart = y.permute(1, 0, 4, 2, 3).flatten(1, 2)  # [N, R * C, H, W]
@@ -198,15 +194,8 @@ def run_norm(
                     for of in (norm.weights, norm.biases))  # fmt: skip
     out, statistics = normalised(norm.layers[0], apart, rows, scale, shift)
     out = out.unflatten(1, (rows, -1)).transpose(0, 1).flatten(0, 1)  # [R * N, C, H, W]
-    if layer.relu:
-        out = out.relu()
-    if skip is not None:
-        data = skip.data
-        if skip.rows is not None:
-            data = data.index_select(0, index_tensor(skip.rows, data.device))
-        out = out + _channels_first(data)
-    out = _pooled(layer, out).permute(0, 2, 3, 1).unflatten(0, (rows, samples))
-    return Normed(out, statistics)
+    out = out.permute(0, 2, 3, 1).unflatten(0, (rows, samples))
+    return Normed(run_rest(layer, out, skip, liveness), statistics)
 
 
 def run_group_norm(layer: Layer, y: Tensor, level: Level) -> Tensor:
@@ -232,14 +221,18 @@ def run_rest(
     elif layer.relu:
         y = y.relu()
     if skip is not None:
-        data = skip.data
-        if skip.rows is not None:
-            data = data.index_select(0, index_tensor(skip.rows, data.device))
-        y = y + data
+        y = y + _added(skip)
     if layer.pool.size == 1:
         return y.relu() if layer.relu_after else y
     pooled = _pooled(layer, y.flatten(0, 1).permute(0, 3, 1, 2))
     return pooled.permute(0, 2, 3, 1).unflatten(0, y.shape[:2])
+
+
+def _added(skip: Skip) -> Tensor:
+    """What each row adds, ``[R, N, H, W, C]``."""
+    if skip.rows is None:
+        return skip.data
+    return skip.data.index_select(0, index_tensor(skip.rows, skip.data.device))
 
 
 def _end(layer: Layer, y: Tensor, skip: Skip | None) -> Tensor:

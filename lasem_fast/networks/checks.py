@@ -317,31 +317,25 @@ def check_weights_of_their_own(net: nn.Module) -> None:
             )
 
 
-def _parts_of(net: TaskNet, task: str) -> dict[str, nn.Module]:
-    """What a task uses of a net, by name."""
+def check_independent_samples(net: TaskNet, task: str) -> bool:
+    """No layer that the task uses mixes the samples of the folded batch.
+
+    Returns:
+        Whether one is a batch norm that takes the mini-batch's statistics.
+    """
     parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
     parts[f"adapters[{task!r}]"] = net.adapters[task]
     parts[f"heads[{task!r}]"] = net.heads[task]
-    return parts
-
-
-def has_batch_norm(net: TaskNet, task: str) -> bool:
-    """Whether a layer that the task uses takes a mini-batch's statistics."""
-    return any_uses_batch_statistics(modules_in(*_parts_of(net, task).values()))
-
-
-def check_independent_samples(net: TaskNet, task: str) -> None:
-    """No layer that the task uses mixes the samples of the folded batch."""
-    parts = _parts_of(net, task)
     layers = modules_in(*parts.values())
-    if torch.compiler.is_compiling() and any_uses_batch_statistics(layers):
+    is_normed = any_uses_batch_statistics(layers)
+    if torch.compiler.is_compiling() and is_normed:
         raise ValueError(
             "net: expected no BatchNorm in training mode inside torch.compile, because each "
             "configuration's statistics are gathered outside of a graph; put it into evaluation "
             "mode or call the LASEM without torch.compile"
         )
     if not any_mixes_samples(layers):
-        return
+        return is_normed
     for part, module in parts.items():
         for name, layer in module.named_modules():
             where = f"{part}.{name}" if name else part
@@ -367,6 +361,7 @@ def check_independent_samples(net: TaskNet, task: str) -> None:
                 f"({type(layer).__name__}), whose batch statistics would mix configurations; "
                 f"put it into evaluation mode (frozen statistics) or use GroupNorm or LayerNorm"
             )
+    return is_normed
 
 
 def check_is_tensor(out: Any, module: nn.Module, where: str) -> None:

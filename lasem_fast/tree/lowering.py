@@ -158,8 +158,8 @@ def same_program(a: Program, b: Program) -> bool:
             return False
         if not same_settings(ours.core, theirs.core):
             return False
-        kinds = type(ours.activation), type(theirs.activation)
-        if kinds != (type(None),) * 2 and not same_settings(ours.activation, theirs.activation):
+        a, b = ours.activation, theirs.activation
+        if a is not b and not same_settings(a, b):
             return False
     return True
 
