@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import Residual, batch
-from oracle import assert_step_equals, brute_force
+from oracle import assert_equals, assert_step_equals, brute_force
 from torch import nn
 
 import lasem_fast as lf
@@ -220,6 +221,47 @@ def test_a_mask_kept_outside_is_told_by_name(kind, backend):
     ):
         lf.LASEM(net, backend=backend)(x, y, "a")
     lf.LASEM(net, backend="reference")(x, y, "a")
+
+
+class Attention(nn.Module):
+    """A block that keeps its last attention map, as many do for pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.maps = []
+
+    def forward(self, h):
+        self.map = (self.query(h) @ self.key(h).transpose(-2, -1)).softmax(dim=-1)
+        self.maps = [{"last": self.map}, self.maps[:1]]
+        return h + self.map @ h
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+@pytest.mark.parametrize("place", ["stage", "head"])
+def test_what_keeps_a_computed_tensor_is_looked_at_again(place, backend):
+    net, (x, y) = _net(Attention(), place), batch()
+    em = lf.LASEM(net, backend=backend)
+    em(x, y, "a").loss.backward()
+    block = net.shared[1] if place == "stage" else net.heads["a"][0]
+    em.eval()
+    em(x, y, "a")
+    em.train()
+    net.add_task("b", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).double())
+    assert_step_equals(net, em(x, y, "b"), brute_force(net, em.space.bits, x, y, "b"))
+    block.maps.append(block.maps)
+    em.end_task("a")
+    assert_equals(net.freeze("a")(x), net(x, "a").detach(), "output")
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_head_that_cannot_be_copied_is_refused_in_words(backend):
+    head = Own(lambda h, shift: h + shift)
+    head.lock = threading.Lock()
+    em = lf.LASEM(_net(head, "head"), backend=backend)
+    words = r"net: expected a module that copy.deepcopy can copy, got Sequential \(cannot pickle"
+    with pytest.raises(ValueError, match=words):
+        em(*batch(), "a")
 
 
 def test_the_look_leaves_no_trace():

@@ -7,7 +7,6 @@ copy is run on two samples; where random numbers are drawn, also with the same n
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 import warnings
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._copied import copied
 from lasem_fast.networks import checks
 from lasem_fast.networks.batch_norm import frozen
 from lasem_fast.networks.layers import active_random_layers, keeps_samples_apart
@@ -193,8 +193,10 @@ def _far(a: Tensor, b: Tensor, eps: float) -> bool:
 
 def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run:
     """A copy of the branch on a copy of ``h``, from one random state; calm: random layers off."""
-    memo = {id(p): p for p in branch.module.parameters()}
-    module = copy.deepcopy(branch.module, memo)
+    try:
+        module = copied(branch.module, branch.module.parameters())
+    except ValueError as error:
+        raise ValueError(f"net: {error}") from error
     for layer in active_random_layers(module) if calm else ():
         layer.training = False
     for layer in module.modules():
