@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import lasem_fast as lf
+from lasem_fast.networks import checks
 
 
 def _train(em, task, steps, optimizer=None, seed=0):
@@ -286,6 +287,40 @@ def test_bad_input_is_refused_before_anything_changes(backend, started, argument
         em(*arguments(*batch()))
     assert _same_state(before, em.state_dict())
     _train(em, "a", 1)
+
+
+class _Masked(nn.Linear):
+    def forward(self, h, mask):
+        return super().forward(h) * mask
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+@pytest.mark.parametrize("place", [0, 1, "head"])
+def test_what_cannot_be_called_with_one_tensor_is_refused_by_name(place, backend):
+    stages = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)]
+    stages[2 if place == "head" else place] = _Masked(3, 3)
+    net = lf.TransferNet(stages[:2])
+    net.add_task("a", stages[2])
+    em, x, y = lf.LASEM(net, backend=backend), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    where = "the head of task 'a'" if place == "head" else f"stage {place + 1}"
+    words = rf"net: expected stages .* one tensor, got {where} \(_Masked.*'mask'.*passes the rest"
+    for call in (lambda: em(x, y, "a"), lambda: em.evaluate(x, "a"), lambda: net(x, "a", {1, 2})):
+        with pytest.raises(TypeError, match=words):
+            call()
+    masked = net.heads["a"] if place == "head" else net.shared[place]
+    masked.register_forward_pre_hook(lambda layer, given: (*given, torch.ones(3)))
+    net(x, "a", {1, 2})
+    masked.register_forward_pre_hook(lambda layer, given: given[:1])
+    with pytest.raises(TypeError, match="required positional argument: 'mask'"):
+        net(x, "a", {1, 2})
+
+
+def test_a_message_shows_so_much_of_a_module():
+    large = nn.Sequential(*[nn.Linear(3, 3) for _ in range(50)])
+    assert checks.name_of(nn.Linear(3, 3)) == "Linear(in_features=3, out_features=3, bias=True)"
+    shown = checks.name_of(large)
+    assert shown.startswith("Sequential( (0): Linear(in_features=3") and shown.endswith(" ...)")
+    assert len(shown) < 250
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
