@@ -107,7 +107,38 @@ def test_a_stage_that_draws_and_does_not_say_so_is_told(says_so, backend):
     assert len(caught) == (not says_so)
     for warning in caught:
         assert "got stage 2 (Dropping())" in str(warning.message)
+        assert "in which Dropping draws some" in str(warning.message)
         assert "stochastic = True" in str(warning.message)
+
+
+class StochasticDepth(nn.Module):
+    """Leaves a sample's branch out, as in torchvision."""
+
+    def forward(self, h):
+        if not self.training:
+            return h
+        return h * torch.empty(len(h), 1, 1, 1, dtype=h.dtype).bernoulli_(0.5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("draws", ["in training", "always"])
+def test_layers_that_draw_inside_a_stage_are_named(draws, backend):
+    torch.manual_seed(0)
+    stage = nn.Sequential(nn.Conv2d(3, 3, 1), StochasticDepth(), Residual(3), StochasticDepth())
+    if draws == "always":
+        stage.append(Own(lambda h, shift: F.dropout(h * shift)))
+    net, (x, y) = _net(stage), batch()
+    em = lf.LASEM(net, backend=backend)
+    with pytest.warns(UserWarning, match="got stage 2") as caught:
+        em(x, y, "a")
+    named = "in which '1' (StochasticDepth), '3' (StochasticDepth) draw some" in str(caught[0])
+    assert named == (draws == "in training")
+    for layer in net.modules():
+        if isinstance(layer, StochasticDepth):
+            layer.stochastic = True
+    found = em(x, y, "a").log_likelihood
+    calm = brute_force(net.eval(), em.space.bits, x, y, "a").log_likelihood
+    assert torch.allclose(found, calm) == (draws == "in training")
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from lasem_fast.networks.batch_norm import frozen
 from lasem_fast.networks.layers import active_random_layers, keeps_samples_apart
 from lasem_fast.networks.network import Network
 from lasem_fast.transfer import Branch
+from lasem_fast.tree.forward_reading import is_torchs
 
 # Half of the digits: less than any layer that mixes samples is off by, more than rounding.
 _FAR = 0.5
@@ -79,7 +81,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
                     if len(x) > 1 or alone:
                         _check_independent(branch, h, first, where)
                 if draws:
-                    _warn_of_noise(there[0].module, where)
+                    _warn_of_noise(there[0], h, where)
                 if i < depth:
                     h = _run(there[0], h).output
     finally:
@@ -121,15 +123,36 @@ def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> No
         )
 
 
-def _warn_of_noise(module: nn.Module, where: str) -> None:
+def _warn_of_noise(branch: Branch, h: Tensor, where: str) -> None:
+    drawing = _drawing(branch, h)
+    if drawing:
+        layers = ", ".join(drawing[:3]) + (", ..." if len(drawing) > 3 else "")
+        drawn = f"in which {layers} {'draw' if len(drawing) > 1 else 'draws'} some"
+        mend = "Set stochastic = True on what draws: it does so in training mode only, as it should"
+    else:
+        drawn = "which draws some"
+        mend = (
+            "Set stochastic = True on the module that draws, and let its forward draw only if "
+            "self.training"
+        )
     warnings.warn(
         f"net: expected stages that draw no random numbers while their random layers are off, got "
-        f"{where} ({checks.name_of(module)}), which draws some; the E-step runs with this noise. "
-        f"Set stochastic = True on the module that draws, and let its forward draw only if "
-        f"self.training",
+        f"{where} ({checks.name_of(branch.module)}), {drawn}; the E-step runs with this noise. "
+        f"{mend}",
         UserWarning,
         stacklevel=2,
     )
+
+
+def _drawing(branch: Branch, h: Tensor) -> list[str]:
+    """Layers of a user's own that draw random numbers in training mode, and only then."""
+    if _run(branch, h, awake=()).drew:
+        return []
+    return [
+        f"{name!r} ({type(layer).__name__})" if name else type(layer).__name__
+        for name, layer in branch.module.named_modules()
+        if layer.training and not is_torchs(layer) and _run(branch, h, awake=(name,)).drew
+    ]
 
 
 def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
@@ -191,14 +214,29 @@ def _far(a: Tensor, b: Tensor, eps: float) -> bool:
     return error > eps**_FAR * size and error < float("inf")
 
 
-def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run:
-    """A copy of the branch on a copy of ``h``, from one random state; calm: random layers off."""
+def _run(
+    branch: Branch,
+    h: Tensor,
+    seed: int = 0,
+    *,
+    calm: bool = True,
+    awake: Sequence[str] | None = None,
+) -> _Run:
+    """A copy of the branch on a copy of ``h``, from one random state.
+
+    Calm: random layers are off; ``awake`` names the only layers in training mode, if it is given.
+    """
     try:
         module = copied(branch.module, branch.module.parameters())
     except ValueError as error:
         raise ValueError(f"net: {error}") from error
     for layer in active_random_layers(module) if calm else ():
         layer.training = False
+    if awake is not None:
+        module.eval()
+        layers = dict(module.named_modules())  # a scripted module has no get_submodule
+        for name in awake:
+            layers[name].training = True
     for layer in module.modules():
         _forget_hooks(layer)
     given = h.clone()
