@@ -32,6 +32,7 @@ from lasem_fast.search.posterior import evidence, is_finite
 from lasem_fast.search.ranks import Ranks, check_is_whole
 from lasem_fast.search.reuse import Posteriors
 from lasem_fast.search.search import Found, NothingLeft, Search
+from lasem_fast.search.trainers import note_step
 from lasem_fast.search.untrained import Untrained
 from lasem_fast.tree.budget import checked_max_memory
 
@@ -219,7 +220,8 @@ class LASEM(nn.Module):
                 LASEM is wrapped in ``nn.DataParallel`` or sharded by FSDP.
 
         Warns:
-            UserWarning: once per task, if its own parameters stay as they are while others train.
+            UserWarning: once per task, if its own parameters stay as they are while others train;
+                another LASEM trains the same net and has tasks under way.
         """
         if self.max_memory is not None and torch.compiler.is_compiling():
             raise RuntimeError(
@@ -259,6 +261,7 @@ class LASEM(nn.Module):
             step = self._step(x, y, task, posterior, config)
         else:
             if keeps_state:
+                note_step(self.net, self._rollback)
                 self._untrained.look(self.net, task)
             step = self._step_or_as_before(x, y, task, posterior, config)
         if keeps_state:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -284,6 +286,30 @@ def test_drawing_anew_that_fails_leaves_the_task_open():
     assert all(torch.equal(before[k], t) for k, t in em.state_dict().items())
     fail = False
     assert em.end_task("a", [False]) == (False,)
+
+
+def test_two_lasems_that_train_one_net_in_turn_are_told():
+    net = small_net(1, tasks="ab")
+    ours, theirs = lf.LASEM(net), lf.LASEM(net)
+    ours(*batch(), "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(*batch(), "a")
+        theirs.eval()(*batch(), "b")
+        lf.LASEM(copy.deepcopy(net))(*batch(), "b")
+    theirs.train()
+    with pytest.warns(UserWarning, match="net: expected one LASEM at a time") as caught:
+        theirs(*batch(), "b")
+    assert caught[0].filename == __file__
+    ours.end_task("a")
+    theirs.end_task("b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.add_task("c", copy.deepcopy(net.heads["a"]))
+        ours(*batch(), "c")
+        del ours  # one that is gone takes nothing back
+        gc.collect()
+        theirs(*batch(), "c")
 
 
 def test_gradients_of_dropped_branches_and_of_what_is_rolled_back_are_freed():
