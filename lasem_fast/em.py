@@ -269,7 +269,7 @@ class LASEM(nn.Module):
                 self._ranks.take_from_first(self._prior.states[task].buffers())
             if alike is not None:
                 step = step._replace(loss=torch.where(alike, step.loss, torch.nan))
-            self._rollback.begin(task, config is not None, before)
+            self._rollback.begin(task, config is not None, before, self.net)
         return step
 
     def _keeps_state(self) -> bool:
@@ -382,7 +382,7 @@ class LASEM(nn.Module):
         chosen = self.space[row]
         # drawing anew runs an initialiser, which may fail
         with all_or_nothing(self) if self.redraw_unclaimed else nullcontext():
-            self._rollback.end(task, chosen, self.net.shared)
+            self._rollback.end(task, chosen, self.net.shared, self.net)
             self.net.keep(task, chosen)
             self._posteriors.forget(task)
             # it holds what has been dropped
@@ -619,7 +619,7 @@ class LASEM(nn.Module):
                 self._prior.forget(task)
         for task in state["prior_tasks"]:
             self._start_prior(task)
-        self._rollback.restore_structure(state["rollback"], self.net.shared)
+        self._rollback.restore_structure(state["rollback"], self.net.shared, self.net)
         self._posteriors.restore_structure(state.get("posteriors", {}), self._bits)
         self._search.few = set(state.get("few", ()))
         choices.process().restore(saved)
