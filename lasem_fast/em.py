@@ -221,7 +221,8 @@ class LASEM(nn.Module):
 
         Warns:
             UserWarning: once per task, if its own parameters stay as they are while others train;
-                another LASEM trains the same net and has tasks under way.
+                another LASEM trains the same net and has tasks under way; the net is in training
+                mode and the LASEM, with gradients enabled, is not.
         """
         if self.max_memory is not None and torch.compiler.is_compiling():
             raise RuntimeError(
@@ -263,6 +264,15 @@ class LASEM(nn.Module):
             if keeps_state:
                 note_step(self.net, self._rollback)
                 self._untrained.look(self.net, task)
+            elif self.net.training and not self.training and torch.is_grad_enabled():
+                warnings.warn(
+                    "em: expected the mode of its net, got evaluation mode while the net is in "
+                    "training mode, so that this call does not count as a step of training: "
+                    "neither prior nor roll-back takes notice; em.train() puts both into training "
+                    "mode, em.eval() both into evaluation mode",
+                    UserWarning,
+                    stacklevel=5,  # this, forward, two of nn.Module, the loop
+                )
             step = self._step_or_as_before(x, y, task, posterior, config)
         if keeps_state:
             if self._ranks.several and posterior is None and config is None:

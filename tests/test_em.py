@@ -511,6 +511,25 @@ def test_a_first_call_in_inference_mode_does_not_spoil_the_next(prior):
     em.end_task("a", set())
 
 
+def test_a_net_that_is_put_into_training_mode_without_its_lasem_is_told():
+    em = lf.LASEM(small_net(2))
+    _train(em, "a", 1)
+    before = em.eval().prior("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        em(*batch(), "a")
+        em.net.train()
+        with torch.no_grad():
+            em(*batch(), "a")
+        em.train().net.eval()  # frozen layers
+        em(*batch(), "a", before)
+        em.eval().net.train()
+    with pytest.warns(UserWarning, match="em: expected the mode of its net") as caught:
+        em(*batch(), "a")
+    assert caught[0].filename == __file__
+    assert torch.equal(em.prior("a"), before)
+
+
 def test_a_first_call_that_fails_leaves_no_prior_behind_and_a_later_one_no_count():
     class Fails(lf.transfer.HardParameterSharing):
         fails = True

@@ -24,6 +24,7 @@ NETS = {
     "Layers that take or give more than one tensor": ("transformers", None),
     "Parameters without a rule": ("timm", _IMAGES),
     "BatchNorm of other libraries": ("timm", _IMAGES),
+    "One head for all tasks": (None, torch.randn(4, 8, dtype=torch.float64)),
     "A label for every pixel or token, regression beside classification": (None, _IMAGES),
 }
 OTHERS = {"Dropout that is no layer": "torchvision", "Other training loops": "lightning"}
