@@ -23,6 +23,7 @@ NETS = {
     "A ResNet of torchvision": ("torchvision", _IMAGES),
     "Layers that take or give more than one tensor": ("transformers", None),
     "Parameters without a rule": ("timm", _IMAGES),
+    "Adapters on a frozen net": ("peft", torch.randn(4, 8, dtype=torch.float64)),
     "BatchNorm of other libraries": ("timm", _IMAGES),
     "One head for all tasks": (None, torch.randn(4, 8, dtype=torch.float64)),
     "A label for every pixel or token, regression beside classification": (None, _IMAGES),
@@ -82,6 +83,17 @@ def test_layers_that_say_so_are_off_in_the_e_step():
     torch.testing.assert_close(first.nll, em(x, y, "reviews").nll)
     stages = _run("Dropout that is no layer", "torchvision")["stages"]
     assert [layer.stochastic for layer in stages[0] if hasattr(layer, "stochastic")] == [True]
+
+
+def test_adapters_are_new_and_what_is_frozen_stays():
+    net = _run("Adapters on a frozen net", "peft")["net"]
+    for (name, ours), theirs in zip(
+        net.specific["reviews"].named_parameters(), net.shared.parameters(), strict=True
+    ):
+        is_adapter = "lora" in name
+        assert ours.requires_grad == theirs.requires_grad == is_adapter
+        assert torch.equal(ours, theirs) == ("lora_A" not in name)
+        assert ("lora_B" in name) == (not ours.any())
 
 
 def test_a_likelihood_of_pixels_and_regression():
