@@ -23,9 +23,7 @@ def copied(module: nn.Module, kept: Iterable[Tensor] = ()) -> nn.Module:
     Raises:
         ValueError: the module cannot be copied.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in kept}
-    for tensor in _computed(module):
-        memo.setdefault(id(tensor), tensor.detach().clone())
+    memo = {**memo_of_computed(module), **{id(tensor): tensor for tensor in kept}}
     try:
         return copy.deepcopy(module, memo)
     except (RuntimeError, TypeError) as error:
@@ -33,6 +31,11 @@ def copied(module: nn.Module, kept: Iterable[Tensor] = ()) -> nn.Module:
             f"expected a module that copy.deepcopy can copy, got {type(module).__name__} "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def memo_of_computed(module: nn.Module) -> dict[int, Any]:
+    """What lets ``copy.deepcopy`` copy a module's computed tensors, as its second argument."""
+    return {id(tensor): tensor.detach().clone() for tensor in _computed(module)}
 
 
 def _computed(module: nn.Module) -> Iterator[Tensor]:
