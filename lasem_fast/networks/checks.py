@@ -484,18 +484,26 @@ def odd_call(network: Network) -> str | None:
         if branch is not None
     ]
     for where, module in [*places, (f"the head of task {network.task!r}", network.head)]:
-        if module._forward_pre_hooks:  # which may bring what else it takes
-            continue
-        try:
-            inspect.signature(module.forward).bind(None)
-        except ValueError:  # there is no signature to be had
-            continue
-        except TypeError as error:
+        reason = why_not_one_tensor(module)
+        if reason is not None:
             return (
                 f"net: expected stages and heads that are called with one tensor, got {where} "
-                f"({name_of(module)}), whose forward cannot be ({error}); put it into a module "
+                f"({name_of(module)}), whose forward cannot be ({reason}); put it into a module "
                 f"whose own forward takes one tensor and passes the rest"
             )
+    return None
+
+
+def why_not_one_tensor(module: nn.Module) -> str | None:
+    """Why a module's forward cannot be called with one tensor; None if its signature allows it."""
+    if module._forward_pre_hooks:  # which may bring what else it takes
+        return None
+    try:
+        inspect.signature(module.forward).bind(None)
+    except ValueError:  # there is no signature to be had
+        return None
+    except TypeError as error:
+        return str(error)
     return None
 
 
