@@ -77,6 +77,37 @@ def test_a_stage_that_mixes_at_random_is_refused(how, declared, backend):
         em(*batch(), "a")
 
 
+def test_a_look_at_random_numbers_is_short(monkeypatch):
+    """Of PyTorch's dropout nothing is to be seen, of the same code in both branches once."""
+    runs = []
+    run = first_look._run
+    counted = lambda *args, **options: runs.append(options) or run(*args, **options)  # noqa: E731
+    monkeypatch.setattr(first_look, "_run", counted)
+
+    class Own(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 3, 1), *layers)
+
+        def forward(self, h):
+            return self.layers(h)
+
+    def at_random(*layers):
+        runs.clear()
+        lf.LASEM(_net(Own(*layers)))(*batch(), "a")
+        return sum(options.get("calm") is False for options in runs)
+
+    assert at_random(nn.Dropout(0.5), nn.Dropout2d(0.5), nn.RReLU()) == 0
+    declared = StochasticDepth()
+    declared.stochastic = True
+    assert at_random(declared) == 33
+    monkeypatch.setattr(first_look, "_LARGE", 3)
+    assert at_random(declared) == 9
+    alike = nn.Dropout(0.5)
+    alike.stochastic = True
+    assert at_random(alike) == 9
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_a_stage_that_draws_for_every_sample_is_not(backend):
     class Noise(Own):
