@@ -216,7 +216,8 @@ class CapturedStep:
         rollback = self._rollback
         if rollback.active == self.task or not self.em._keeps_state():
             return
-        rollback.begin(self.task, False, rollback.before(self.task, False, self._net.shared))
+        net = self._net
+        rollback.begin(self.task, False, rollback.before(self.task, False, net.shared), net)
 
     def _give_up(self, why: str) -> None:
         message = f"capture: the step of task {self.task!r} cannot be captured: {why}"

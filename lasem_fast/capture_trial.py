@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lasem_fast._copied import memo_of_computed
 from lasem_fast.em import LASEM
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def _copied(step: CapturedStep) -> Iterator[CapturedStep]:
     """A step on copies of the learner and optimiser; the random state is put back."""
     with torch.random.fork_rng(devices=[step._x.device]):
         # together, so that the copied optimiser trains the copied net
-        em, optimizer = copy.deepcopy((step.em, step.optimizer))
+        together = step.em, step.optimizer
+        em, optimizer = copy.deepcopy(together, memo_of_computed(step.em))
         copied = type(step)(em, optimizer, step._x, step._y, step.task, strict=True)
         copied._autocast = step._autocast
         yield copied

@@ -32,6 +32,7 @@ from lasem_fast.search.posterior import evidence, is_finite
 from lasem_fast.search.ranks import Ranks, check_is_whole
 from lasem_fast.search.reuse import Posteriors
 from lasem_fast.search.search import Found, NothingLeft, Search
+from lasem_fast.search.trainers import note_step
 from lasem_fast.search.untrained import Untrained
 from lasem_fast.tree.budget import checked_max_memory
 
@@ -219,7 +220,9 @@ class LASEM(nn.Module):
                 LASEM is wrapped in ``nn.DataParallel`` or sharded by FSDP.
 
         Warns:
-            UserWarning: once per task, if its own parameters stay as they are while others train.
+            UserWarning: once per task, if its own parameters stay as they are while others train;
+                another LASEM trains the same net and has tasks under way; the net is in training
+                mode and the LASEM, with gradients enabled, is not.
         """
         if self.max_memory is not None and torch.compiler.is_compiling():
             raise RuntimeError(
@@ -259,14 +262,24 @@ class LASEM(nn.Module):
             step = self._step(x, y, task, posterior, config)
         else:
             if keeps_state:
+                note_step(self.net, self._rollback)
                 self._untrained.look(self.net, task)
+            elif self.net.training and not self.training and torch.is_grad_enabled():
+                warnings.warn(
+                    "em: expected the mode of its net, got evaluation mode while the net is in "
+                    "training mode, so that this call does not count as a step of training: "
+                    "neither prior nor roll-back takes notice; em.train() puts both into training "
+                    "mode, em.eval() both into evaluation mode",
+                    UserWarning,
+                    stacklevel=5,  # this, forward, two of nn.Module, the loop
+                )
             step = self._step_or_as_before(x, y, task, posterior, config)
         if keeps_state:
             if self._ranks.several and posterior is None and config is None:
                 self._ranks.take_from_first(self._prior.states[task].buffers())
             if alike is not None:
                 step = step._replace(loss=torch.where(alike, step.loss, torch.nan))
-            self._rollback.begin(task, config is not None, before)
+            self._rollback.begin(task, config is not None, before, self.net)
         return step
 
     def _keeps_state(self) -> bool:
@@ -379,7 +392,7 @@ class LASEM(nn.Module):
         chosen = self.space[row]
         # drawing anew runs an initialiser, which may fail
         with all_or_nothing(self) if self.redraw_unclaimed else nullcontext():
-            self._rollback.end(task, chosen, self.net.shared)
+            self._rollback.end(task, chosen, self.net.shared, self.net)
             self.net.keep(task, chosen)
             self._posteriors.forget(task)
             # it holds what has been dropped
@@ -616,7 +629,7 @@ class LASEM(nn.Module):
                 self._prior.forget(task)
         for task in state["prior_tasks"]:
             self._start_prior(task)
-        self._rollback.restore_structure(state["rollback"], self.net.shared)
+        self._rollback.restore_structure(state["rollback"], self.net.shared, self.net)
         self._posteriors.restore_structure(state.get("posteriors", {}), self._bits)
         self._search.few = set(state.get("few", ()))
         choices.process().restore(saved)

@@ -245,11 +245,18 @@ class TransferNet(nn.Module):
             try:
                 return self._output(path, x, task)
             except (RuntimeError, IndexError) as error:
-                network = Network([(branch, branch) for branch in path], self.heads[task], task)
-                reason = checks.misfit(network, x)
+                reason = checks.misfit(self._network(path, task), x)
                 if reason is None:
                     raise
                 raise ValueError(reason) from error
+            except TypeError as error:
+                reason = checks.odd_call(self._network(path, task))
+                if reason is None:
+                    raise
+                raise TypeError(reason) from error
+
+    def _network(self, path: list[Branch], task: str) -> Network:
+        return Network([(branch, branch) for branch in path], self.heads[task], task)
 
     def _output(self, path: list[Branch], h: Tensor, task: str) -> Tensor:
         for branch in path:

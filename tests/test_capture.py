@@ -318,6 +318,19 @@ class TestAroundTheGraph:
         step(x, y)
         assert stand_in == ["eager"]
 
+    def test_a_rehearsal_copies_a_net_that_keeps_what_it_computed(self, monkeypatch):
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+        monkeypatch.setattr(CAPTURE, "obstacles", lambda *arguments: [])
+        monkeypatch.setattr(CAPTURE, "trial", lambda step: "")
+        em, optimizer = _made()
+        first = em.net.shared[0][0]
+        first.last = first.weight * 2
+        step = lf.capture(em, optimizer, *_batches(1)[0], "a")
+        with capture_trial._copied(step) as copied:
+            there = copied.em.net.shared[0][0]
+            assert there is not first and torch.equal(there.last, first.last)
+            assert copied.optimizer.param_groups[0]["params"][0] is there.weight
+
     def test_the_trial_has_rehearsed_the_first_recording(self, stand_in):
         em, optimizer = _made()
         step = _captured(em, optimizer)

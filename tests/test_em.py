@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import lasem_fast as lf
+from lasem_fast.networks import checks
 
 
 def _train(em, task, steps, optimizer=None, seed=0):
@@ -288,6 +289,40 @@ def test_bad_input_is_refused_before_anything_changes(backend, started, argument
     _train(em, "a", 1)
 
 
+class _Masked(nn.Linear):
+    def forward(self, h, mask):
+        return super().forward(h) * mask
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+@pytest.mark.parametrize("place", [0, 1, "head"])
+def test_what_cannot_be_called_with_one_tensor_is_refused_by_name(place, backend):
+    stages = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)]
+    stages[2 if place == "head" else place] = _Masked(3, 3)
+    net = lf.TransferNet(stages[:2])
+    net.add_task("a", stages[2])
+    em, x, y = lf.LASEM(net, backend=backend), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    where = "the head of task 'a'" if place == "head" else f"stage {place + 1}"
+    words = rf"net: expected stages .* one tensor, got {where} \(_Masked.*'mask'.*passes the rest"
+    for call in (lambda: em(x, y, "a"), lambda: em.evaluate(x, "a"), lambda: net(x, "a", {1, 2})):
+        with pytest.raises(TypeError, match=words):
+            call()
+    masked = net.heads["a"] if place == "head" else net.shared[place]
+    masked.register_forward_pre_hook(lambda layer, given: (*given, torch.ones(3)))
+    net(x, "a", {1, 2})
+    masked.register_forward_pre_hook(lambda layer, given: given[:1])
+    with pytest.raises(TypeError, match="required positional argument: 'mask'"):
+        net(x, "a", {1, 2})
+
+
+def test_a_message_shows_so_much_of_a_module():
+    large = nn.Sequential(*[nn.Linear(3, 3) for _ in range(50)])
+    assert checks.name_of(nn.Linear(3, 3)) == "Linear(in_features=3, out_features=3, bias=True)"
+    shown = checks.name_of(large)
+    assert shown.startswith("Sequential( (0): Linear(in_features=3") and shown.endswith(" ...)")
+    assert len(shown) < 250
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(value):
     net = small_net(2)
@@ -474,6 +509,25 @@ def test_a_first_call_in_inference_mode_does_not_spoil_the_next(prior):
         em.load_state_dict(state.state_dict())
     _train(em, "a", 2)
     em.end_task("a", set())
+
+
+def test_a_net_that_is_put_into_training_mode_without_its_lasem_is_told():
+    em = lf.LASEM(small_net(2))
+    _train(em, "a", 1)
+    before = em.eval().prior("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        em(*batch(), "a")
+        em.net.train()
+        with torch.no_grad():
+            em(*batch(), "a")
+        em.train().net.eval()  # frozen layers
+        em(*batch(), "a", before)
+        em.eval().net.train()
+    with pytest.warns(UserWarning, match="em: expected the mode of its net") as caught:
+        em(*batch(), "a")
+    assert caught[0].filename == __file__
+    assert torch.equal(em.prior("a"), before)
 
 
 def test_a_first_call_that_fails_leaves_no_prior_behind_and_a_later_one_no_count():

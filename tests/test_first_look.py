@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import Residual, batch
-from oracle import assert_step_equals, brute_force
+from oracle import assert_equals, assert_step_equals, brute_force
 from torch import nn
 
 import lasem_fast as lf
@@ -76,6 +77,37 @@ def test_a_stage_that_mixes_at_random_is_refused(how, declared, backend):
         em(*batch(), "a")
 
 
+def test_a_look_at_random_numbers_is_short(monkeypatch):
+    """Of PyTorch's dropout nothing is to be seen, of the same code in both branches once."""
+    runs = []
+    run = first_look._run
+    counted = lambda *args, **options: runs.append(options) or run(*args, **options)  # noqa: E731
+    monkeypatch.setattr(first_look, "_run", counted)
+
+    class Own(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 3, 1), *layers)
+
+        def forward(self, h):
+            return self.layers(h)
+
+    def at_random(*layers):
+        runs.clear()
+        lf.LASEM(_net(Own(*layers)))(*batch(), "a")
+        return sum(options.get("calm") is False for options in runs)
+
+    assert at_random(nn.Dropout(0.5), nn.Dropout2d(0.5), nn.RReLU()) == 0
+    declared = StochasticDepth()
+    declared.stochastic = True
+    assert at_random(declared) == 33
+    monkeypatch.setattr(first_look, "_LARGE", 3)
+    assert at_random(declared) == 9
+    alike = nn.Dropout(0.5)
+    alike.stochastic = True
+    assert at_random(alike) == 9
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_a_stage_that_draws_for_every_sample_is_not(backend):
     class Noise(Own):
@@ -106,7 +138,38 @@ def test_a_stage_that_draws_and_does_not_say_so_is_told(says_so, backend):
     assert len(caught) == (not says_so)
     for warning in caught:
         assert "got stage 2 (Dropping())" in str(warning.message)
+        assert "in which Dropping draws some" in str(warning.message)
         assert "stochastic = True" in str(warning.message)
+
+
+class StochasticDepth(nn.Module):
+    """Leaves a sample's branch out, as in torchvision."""
+
+    def forward(self, h):
+        if not self.training:
+            return h
+        return h * torch.empty(len(h), 1, 1, 1, dtype=h.dtype).bernoulli_(0.5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("draws", ["in training", "always"])
+def test_layers_that_draw_inside_a_stage_are_named(draws, backend):
+    torch.manual_seed(0)
+    stage = nn.Sequential(nn.Conv2d(3, 3, 1), StochasticDepth(), Residual(3), StochasticDepth())
+    if draws == "always":
+        stage.append(Own(lambda h, shift: F.dropout(h * shift)))
+    net, (x, y) = _net(stage), batch()
+    em = lf.LASEM(net, backend=backend)
+    with pytest.warns(UserWarning, match="got stage 2") as caught:
+        em(x, y, "a")
+    named = "in which '1' (StochasticDepth), '3' (StochasticDepth) draw some" in str(caught[0])
+    assert named == (draws == "in training")
+    for layer in net.modules():
+        if isinstance(layer, StochasticDepth):
+            layer.stochastic = True
+    found = em(x, y, "a").log_likelihood
+    calm = brute_force(net.eval(), em.space.bits, x, y, "a").log_likelihood
+    assert torch.allclose(found, calm) == (draws == "in training")
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -220,6 +283,47 @@ def test_a_mask_kept_outside_is_told_by_name(kind, backend):
     ):
         lf.LASEM(net, backend=backend)(x, y, "a")
     lf.LASEM(net, backend="reference")(x, y, "a")
+
+
+class Attention(nn.Module):
+    """A block that keeps its last attention map, as many do for pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.maps = []
+
+    def forward(self, h):
+        self.map = (self.query(h) @ self.key(h).transpose(-2, -1)).softmax(dim=-1)
+        self.maps = [{"last": self.map}, self.maps[:1]]
+        return h + self.map @ h
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto", "reference"])
+@pytest.mark.parametrize("place", ["stage", "head"])
+def test_what_keeps_a_computed_tensor_is_looked_at_again(place, backend):
+    net, (x, y) = _net(Attention(), place), batch()
+    em = lf.LASEM(net, backend=backend)
+    em(x, y, "a").loss.backward()
+    block = net.shared[1] if place == "stage" else net.heads["a"][0]
+    em.eval()
+    em(x, y, "a")
+    em.train()
+    net.add_task("b", nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).double())
+    assert_step_equals(net, em(x, y, "b"), brute_force(net, em.space.bits, x, y, "b"))
+    block.maps.append(block.maps)
+    em.end_task("a")
+    assert_equals(net.freeze("a")(x), net(x, "a").detach(), "output")
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_head_that_cannot_be_copied_is_refused_in_words(backend):
+    head = Own(lambda h, shift: h + shift)
+    head.lock = threading.Lock()
+    em = lf.LASEM(_net(head, "head"), backend=backend)
+    words = r"net: expected a module that copy.deepcopy can copy, got Sequential \(cannot pickle"
+    with pytest.raises(ValueError, match=words):
+        em(*batch(), "a")
 
 
 def test_the_look_leaves_no_trace():

@@ -57,6 +57,23 @@ def test_priors_compile_without_graph_breaks(prior):
         assert_equals(em.prior("a"), twin.prior("a"), "prior")
 
 
+def test_rehearsal_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    net = small_net(1, tasks=("old", "new"))
+    em = lf.LASEM(net, backend="torch")
+    em(*batch(), "old")
+    em.end_task("old", {1})
+    before = [p.detach().clone() for p in net.shared.parameters()]
+    compiled = torch.compile(em, fullgraph=True, backend="aot_eager")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for i in range(2):
+        optimizer.zero_grad()
+        (compiled(*batch(seed=i), "new").loss + compiled(*batch(), "old").loss).backward()
+        optimizer.step()
+    em.end_task("new", set())
+    assert all(torch.equal(p, q) for p, q in zip(net.shared.parameters(), before, strict=True))
+
+
 def test_compiles_with_inductor():
     torch._dynamo.reset()
     net = small_net(2)

@@ -10,6 +10,7 @@ import torch
 from nets import Residual, batch, small_net
 from oracle import assert_step_equals, brute_force
 from torch import nn
+from torch.nn.utils import prune
 
 import lasem_fast as lf
 
@@ -122,7 +123,7 @@ def test_a_mechanism_with_an_initialiser_of_its_own():
 
 def _uncopied():
     stage = nn.Linear(2, 2)
-    stage.cache = stage.weight * 2
+    stage.cache = (value for value in stage.weight)
     return stage
 
 
@@ -174,6 +175,40 @@ def test_a_trainable_parameter_that_nothing_draws_is_refused():
     net.add_task("a", nn.Identity())
     assert bool(net.specific["a"][1].scale == 5.0)
     assert not torch.equal(net.specific["a"][1].linear.weight, net.shared[1].linear.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("how", ["pruned", "old weight norm"])
+def test_stages_whose_weights_a_hook_computes(how, backend):
+    first = nn.Linear(6, 6)
+    if how == "pruned":
+        prune.l1_unstructured(first, "weight", 0.5)
+    else:
+        nn.utils.weight_norm(first)
+    stages = [nn.Sequential(first, nn.ReLU()), nn.Linear(6, 6)]
+
+    def draw(stage):
+        for parameter in stage.parameters():
+            nn.init.uniform_(parameter)
+
+    net = lf.TransferNet(stages, transfer=lf.transfer.HardParameterSharing(init=draw))
+    net.add_task("a", nn.Linear(6, 3))
+    net.double()
+    em, x = lf.LASEM(net, backend=backend), torch.randn(4, 6, dtype=torch.float64)
+    y = torch.randint(3, (4,))
+    optimizer = torch.optim.SGD(net.task_parameters("a"), lr=0.1)
+    for _ in range(2):
+        log_prior = em.prior("a").log()
+        truth = brute_force(net, em.space.bits, x, y, "a", log_prior=log_prior)
+        assert_step_equals(net, em(x, y, "a"), truth)
+        optimizer.step()
+    own, shared = net.specific["a"][0][0], net.shared[0][0]
+    assert not torch.equal(own.weight, shared.weight)
+    em.end_task("a", {2})
+    assert torch.equal(net.freeze("a")(x), net(x, "a"))
+    with pytest.raises(ValueError, match=r"stages\[0\]: .* none for 'weight_.*' of Linear"):
+        lf.TransferNet(list(net.shared)).add_task("a", nn.Linear(6, 3))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -284,6 +286,99 @@ def test_drawing_anew_that_fails_leaves_the_task_open():
     assert all(torch.equal(before[k], t) for k, t in em.state_dict().items())
     fail = False
     assert em.end_task("a", [False]) == (False,)
+
+
+def _ended_and_open(headless, dtype=torch.float64):
+    """A net with a task that has ended and shares all, and an open one; with the optimiser of both.
+
+    Headless: the open task's head has no parameters.
+    """
+    net = small_net(2, tasks=("old",)).to(dtype)
+    em = lf.LASEM(net)
+    em(*batch(dtype=dtype), "old")
+    em.end_task("old", {1, 2})
+    head = nn.Flatten() if headless else nn.Sequential(nn.Flatten(), nn.Linear(108, 3))
+    net.add_task("new", head.to(dtype))
+    both = dict.fromkeys(net.task_parameters("old") + net.task_parameters("new"))
+    return em, list(both)
+
+
+@pytest.mark.parametrize("headless", [False, True])
+@pytest.mark.parametrize("optimizer", ["plain", "fused"])
+@pytest.mark.parametrize("order", ["old new", "new old", "new new old old", "new | new old"])
+def test_a_step_together_with_a_task_that_has_ended_is_the_open_one_s(order, optimizer, headless):
+    """Rehearsal: losses of old and new mini-batches in one step of the optimiser."""
+    em, both = _ended_and_open(headless)
+    start = [p.detach().clone() for p in em.net.shared.parameters()]
+    optimizer = torch.optim.AdamW(both, lr=0.1, fused=optimizer == "fused")
+    for i in range(3):
+        for together in order.split(" | "):
+            optimizer.zero_grad()
+            x, y = batch(seed=i)
+            sum(em(x, y, task).loss for task in together.split()).backward()
+            optimizer.step()
+    assert not torch.equal(start[0], em.net.shared[0][0].weight)
+    em.end_task("new", set())
+    for parameter, before in zip(em.net.shared.parameters(), start, strict=True):
+        assert torch.equal(parameter, before)
+
+
+def test_steps_of_a_task_that_has_ended_between_those_of_an_open_one_stay():
+    em, both = _ended_and_open(headless=False)
+    optimizer = torch.optim.SGD(both, lr=0.1)
+    expected = [p.detach().clone() for p in em.net.shared.parameters()]
+    for i, task in enumerate(("new", "old", "old", "new", "old")):
+        before = [p.detach().clone() for p in em.net.shared.parameters()]
+        optimizer.zero_grad()
+        em(*batch(seed=i), task).loss.backward()
+        optimizer.step()
+        if task == "old":
+            for value, p, q in zip(expected, em.net.shared.parameters(), before, strict=True):
+                value += p.detach() - q
+    em.end_task("new", set())
+    for parameter, value in zip(em.net.shared.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_a_state_saved_within_a_step_knows_whose_it_is():
+    em, both = _ended_and_open(headless=False)
+    start = [p.detach().clone() for p in em.net.shared.parameters()]
+    x, y = batch()
+    losses = em(x, y, "new").loss + em(x, y, "old").loss
+    state = copy.deepcopy(em.state_dict())
+    again, parameters = _ended_and_open(headless=False, dtype=torch.float32)
+    again.double()
+    again.load_state_dict(state)
+    for parameter, gradient in zip(parameters, torch.autograd.grad(losses, both), strict=True):
+        with torch.no_grad():
+            parameter -= 0.1 * gradient
+    again.end_task("new", set())
+    for parameter, before in zip(again.net.shared.parameters(), start, strict=True):
+        assert torch.equal(parameter, before)
+
+
+def test_two_lasems_that_train_one_net_in_turn_are_told():
+    net = small_net(1, tasks="ab")
+    ours, theirs = lf.LASEM(net), lf.LASEM(net)
+    ours(*batch(), "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(*batch(), "a")
+        theirs.eval()(*batch(), "b")
+        lf.LASEM(copy.deepcopy(net))(*batch(), "b")
+    theirs.train()
+    with pytest.warns(UserWarning, match="net: expected one LASEM at a time") as caught:
+        theirs(*batch(), "b")
+    assert caught[0].filename == __file__
+    ours.end_task("a")
+    theirs.end_task("b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.add_task("c", copy.deepcopy(net.heads["a"]))
+        ours(*batch(), "c")
+        del ours  # one that is gone takes nothing back
+        gc.collect()
+        theirs(*batch(), "c")
 
 
 def test_gradients_of_dropped_branches_and_of_what_is_rolled_back_are_freed():

@@ -70,6 +70,9 @@ def on_meta():
 def scalar_head():
     return [nn.Linear(2, 2)], Failing("sum"), (2,)
 
+def attention():
+    return [nn.Linear(4, 4), nn.MultiheadAttention(4, 2)], nn.Flatten(), (3, 4)
+
 def pair():
     return [nn.Linear(2, 2), Failing("pair")], nn.Linear(2, 2), (2,)
 
@@ -319,6 +322,8 @@ def test_tables_are_printed(capsys):
         ),
         (["plan", "users_net:with_batch"], "which cannot take [1, 16, 1, 6, 6] of torch.float32"),
         (["overhead", "users_net:float_words"], "which cannot take [1, 5] of torch.float32"),
+        (["plan", "users_net:float_words"], "or a tensor where inputs are not float32), got stage"),
+        (["plan", "users_net:attention"], "one tensor, got stage 2 (MultiheadAttention( (out_proj"),
         (["plan", "users_net:unknown_word"], "cannot be run: IndexError: index out of range"),
         (["plan", "users_net:scalar_head"], "expected a head with outputs [N, K], got [] for one"),
         (["overhead", "users_net:pair"], "stage 2 (Failing()) to return a tensor, got tuple"),

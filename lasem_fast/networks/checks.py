@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import inspect
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +25,9 @@ from lasem_fast.networks.layers import (
     parameters_in,
 )
 from lasem_fast.networks.network import Network
+
+# characters of a module in a message, which is about more than the module
+_LONGEST = 200
 
 
 class TaskNet(Protocol):
@@ -451,7 +455,7 @@ def check_logits_device(logits: Tensor, y: Tensor, task: str) -> None:
 def or_misfit(evaluate: Callable[[], Any], network: Network, x: Tensor) -> Any:
     """Evaluates; an error that the input's shape or dtype explains becomes one that says so.
 
-    So does one of a stage that takes the mini-batch's number of samples alone.
+    So does one of a stage that takes the mini-batch's number of samples alone, or not one tensor.
     """
     if torch.compiler.is_compiling() or is_transformed():
         return evaluate()
@@ -464,6 +468,43 @@ def or_misfit(evaluate: Callable[[], Any], network: Network, x: Tensor) -> Any:
         if reason is None:
             raise
         raise ValueError(reason) from error
+    except TypeError as error:
+        reason = odd_call(network)
+        if reason is None:
+            raise
+        raise TypeError(reason) from error
+
+
+def odd_call(network: Network) -> str | None:
+    """Which stage, or the head, cannot be called with one tensor; None if all can."""
+    places = [
+        (f"stage {i + 1}", branch.module)
+        for i, branches in enumerate(network.stages)
+        for branch in branches
+        if branch is not None
+    ]
+    for where, module in [*places, (f"the head of task {network.task!r}", network.head)]:
+        reason = why_not_one_tensor(module)
+        if reason is not None:
+            return (
+                f"net: expected stages and heads that are called with one tensor, got {where} "
+                f"({name_of(module)}), whose forward cannot be ({reason}); put it into a module "
+                f"whose own forward takes one tensor and passes the rest"
+            )
+    return None
+
+
+def why_not_one_tensor(module: nn.Module) -> str | None:
+    """Why a module's forward cannot be called with one tensor; None if its signature allows it."""
+    if module._forward_pre_hooks:  # which may bring what else it takes
+        return None
+    try:
+        inspect.signature(module.forward).bind(None)
+    except ValueError:  # there is no signature to be had
+        return None
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 @torch.no_grad()
@@ -516,8 +557,9 @@ def _in_short(error: Exception) -> str:
 
 
 def name_of(module: nn.Module) -> str:
-    """A module on one line, for messages."""
-    return " ".join(repr(module).split())
+    """A module on one line, for messages; a long one is cut off."""
+    name = " ".join(repr(module).split())
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]} ...)"
 
 
 def _misfit_message(x: Tensor, where: str, h: Tensor, error: Exception) -> str:

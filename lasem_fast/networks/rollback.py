@@ -14,14 +14,19 @@ own doing is taken back. A tensor of a shared stage follows one of two rules:
   what changed its shape: a difference would be no valid value, so the tensor is put back whole, to
   what the last of those who stay has left: another open task, a task that has ended, or nobody.
 
+A task that has ended keeps what it learns when it comes back. Where its loss goes into one step of
+the optimiser together with that of an open task, as in rehearsal, the weights' change counts as the
+open task's, whichever was called last: the open task's head has changed meanwhile, too. What
+several open tasks did in one step counts as that of one of them, mostly the last.
+
 A constant is a tensor that nobody writes: it stays as it is under both rules, infinities and NaN
 included. A buffer that changed its shape, or that was made in training, is put back whole too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +44,13 @@ _INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FROM_THE_START, _NOT_WRITTEN = 0, -1
 
 Name = tuple[int, str]  # the stage, and the tensor's name in it
+
+
+class OwnParts(Protocol):
+    """What the roll-back asks of a net beside its shared stages."""
+
+    heads: Mapping[str, nn.Module]
+    specific: Mapping[str, nn.ModuleList]
 
 
 class Snapshot(NamedTuple):
@@ -98,6 +110,10 @@ class _Values(nn.Module):
         """Keeps a last writer's value."""
         self[name] = tensor
         self.register_buffer(f"t{name[0]}_{self.names[name]}", turn)
+
+    def add(self, name: Name, change: Tensor) -> None:
+        """Adds to a sum."""
+        self[name] = self[name] + change if name in self else change
 
     def is_sum(self, name: Name) -> bool:
         """Whether a sum of differences is kept under this name."""
@@ -161,6 +177,8 @@ class Rollback(UnderWay):
         self.register_module("settled", None)
         self.register_module("anchor", None)
         self.changes = TaskModules()
+        # of each open task what is its own, from when a task that has ended became active
+        self.witnesses = TaskModules()
         # a tensor: a number would be compiled into every step
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64), persistent=False)
 
@@ -175,27 +193,38 @@ class Rollback(UnderWay):
             return None
         return _present(shared).copied()
 
-    def begin(self, task: str, ended: bool, before: Snapshot | None) -> None:
-        """Says whose step this is; must be called before the optimiser changes anything."""
+    def begin(
+        self, task: str, ended: bool, before: Snapshot | None, net: OwnParts | None = None
+    ) -> None:
+        """Says whose step this is; must be called before the optimiser changes anything.
+
+        Without a ``net``, steps of several tasks count as the last one's.
+        """
         if before is None:
             return
         with lasting():
-            self._begin(task, ended, before)
+            self._begin(task, ended, before, net)
 
-    def _begin(self, task: str, ended: bool, before: Snapshot) -> None:
+    def _begin(self, task: str, ended: bool, before: Snapshot, net: OwnParts | None) -> None:
         if self.settled is None:
             self.settled, self.weights = _Values(before.tensors), before.weights
             self.turn = torch.zeros_like(self.turn, device=before.device)
             self.active = task
             return
-        self._attribute(before)
+        self._attribute(before, net)
         self.anchor = _Values(before.tensors)
         self.active = task
+        for known in self.witnesses:
+            del self.witnesses[known]
         if not ended and task not in self.changes:
             self.changes[task] = _Values()
+        if ended and net is not None:
+            for other in self.changes:
+                own = {name: tensor.clone() for name, tensor in _own(net, other).items()}
+                self.witnesses[other] = _Values(own)
 
     @torch.no_grad()
-    def _attribute(self, now: Snapshot) -> None:
+    def _attribute(self, now: Snapshot, net: OwnParts | None) -> None:
         """Adds what the active task did since `anchor` to that task's change."""
         if self.anchor is None:
             self.changes[self.active] = _Values()
@@ -204,16 +233,31 @@ class Rollback(UnderWay):
         open_task = self.active in self.changes
         target = self.changes[self.active] if open_task else self.settled
         self.turn = self.turn + 1
+        trained = {} if open_task or net is None else self._trained_meanwhile(net)
         for name, tensor in now.tensors.items():
             then = anchor[name] if name in anchor else None
             if not self._has_sums(name, then, tensor, name in now.weights):
                 self._write(target, name, then, tensor)
                 continue
             change = (tensor - then).masked_fill_(tensor == then, 0)  # infinities are constants
-            if not open_task:
-                self._settle(name, tensor, change, self.changes.values())
-            else:
-                target[name] = target[name] + change if name in target else change
+            if open_task:
+                target.add(name, change)
+                continue
+            if name in now.weights:
+                for other, too in trained.items():
+                    self.changes[other].add(name, change.masked_fill(~too, 0))
+                    change = change.masked_fill(too, 0)
+            self._settle(name, tensor, change, self.changes.values())
+
+    def _trained_meanwhile(self, net: OwnParts) -> dict[str, Tensor]:
+        """For open tasks whether the active one's steps were theirs as well, each a bool tensor."""
+        trained = {}
+        for task in self.witnesses:
+            then, now = self.witnesses[task], _own(net, task)
+            names = [n for n in then.names if _same_form(now.get(n), then[n])]
+            if names and task in self.changes:
+                trained[task] = torch.stack([(now[n] != then[n]).any() for n in names]).any()
+        return trained
 
     def _has_sums(self, name: Name, then: Tensor | None, now: Tensor | None, weight: bool) -> bool:
         """Which of the two rules a tensor follows."""
@@ -254,7 +298,13 @@ class Rollback(UnderWay):
         self.settled[name] = torch.where(change == 0, settled, changed)
 
     @torch.no_grad()
-    def end(self, task: str, config: Configuration, shared: nn.ModuleList) -> None:
+    def end(
+        self,
+        task: str,
+        config: Configuration,
+        shared: nn.ModuleList,
+        net: OwnParts | None = None,
+    ) -> None:
         """Takes back what a task did to the shared weights of the stages that it does not share.
 
         Raises:
@@ -269,7 +319,7 @@ class Rollback(UnderWay):
         lost = [n for n in names if n not in (now.weights if n in self.weights else now.tensors)]
         _check_can_be_put_back(self._without(task, lost, now)[0], self.weights, shared)
         if self.anchor is not None:
-            self._attribute(now)
+            self._attribute(now, net)
             self.anchor, self.active = _Values(now.copied().tensors), None
         back, gone = self._without(task, names, now)
         for name, value in back.items():
@@ -342,7 +392,7 @@ class Rollback(UnderWay):
         """Takes the shared stages as they are for settled."""
         self.active = self.settled = self.anchor = None
         self.weights = frozenset()
-        self.changes = TaskModules()
+        self.changes, self.witnesses = TaskModules(), TaskModules()
         self.turn = torch.zeros_like(self.turn)
 
     def structure(self) -> dict[str, Any]:
@@ -354,9 +404,12 @@ class Rollback(UnderWay):
             "weights": sorted(map(list, self.weights)),
             "anchor": None if self.anchor is None else self.anchor.structure(),
             "changes": {task: self.changes[task].structure() for task in self.changes},
+            "witnesses": {task: self.witnesses[task].structure() for task in self.witnesses},
         }
 
-    def restore_structure(self, state: dict[str, Any], shared: nn.ModuleList) -> None:
+    def restore_structure(
+        self, state: dict[str, Any], shared: nn.ModuleList, net: OwnParts | None = None
+    ) -> None:
         """Makes the buffers that a saved state has values for."""
         present = _present(shared)
         changes = state["changes"]
@@ -371,6 +424,9 @@ class Rollback(UnderWay):
         self.anchor = _Values.blank(state["anchor"], present)
         for task, structure in changes.items():
             self.changes[task] = _Values.blank(structure, present, changes=True)
+        for task, structure in state.get("witnesses", {}).items():
+            own = Snapshot({} if net is None else _own(net, task), frozenset())
+            self.witnesses[task] = _Values.blank(structure, own)
 
 
 def _present(shared: nn.ModuleList) -> Snapshot:
@@ -386,6 +442,17 @@ def _present(shared: nn.ModuleList) -> Snapshot:
                 name = f"{path}.{leaf}" if path else leaf
                 tensors[i, name] = None if buffer is None else buffer.detach()
     return Snapshot(tensors, frozenset(weights))
+
+
+def _own(net: OwnParts, task: str) -> dict[Name, Tensor]:
+    """What every step of an open task trains: its head, or without one its own branches."""
+    parts = [net.heads[task]], net.specific[task]
+    head, branches = (
+        {(i, name): p.detach() for i, module in enumerate(modules)
+         for name, p in module.named_parameters() if p.requires_grad}
+        for modules in parts
+    )  # fmt: skip
+    return head or branches
 
 
 def _untouched(name: Name, others: Iterable[_Values], like: Tensor) -> Tensor:

@@ -7,27 +7,29 @@ copy is run on two samples; where random numbers are drawn, also with the same n
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lasem_fast._copied import copied
 from lasem_fast.networks import checks
 from lasem_fast.networks.batch_norm import frozen
 from lasem_fast.networks.layers import active_random_layers, keeps_samples_apart
 from lasem_fast.networks.network import Network
 from lasem_fast.transfer import Branch
+from lasem_fast.tree.forward_reading import is_torchs
 
 # Half of the digits: less than any layer that mixes samples is off by, more than rounding.
 _FAR = 0.5
 # A batch of one may take another algorithm, in another precision inside the module than outside.
 _COARSEST = torch.finfo(torch.bfloat16).eps
-# A layer may do something on some mini-batches only.
-_SEEDS = range(16)
+# A layer may do something on some mini-batches only; a large one is not tried as often.
+_SEEDS, _FEW_SEEDS, _LARGE = range(16), range(4), 2**20
 
 
 class _Run(NamedTuple):
@@ -64,7 +66,7 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
             h = torch.cat([x[:1], other])
             for i, branches in enumerate(places[: unknown[-1] + 1]):
                 there = [branch for branch in branches if branch is not None]
-                h, draws = _told_apart(h), False
+                h, draws, tried = _told_apart(h), False, []
                 for branch in there if i in unknown else ():
                     first = _run(branch, h)
                     if first.wrote:
@@ -76,10 +78,13 @@ def look(network: Network, x: Tensor) -> frozenset[int]:
                         where = f"the head of task {network.task!r}"
                         checks.check_logits(first.output, 1, len(h), network.task)
                     draws = draws or (first.drew and branch.module.training)
+                    kinds = [type(layer) for layer in branch.module.modules()]
                     if len(x) > 1 or alone:
-                        _check_independent(branch, h, first, where)
+                        # the same code draws alike in both branches, and many runs take long
+                        _check_independent(branch, h, first, where, at_random=kinds not in tried)
+                    tried.append(kinds)
                 if draws:
-                    _warn_of_noise(there[0].module, where)
+                    _warn_of_noise(there[0], h, where)
                 if i < depth:
                     h = _run(there[0], h).output
     finally:
@@ -106,12 +111,14 @@ def _is_known(branch: Branch | None) -> bool:
     return branch is None or keeps_samples_apart(branch.module)
 
 
-def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> None:
-    draws = first.drew or bool(active_random_layers(branch.module))
+def _check_independent(
+    branch: Branch, h: Tensor, first: _Run, where: str, *, at_random: bool
+) -> None:
+    draws = first.drew or not all(map(_draws_for_each, active_random_layers(branch.module)))
     if (
         _depends_on_others(branch, h, first)
         or _depends_on_number(branch, h, first)
-        or (draws and _depends_on_others_at_random(branch, h))
+        or (at_random and draws and _depends_on_others_at_random(branch, h))
     ):
         raise ValueError(
             f"net: expected stages that treat the samples of a batch independently, got {where} "
@@ -121,15 +128,41 @@ def _check_independent(branch: Branch, h: Tensor, first: _Run, where: str) -> No
         )
 
 
-def _warn_of_noise(module: nn.Module, where: str) -> None:
+def _draws_for_each(layer: nn.Module) -> bool:
+    """Whether a random layer is PyTorch's own, which draws for every number or channel alone."""
+    return is_torchs(layer) and not {"stochastic", "forward"} & vars(layer).keys()
+
+
+def _warn_of_noise(branch: Branch, h: Tensor, where: str) -> None:
+    drawing = _drawing(branch, h)
+    if drawing:
+        layers = ", ".join(drawing[:3]) + (", ..." if len(drawing) > 3 else "")
+        drawn = f"in which {layers} {'draw' if len(drawing) > 1 else 'draws'} some"
+        mend = "Set stochastic = True on what draws: it does so in training mode only, as it should"
+    else:
+        drawn = "which draws some"
+        mend = (
+            "Set stochastic = True on the module that draws, and let its forward draw only if "
+            "self.training"
+        )
     warnings.warn(
         f"net: expected stages that draw no random numbers while their random layers are off, got "
-        f"{where} ({checks.name_of(module)}), which draws some; the E-step runs with this noise. "
-        f"Set stochastic = True on the module that draws, and let its forward draw only if "
-        f"self.training",
+        f"{where} ({checks.name_of(branch.module)}), {drawn}; the E-step runs with this noise. "
+        f"{mend}",
         UserWarning,
         stacklevel=2,
     )
+
+
+def _drawing(branch: Branch, h: Tensor) -> list[str]:
+    """Layers of a user's own that draw random numbers in training mode, and only then."""
+    if _run(branch, h, awake=()).drew:
+        return []
+    return [
+        f"{name!r} ({type(layer).__name__})" if name else type(layer).__name__
+        for name, layer in branch.module.named_modules()
+        if layer.training and not is_torchs(layer) and _run(branch, h, awake=(name,)).drew
+    ]
 
 
 def _depends_on_others(branch: Branch, h: Tensor, first: _Run) -> bool:
@@ -155,10 +188,11 @@ def _depends_on_others_at_random(branch: Branch, h: Tensor) -> bool:
     if len(h) < 2:
         return False
     here, there = h[[0, 1, 1, 0]], h[[0, 0, 0, 1]]  # all but the first are another one
-    for seed in _SEEDS:
+    is_large = sum(p.numel() for p in branch.module.parameters()) > _LARGE
+    for seed in _FEW_SEEDS if is_large else _SEEDS:
         first = _run(branch, here, seed, calm=False).output
         eps = _eps(first)
-        if _far(_run(branch, here, seed, calm=False).output, first, eps):
+        if seed == 0 and _far(_run(branch, here, seed, calm=False).output, first, eps):
             return False  # it has random numbers of its own: nothing can be said
         if _far(_run(branch, there, seed, calm=False).output[:1], first[:1], eps):
             return True
@@ -191,12 +225,29 @@ def _far(a: Tensor, b: Tensor, eps: float) -> bool:
     return error > eps**_FAR * size and error < float("inf")
 
 
-def _run(branch: Branch, h: Tensor, seed: int = 0, *, calm: bool = True) -> _Run:
-    """A copy of the branch on a copy of ``h``, from one random state; calm: random layers off."""
-    memo = {id(p): p for p in branch.module.parameters()}
-    module = copy.deepcopy(branch.module, memo)
+def _run(
+    branch: Branch,
+    h: Tensor,
+    seed: int = 0,
+    *,
+    calm: bool = True,
+    awake: Sequence[str] | None = None,
+) -> _Run:
+    """A copy of the branch on a copy of ``h``, from one random state.
+
+    Calm: random layers are off; ``awake`` names the only layers in training mode, if it is given.
+    """
+    try:
+        module = copied(branch.module, branch.module.parameters())
+    except ValueError as error:
+        raise ValueError(f"net: {error}") from error
     for layer in active_random_layers(module) if calm else ():
         layer.training = False
+    if awake is not None:
+        module.eval()
+        layers = dict(module.named_modules())  # a scripted module has no get_submodule
+        for name in awake:
+            layers[name].training = True
     for layer in module.modules():
         _forget_hooks(layer)
     given = h.clone()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lasem_fast.configs import ConfigSpace
 from lasem_fast.lifelong.run_checks import evaluating
 from lasem_fast.net import TransferNet
+from lasem_fast.networks import checks
 from lasem_fast.tools import arguments
 from lasem_fast.tools.builtin import NETS
 from lasem_fast.tools.costs import MOST_CONFIGURATIONS
@@ -227,7 +228,8 @@ def n_classes(net: TransferNet, task: str, sample: Tensor) -> int:
         for name, branch in zip(
             names, [*net.path(task, (True,) * net.depth), net.heads[task]], strict=True
         ):
-            what = f"{name} ({' '.join(repr(getattr(branch, 'module', branch)).split())})"
+            module = getattr(branch, "module", branch)
+            what = f"{name} ({checks.name_of(module)})"
             given = f"{list(h.shape)} of {h.dtype}"
             try:
                 h = branch(h)
@@ -235,7 +237,16 @@ def n_classes(net: TransferNet, task: str, sample: Tensor) -> int:
                 reason = str(error).partition("\n")[0]
                 raise ValueError(
                     f"NET: expected a net that takes its sample (a shape without the batch "
-                    f"dimension), got {what}, which cannot take {given} ({reason})"
+                    f"dimension, or a tensor where inputs are not float32), got {what}, which "
+                    f"cannot take {given} ({reason})"
+                ) from error
+            except TypeError as error:
+                reason = checks.why_not_one_tensor(module)
+                if reason is None:
+                    raise
+                raise ValueError(
+                    f"NET: expected stages and a head that are called with one tensor, got {what}, "
+                    f"whose forward cannot be ({reason})"
                 ) from error
             if not isinstance(h, Tensor):
                 raise ValueError(f"NET: expected {what} to return a tensor, got {type(h).__name__}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lasem_fast._called_with import called_with
+from lasem_fast._copied import copied
 from lasem_fast.initialisers import redraw_
 
 
@@ -179,20 +179,14 @@ def copy_of(stage: nn.Module) -> nn.Module:
     Raises:
         ValueError: the stage cannot be copied.
     """
-    try:
-        # where gradients are recorded, a scripted module's copy hands them on to its model
-        with torch.no_grad():
-            copied = copy.deepcopy(stage)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"expected a module that copy.deepcopy can copy, got {type(stage).__name__} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+    # where gradients are recorded, a scripted module's copy hands them on to its model
+    with torch.no_grad():
+        copy = copied(stage)
     given = dict(stage.named_parameters())
-    for name, parameter in copied.named_parameters():
+    for name, parameter in copy.named_parameters():
         if name in given:
             parameter.requires_grad_(given[name].requires_grad)
-    return copied
+    return copy
 
 
 def new_weights(module: nn.Module) -> None:
