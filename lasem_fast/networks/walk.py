@@ -1,0 +1,86 @@
+"""One walk through a task's modules per step, and what it tells of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lasem_fast.networks.layers import (
+    Method,
+    active_random,
+    any_mixes_samples,
+    any_uses_batch_statistics,
+    are_watched,
+    is_kind_of_random,
+    may_mix_samples,
+    modules_in,
+    torchs_methods,
+)
+
+
+class Walk(NamedTuple):
+    """All modules inside some, and what holds for at least one of them as they are now.
+
+    Nothing of it is kept for another step: modes, settings and hooks change in between.
+
+    Attributes:
+        layers: the modules.
+        may_draw: whether one draws random numbers; True where nobody has looked.
+        may_write: whether one says that it changes its input; True likewise.
+        is_normed: whether one is a batch norm that takes the mini-batch's statistics.
+        mixes: whether one mixes samples, counts tokens or iterates.
+        watched: whether every module has to be called as itself, see
+            :func:`~lasem_fast.networks.layers.are_watched`; False where nobody has looked.
+    """
+
+    layers: list[nn.Module]
+    may_draw: bool
+    may_write: bool
+    is_normed: bool
+    mixes: bool
+    watched: bool = False
+
+    @classmethod
+    def through(cls, *modules: nn.Module) -> Walk:
+        """A walk through these modules; inside ``torch.compile`` it looks for norms alone."""
+        layers = modules_in(*modules)
+        if torch.compiler.is_compiling():
+            normed, mixes = any_uses_batch_statistics(layers), any_mixes_samples(layers)
+            return cls(layers, True, True, normed, mixes)
+        kinds = {kind: _nature(kind) for kind in set(map(type, layers))}
+        own = [layer.__dict__ for layer in layers]
+        # what a class is never changes, what it says of itself may
+        draws = any([nature.random or hasattr(kind, "stochastic")
+                     for kind, nature in kinds.items()])  # fmt: skip
+        draws = draws or any(["stochastic" in attributes for attributes in own])
+        writes = any([getattr(kind, "inplace", False) for kind in kinds])
+        mixes = any([nature.mixes for nature in kinds.values()])
+        mixes = mixes or any([attributes.get("_forward_pre_hooks") for attributes in own])
+        return cls(
+            layers,
+            may_draw=draws and bool(active_random(layers)),
+            may_write=writes or any([attributes.get("inplace") for attributes in own]),
+            is_normed=mixes and any_uses_batch_statistics(layers),
+            mixes=mixes and any_mixes_samples(layers),
+            watched=are_watched([m for nature in kinds.values() for m in nature.methods]),
+        )
+
+    def covers(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether all of these modules were met."""
+        return set(self.layers).issuperset(modules)
+
+
+class _Nature(NamedTuple):
+    random: bool
+    mixes: bool
+    methods: list[Method]
+
+
+@lru_cache(2**10)
+def _nature(kind: type[nn.Module]) -> _Nature:
+    """What a module's class is, by its base classes."""
+    return _Nature(is_kind_of_random(kind), may_mix_samples(kind), torchs_methods(kind))
