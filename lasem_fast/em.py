@@ -21,7 +21,7 @@ from lasem_fast.likelihoods import Likelihood, as_likelihood
 from lasem_fast.net import TransferNet
 from lasem_fast.networks import checks
 from lasem_fast.networks.network import Network
-from lasem_fast.networks.random_state import random_state_kept_on_error
+from lasem_fast.networks.random_state import RandomState, random_state_kept_on_error
 from lasem_fast.networks.rollback import Rollback
 from lasem_fast.networks.saved import all_or_nothing, lasting, packed, unpacked
 from lasem_fast.networks.walk import Walk
@@ -296,11 +296,11 @@ class LASEM(nn.Module):
 
     def _step_or_as_before(self, call: _Call) -> EMStep:
         """A step; one that fails leaves the random state and the prior as they were."""
-        known = call.task in self._prior.states
+        known, random = call.task in self._prior.states, RandomState.now([call.x])
         try:
-            with random_state_kept_on_error([call.x]):
-                return self._step(call)
+            return self._step(call)
         except BaseException:
+            random.restore()
             if not known:
                 self._forget_prior(call.task)
             raise
@@ -403,12 +403,13 @@ class LASEM(nn.Module):
         return chosen
 
     def _checked_call(self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None) -> _Call:
+        net = self.net
         checks.check_batch(x)
         checks.check_target(y, x)
-        checks.check_has_values(x, y, self.net)
-        config = self.net.config(task)
-        checks.check_weights_of_their_own(self.net)
-        walk = checks.check_independent_samples(self.net, task)
+        checks.check_has_values(x, y, net)
+        config = net.config(task)
+        checks.check_weights_of_their_own(net)
+        walk = checks.check_independent_samples(net, task)
         if posterior is not None:
             checks.check_posterior(posterior, len(self.space))
             if config is not None:
@@ -418,7 +419,7 @@ class LASEM(nn.Module):
                 )
         if self._reads_values(x):
             checks.check_finite_input(x)
-            checks.check_finite_weights(self.net.task_parts(task))
+            checks.check_finite_weights(net.task_parts(task))
             if posterior is not None:
                 checks.check_posterior_values(posterior)
         return _Call(x, y, task, posterior, config, walk)
@@ -428,7 +429,8 @@ class LASEM(nn.Module):
         return on_host and not torch.compiler.is_compiling() and not is_transformed()
 
     def _network(self, task: str, x: Tensor, walk: Walk | None = None) -> Network:
-        network = Network(self.net.branches(task), self.net.heads[task], task).looked_into(walk)
+        net = self.net
+        network = Network(net.branches(task), net.heads[task], task).looked_into(walk)
         if not self._reads_values(x) or self.backend == "reference":
             return network
         key = (task, self.training, len(x) > 1)

@@ -86,10 +86,11 @@ def modules_in(*modules: nn.Module) -> list[nn.Module]:
         return [inside for module in found for inside in module.modules()]
     known = {None, *found}
     for module in found:  # which grows meanwhile
-        for child in module._modules.values():
-            if child not in known:
-                known.add(child)
-                found.append(child)
+        if module._modules:
+            for child in module._modules.values():
+                if child not in known:
+                    known.add(child)
+                    found.append(child)
     if any([_hides(kind) for kind in set(map(type, found))]):
         return list(dict.fromkeys(m for outer in modules for m in outer.modules()))
     return found
@@ -158,26 +159,30 @@ def plain_stage(module: nn.Module, *, with_norm: bool = False) -> PlainStage | N
         children = [("", module)]
     at, norm = -1, None
     for i, (child_name, child) in enumerate(children):
-        if _is_core(child):
-            if at >= 0:
-                return None
+        if type(child) in _AHEAD:
+            pass
+        elif _is_core(child) and at < 0:
             at = i
         elif with_norm and (is_batch_norm(child) or is_group_norm(child)) and 0 <= at == i - 1:
             norm = child_name
-        elif type(child) not in _AHEAD:
+        else:
             return None
-    if at < 0 or is_patched(module) or any([is_patched(child) for _, child in children]):
+        if is_patched(child):
+            return None
+    if at < 0 or is_patched(module):
         return None
     name, core = children[at]
-    before = tuple([child for _, child in children[:at]])
-    after = tuple([child for _, child in children[at + (1 if norm is None else 2) :]])
-    if not all([_may_go_before(child) for child in before]):
-        return None
+    layers = [child for _, child in children]
+    before, after = tuple(layers[:at]), tuple(layers[at + (1 if norm is None else 2) :])
+    for child in before:
+        if not _may_go_before(child):
+            return None
     spatial = _CONVOLUTIONS.get(type(core), 0)
     for child in after:
-        if flattens_samples(child):
+        kind = type(child)
+        if kind is nn.Flatten and flattens_samples(child):
             spatial = 0  # what was one channel is one run of features from here on
-        elif type(child) not in _BEHIND[spatial] or _setting(child, "return_indices", False):
+        elif kind not in _BEHIND[spatial] or _setting(child, "return_indices", False):
             return None
     return PlainStage(before, name, core, after, norm)
 
@@ -198,16 +203,16 @@ def core_like(stage: PlainStage, module: nn.Module) -> tuple[str, nn.Module] | N
 
     Whatever the weights' shapes. None where ``module`` is anything else.
     """
-    named = list(module._modules.items()) if type(module) is nn.Sequential else [("", module)]
-    models = [*stage.before, stage.core, *stage.after]
+    named = [*module._modules.items()] if type(module) is nn.Sequential else [("", module)]
+    models, at = (*stage.before, stage.core, *stage.after), len(stage.before)
     if len(named) != len(models) or is_patched(module):
         return None
-    for (_, layer), model in zip(named, models, strict=True):
+    for i, (_, layer) in enumerate(named):
+        model = models[i]
         if layer is not model and (is_patched(layer) or not same_settings(model, layer)):
             return None
-    at = len(stage.before)
-    if not all([_may_go_before(layer) for _, layer in named[:at]]):
-        return None
+        if i < at and not _may_go_before(layer):
+            return None
     return named[at]
 
 
@@ -220,8 +225,12 @@ def same_settings(a: nn.Module, b: nn.Module) -> bool:
         return False
     if a.training != b.training and isinstance(a, _MAY_BE_RANDOM):
         return False
-    ours, theirs, names = a.__dict__, b.__dict__, _SETTINGS[type(a)]
-    return [ours.get(n) for n in names] == [theirs.get(n) for n in names]
+    ours, theirs = a.__dict__, b.__dict__
+    for name in _SETTINGS[type(a)]:
+        mine, others = ours.get(name), theirs.get(name)
+        if mine is not others and mine != others:
+            return False
+    return True
 
 
 def _setting(module: nn.Module, name: str, default: Any) -> Any:
@@ -247,13 +256,14 @@ def _may_go_before(module: nn.Module) -> bool:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether calling the module runs anything but its type's forward: hooks, or another one."""
+    own = module.__dict__
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "_conv_forward" in module.__dict__
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "_conv_forward" in own
     )
 
 

@@ -51,22 +51,23 @@ class Walk(NamedTuple):
         if torch.compiler.is_compiling():
             normed, mixes = any_uses_batch_statistics(layers), any_mixes_samples(layers)
             return cls(layers, True, True, normed, mixes)
-        kinds = {kind: _nature(kind) for kind in set(map(type, layers))}
-        own = [layer.__dict__ for layer in layers]
-        # what a class is never changes, what it says of itself may
-        draws = any([nature.random or hasattr(kind, "stochastic")
-                     for kind, nature in kinds.items()])  # fmt: skip
-        draws = draws or any(["stochastic" in attributes for attributes in own])
-        writes = any([getattr(kind, "inplace", False) for kind in kinds])
-        mixes = any([nature.mixes for nature in kinds.values()])
-        mixes = mixes or any([attributes.get("_forward_pre_hooks") for attributes in own])
+        kinds = frozenset(map(type, layers))
+        nature = _nature(kinds)
+        # what a class is never changes, what it or a layer says of itself may
+        says = [own for layer in layers if (own := layer.__dict__).get("inplace")
+                or own.get("_forward_pre_hooks") or "stochastic" in own]  # fmt: skip
+        draws = any(["stochastic" in own for own in says]) or any(
+            [hasattr(kind, "stochastic") for kind in kinds]
+        )
+        writes = any([own.get("inplace") for own in says])
+        mixes = nature.mixes or any([own.get("_forward_pre_hooks") for own in says])
         return cls(
             layers,
-            may_draw=draws and bool(active_random(layers)),
-            may_write=writes or any([attributes.get("inplace") for attributes in own]),
+            may_draw=(draws or nature.random) and bool(active_random(layers)),
+            may_write=writes or any([getattr(kind, "inplace", False) for kind in kinds]),
             is_normed=mixes and any_uses_batch_statistics(layers),
             mixes=mixes and any_mixes_samples(layers),
-            watched=are_watched([m for nature in kinds.values() for m in nature.methods]),
+            watched=are_watched(nature.methods),
         )
 
     def covers(self, modules: Iterable[nn.Module]) -> bool:
@@ -80,7 +81,9 @@ class _Nature(NamedTuple):
     methods: list[Method]
 
 
-@lru_cache(2**10)
-def _nature(kind: type[nn.Module]) -> _Nature:
-    """What a module's class is, by its base classes."""
-    return _Nature(is_kind_of_random(kind), may_mix_samples(kind), torchs_methods(kind))
+@lru_cache(2**8)
+def _nature(kinds: frozenset[type[nn.Module]]) -> _Nature:
+    """What one of some classes is by its base classes, and what calls of them run through."""
+    methods = dict.fromkeys(method for kind in kinds for method in torchs_methods(kind))
+    random, mixes = any(map(is_kind_of_random, kinds)), any(map(may_mix_samples, kinds))
+    return _Nature(random, mixes, [*methods])
