@@ -163,12 +163,12 @@ class TransferNet(nn.Module):
 
     def auxiliary_losses(self, task: str) -> list[Tensor | None]:
         """For every stage what sharing it adds to a configuration's loss; None for nothing."""
-        mechanism = self.mechanism
+        mechanism, adapters = self.mechanism, self.adapters[task]
         if not torch.compiler.is_compiling() and _adds_nothing(mechanism):
-            return [None] * self.depth
+            return [None] * len(adapters)
         terms = [
             mechanism.auxiliary_loss(shared, factors)
-            for shared, factors in zip(self.shared, self.adapters[task], strict=True)
+            for shared, factors in zip(self.shared, adapters, strict=True)
         ]
         for term in terms:
             if term is None:

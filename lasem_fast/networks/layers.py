@@ -111,11 +111,11 @@ def parameters_in(*modules: nn.Module) -> list[nn.Parameter]:
 def has_tensors(module: nn.Module) -> bool:
     """Whether a module has a parameter or a buffer."""
     if torch.compiler.is_compiling():
-        return any(map(_has_tensor, modules_in(module)))
+        return any([_has_tensor(inside) for inside in modules_in(module)])
     waiting = [module]
     for inside in waiting:  # which grows meanwhile; mostly the first layer has one
         if _hides(type(inside)):
-            return any(map(_has_tensor, modules_in(module)))
+            return any([_has_tensor(each) for each in modules_in(module)])
         if _has_tensor(inside):
             return True
         waiting += [child for child in inside._modules.values() if child is not None]

@@ -91,8 +91,8 @@ class Network(NamedTuple):
 
     def modules(self, first: int = 0) -> list[nn.Module]:
         """The branches' modules from stage ``first`` on, and the head."""
-        branches = [b for stage in self.stages[first:] for b in stage if b is not None]
-        return [*(branch.module for branch in branches), self.head]
+        stages = self.stages[first:]
+        return [*[b.module for stage in stages for b in stage if b is not None], self.head]
 
     def tensors(self) -> Iterator[Tensor]:
         """Parameters, and tensors that stand in for some."""

@@ -54,13 +54,13 @@ class Walk(NamedTuple):
         kinds = frozenset(map(type, layers))
         nature = _nature(kinds)
         # what a class is never changes, what it or a layer says of itself may
-        says = [own for layer in layers if (own := layer.__dict__).get("inplace")
-                or own.get("_forward_pre_hooks") or "stochastic" in own]  # fmt: skip
+        says = [own for layer in layers if "inplace" in (own := layer.__dict__)
+                or own["_forward_pre_hooks"] or "stochastic" in own]  # fmt: skip
         draws = any(["stochastic" in own for own in says]) or any(
             [hasattr(kind, "stochastic") for kind in kinds]
         )
         writes = any([own.get("inplace") for own in says])
-        mixes = nature.mixes or any([own.get("_forward_pre_hooks") for own in says])
+        mixes = nature.mixes or any([own["_forward_pre_hooks"] for own in says])
         return cls(
             layers,
             may_draw=(draws or nature.random) and bool(active_random(layers)),

@@ -136,13 +136,13 @@ class Tree:
         liveness: TreeLiveness | None = None,
     ) -> Fold:
         """Runs the stages ``first .. stop - 1`` on a level's rows."""
+        lowers = bool(self.operations.levels) and not network.watched
         for i in range(first, stop):
             branches, level = network.stages[i], self.plan.levels[i]
             used = [branches[b] for b in level.used_branches]
             live = None if liveness is None else liveness.levels[i]
-            lowered = None if network.watched else self._lowered(used, h, i)
             out = None
-            if lowered is not None:
+            if lowers and (lowered := self._lowered(used, h, i)) is not None:
                 seen = None if network.batch_norms is None else partial(self._note, network, i)
                 out = fused_stage.run(lowered, h, level, live, seen)
             if out is not None:
