@@ -28,7 +28,7 @@ class Walk(NamedTuple):
     Nothing of it is kept for another step: modes, settings and hooks change in between.
 
     Attributes:
-        layers: the modules.
+        layers: the modules; none where nobody has looked.
         may_draw: whether one draws random numbers; True where nobody has looked.
         may_write: whether one says that it changes its input; True likewise.
         is_normed: whether one is a batch norm that takes the mini-batch's statistics.
@@ -46,11 +46,11 @@ class Walk(NamedTuple):
 
     @classmethod
     def through(cls, *modules: nn.Module) -> Walk:
-        """A walk through these modules; inside ``torch.compile`` it looks for norms alone."""
+        """A walk through these modules; inside ``torch.compile`` for the independence alone."""
         layers = modules_in(*modules)
         if torch.compiler.is_compiling():
             normed, mixes = any_uses_batch_statistics(layers), any_mixes_samples(layers)
-            return cls(layers, True, True, normed, mixes)
+            return cls([], True, True, normed, mixes)
         kinds = frozenset(map(type, layers))
         nature = _nature(kinds)
         # what a class is never changes, what it or a layer says of itself may
