@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules import module as torchs
 
 import lasem_fast as lf
+from lasem_fast.networks import walk
 from lasem_fast.networks.layers import has_tensors, modules_in, parameters_in
 
 
@@ -317,6 +318,17 @@ def test_weights_are_back_whatever_a_layer_does():
     after = dict(em.net.named_parameters())
     assert before.keys() == after.keys()
     assert all(after[name] is tensor for name, tensor in before.items())
+
+
+def test_a_step_walks_through_the_modules_once(monkeypatch):
+    em = lf.LASEM(_net(), backend="torch")
+    walks = []
+    monkeypatch.setattr(walk, "modules_in", lambda *m: walks.append(m) or modules_in(*m))
+    for steps in (1, 2, 3):
+        _gradients(em)
+        assert len(walks) == steps
+    em.evaluate(_batch()[0], "a")
+    assert len(walks) == 4
 
 
 class _Hides(nn.Module):
