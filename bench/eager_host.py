@@ -38,7 +38,7 @@ from lasem_fast.tools import builtin
 _BATCH, _CLASSES, _WIDTH = 2, 10, 2
 _ON_GPU = [Case("cifar-4", 10, "bf16"), Case("residual-17", 10, "bf16", groups=(1,) * 8)]
 _PARTS = {
-    "em:LASEM": "forward _check_call _network _search_step _step_or_as_before _meet_ranks",
+    "em:LASEM": "forward _checked_call _network _search_step _step_or_as_before _meet_ranks",
     "search.search:Search": "step _evaluate _infer",
     "search.search": "evidence posterior_of expected_nll",
     "search.untrained:Untrained": "look",
@@ -46,7 +46,7 @@ _PARTS = {
     "net:TransferNet": "branches auxiliary_losses",
     "tree.tree:Tree": "evaluate advance _branch_out _continue _call finish _samples_first_logits",
     "tree.tree": "first_random_stage folded rows_of",
-    "backends.plain_torch": "wide_level _wide plain_stage same_form tensors_in_force _with_weights",
+    "backends.plain_torch": "wide_level _wide plain_stage core_like tensors_in_force _with_weights",
     "priors:Prior": "update",
     "priors:Count": "log_prob",
     "likelihoods:Joint": "log_prob check_target",

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from lasem_fast.likelihoods import Likelihood, as_likelihood
 from lasem_fast.net import TransferNet
 from lasem_fast.networks import checks
 from lasem_fast.networks.network import Network
-from lasem_fast.networks.random_state import random_state_kept_on_error
+from lasem_fast.networks.random_state import RandomState, random_state_kept_on_error
 from lasem_fast.networks.rollback import Rollback
 from lasem_fast.networks.saved import all_or_nothing, lasting, packed, unpacked
+from lasem_fast.networks.walk import Walk
 from lasem_fast.priors import Prior, as_prior
 from lasem_fast.search import dispatch, first_look
 from lasem_fast.search.m_step import MStep
@@ -35,6 +36,22 @@ from lasem_fast.search.search import Found, NothingLeft, Search
 from lasem_fast.search.trainers import note_step
 from lasem_fast.search.untrained import Untrained
 from lasem_fast.tree.budget import checked_max_memory
+
+
+class _Call(NamedTuple):
+    """The arguments of a step, which fit.
+
+    Attributes:
+        config: the configuration that the task has kept; None: it is open.
+        walk: one through all that the task may use.
+    """
+
+    x: Tensor
+    y: Tensor
+    task: str
+    posterior: Tensor | None
+    config: Configuration | None
+    walk: Walk
 
 
 class LASEM(nn.Module):
@@ -231,21 +248,16 @@ class LASEM(nn.Module):
             )
         if not torch.compiler.is_compiling():
             check_is_whole(self, self.net)
-        config, is_normed = self._check_call(x, y, task, posterior)
+        call = self._checked_call(x, y, task, posterior)
         run = LASEM._checked_step
-        if is_normed and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-            run = _outside_of_graphs()
-        return run(self, x, y, task, posterior, config)
+        if call.walk.is_normed and "torch._dynamo" in sys.modules:
+            if not torch.compiler.is_compiling():
+                run = _outside_of_graphs()
+        return run(self, call)
 
-    def _checked_step(
-        self,
-        x: Tensor,
-        y: Tensor,
-        task: str,
-        posterior: Tensor | None,
-        config: Configuration | None,
-    ) -> EMStep:
+    def _checked_step(self, call: _Call) -> EMStep:
         """A step whose arguments fit, and what changes with it."""
+        x, _, task, posterior, config, walk = call
         keeps_state = self._keeps_state()
         if keeps_state:
             if posterior is None and config is None and not torch.compiler.is_compiling():
@@ -259,11 +271,11 @@ class LASEM(nn.Module):
                 checks.check_ranks_agree(bool(alike), task)
                 alike = None
         if torch.compiler.is_compiling():
-            step = self._step(x, y, task, posterior, config)
+            step = self._step(call)
         else:
             if keeps_state:
                 note_step(self.net, self._rollback)
-                self._untrained.look(self.net, task)
+                self._untrained.look(self.net, task, walk.layers)
             elif self.net.training and not self.training and torch.is_grad_enabled():
                 warnings.warn(
                     "em: expected the mode of its net, got evaluation mode while the net is in "
@@ -273,7 +285,7 @@ class LASEM(nn.Module):
                     UserWarning,
                     stacklevel=5,  # this, forward, two of nn.Module, the loop
                 )
-            step = self._step_or_as_before(x, y, task, posterior, config)
+            step = self._step_or_as_before(call)
         if keeps_state:
             if self._ranks.several and posterior is None and config is None:
                 self._ranks.take_from_first(self._prior.states[task].buffers())
@@ -286,28 +298,24 @@ class LASEM(nn.Module):
         """Whether this call is a step of training (see :meth:`forward`)."""
         return self.training and torch.is_grad_enabled() and not is_transformed()
 
-    def _step(
-        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
-    ) -> EMStep:
-        if config is not None:
-            return self._fixed_step(x, y, task, config)
-        known = task in self._prior.states
-        step = self._search_step(x, y, task, posterior)
-        if not (known or self._keeps_state()):
-            self._forget_prior(task)
+    def _step(self, call: _Call) -> EMStep:
+        if call.config is not None:
+            return self._fixed_step(call)
+        known = self._keeps_state() or call.task in self._prior.states
+        step = self._search_step(call)
+        if not known:
+            self._forget_prior(call.task)
         return step
 
-    def _step_or_as_before(
-        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None, config: Any
-    ) -> EMStep:
+    def _step_or_as_before(self, call: _Call) -> EMStep:
         """A step; one that fails leaves the random state and the prior as they were."""
-        known = task in self._prior.states
+        known, random = call.task in self._prior.states, RandomState.now([call.x])
         try:
-            with random_state_kept_on_error([x]):
-                return self._step(x, y, task, posterior, config)
+            return self._step(call)
         except BaseException:
+            random.restore()
             if not known:
-                self._forget_prior(task)
+                self._forget_prior(call.task)
             raise
 
     def evaluate(self, x: Tensor, task: str) -> Tensor:
@@ -320,8 +328,8 @@ class LASEM(nn.Module):
         checks.check_has_values(x, x, self.net)
         checks.check_open_task(task, self.net)
         checks.check_weights_of_their_own(self.net)
-        checks.check_independent_samples(self.net, task)
-        network, evaluator = self._network(task, x), self._search.present_evaluator()
+        walk = checks.check_independent_samples(self.net, task)
+        network, evaluator = self._network(task, x, walk), self._search.present_evaluator()
         if torch.compiler.is_compiling():
             return evaluator.logits(network, x)
         with random_state_kept_on_error([x]):
@@ -395,7 +403,8 @@ class LASEM(nn.Module):
             self._rollback.end(task, chosen, self.net.shared, self.net)
             self.net.keep(task, chosen)
             self._posteriors.forget(task)
-            # it holds what has been dropped
+            # they hold what has been dropped
+            self._untrained.forget_parameters()
             self._seen = {key: seen for key, seen in self._seen.items() if key[0] != task}
             for shared, kept in zip(self.net.shared, chosen, strict=True):
                 if not kept:
@@ -406,16 +415,14 @@ class LASEM(nn.Module):
                     self._ranks.take_from_first(p.data for p in self.net.shared.parameters())
         return chosen
 
-    def _check_call(
-        self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None
-    ) -> tuple[Configuration | None, bool]:
-        """The configuration that the task has kept, and whether a batch norm moves."""
+    def _checked_call(self, x: Tensor, y: Tensor, task: str, posterior: Tensor | None) -> _Call:
+        net = self.net
         checks.check_batch(x)
         checks.check_target(y, x)
-        checks.check_has_values(x, y, self.net)
-        config = self.net.config(task)
-        checks.check_weights_of_their_own(self.net)
-        is_normed = checks.check_independent_samples(self.net, task)
+        checks.check_has_values(x, y, net)
+        config = net.config(task)
+        checks.check_weights_of_their_own(net)
+        walk = checks.check_independent_samples(net, task)
         if posterior is not None:
             checks.check_posterior(posterior, len(self.space))
             if config is not None:
@@ -425,17 +432,18 @@ class LASEM(nn.Module):
                 )
         if self._reads_values(x):
             checks.check_finite_input(x)
-            checks.check_finite_weights(self.net.task_parts(task))
+            checks.check_finite_weights(net.task_parts(task))
             if posterior is not None:
                 checks.check_posterior_values(posterior)
-        return config, is_normed
+        return _Call(x, y, task, posterior, config, walk)
 
     def _reads_values(self, x: Tensor) -> bool:
         on_host = x.device.type == "cpu" or self.validate
         return on_host and not torch.compiler.is_compiling() and not is_transformed()
 
-    def _network(self, task: str, x: Tensor) -> Network:
-        network = Network(self.net.branches(task), self.net.heads[task], task).looked_into()
+    def _network(self, task: str, x: Tensor, walk: Walk | None = None) -> Network:
+        net = self.net
+        network = Network(net.branches(task), net.heads[task], task).looked_into(walk)
         if not self._reads_values(x) or self.backend == "reference":
             return network
         key = (task, self.training, len(x) > 1)
@@ -445,7 +453,8 @@ class LASEM(nn.Module):
             known = self._seen[key] = network.layers, found
         return network.protected(known[1])
 
-    def _search_step(self, x: Tensor, y: Tensor, task: str, frozen: Tensor | None) -> EMStep:
+    def _search_step(self, call: _Call) -> EMStep:
+        x, y, task, frozen, _, walk = call
         keeps_state = self._keeps_state()
         reused = None
         if frozen is None and self.e_step_every > 1 and keeps_state:
@@ -455,7 +464,7 @@ class LASEM(nn.Module):
             self._start_prior(task)
             if not self._is_known("log_prob"):
                 self._log_prior(task)  # a user's own is checked before anything else
-        network, reads_values = self._network(task, x), self._reads_values(x)
+        network, reads_values = self._network(task, x, walk), self._reads_values(x)
         parts = self._parts(x) if keeps_state and self._ranks.several else None
         try:
             found = self._search.step(network, x, y, follow, reads_values, keeps_state, parts)
@@ -510,10 +519,11 @@ class LASEM(nn.Module):
             return zero if torch.cuda.is_current_stream_capturing() else zero.clone()
         return zero.clone()
 
-    def _fixed_step(self, x: Tensor, y: Tensor, task: str, config: Configuration) -> EMStep:
+    def _fixed_step(self, call: _Call) -> EMStep:
         """A plain training step of the configuration that an ended task kept."""
+        x, y, task, _, config, walk = call
         row = self.space.index(config)
-        evaluator, network = self._search.evaluator_of([config]), self._network(task, x)
+        evaluator, network = self._search.evaluator_of([config]), self._network(task, x, walk)
         output = checks.or_misfit(lambda: evaluator.logits(network, x), network, x)
         checks.check_logits_device(output, y, task)
         self.likelihood.check_target(y, output, values=self._reads_values(x))
@@ -541,7 +551,7 @@ class LASEM(nn.Module):
     def _with_auxiliary(self, loss: Tensor, weights: Tensor, task: str) -> Tensor:
         """Adds each stage's auxiliary term, by the weight of the configurations that share it."""
         terms = self.net.auxiliary_losses(task)
-        if all(term is None for term in terms):
+        if all([term is None for term in terms]):
             return loss
         # no product of matrices, which autocast rounds
         shared = (weights[:, None] * self._bits.to(weights)).sum(dim=0)

@@ -163,10 +163,12 @@ class TransferNet(nn.Module):
 
     def auxiliary_losses(self, task: str) -> list[Tensor | None]:
         """For every stage what sharing it adds to a configuration's loss; None for nothing."""
-        mechanism = self.mechanism
+        mechanism, adapters = self.mechanism, self.adapters[task]
+        if not torch.compiler.is_compiling() and _adds_nothing(mechanism):
+            return [None] * len(adapters)
         terms = [
             mechanism.auxiliary_loss(shared, factors)
-            for shared, factors in zip(self.shared, self.adapters[task], strict=True)
+            for shared, factors in zip(self.shared, adapters, strict=True)
         ]
         for term in terms:
             if term is None:
@@ -371,6 +373,12 @@ def _mechanism(transfer: str | TransferMechanism) -> TransferMechanism:
     if transfer not in MECHANISMS:
         raise ValueError(f"transfer: expected one of {sorted(MECHANISMS)}, got {transfer!r}")
     return MECHANISMS[transfer]()
+
+
+def _adds_nothing(mechanism: TransferMechanism) -> bool:
+    """Whether a mechanism has no auxiliary losses, whatever it is asked for."""
+    own = vars(mechanism).get("auxiliary_loss", type(mechanism).auxiliary_loss)
+    return own is TransferMechanism.auxiliary_loss
 
 
 def _baked(branch: Branch) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules import module as torchs
 
 import lasem_fast as lf
+from lasem_fast.networks import walk
 from lasem_fast.networks.layers import has_tensors, modules_in, parameters_in
 
 
@@ -231,6 +232,45 @@ def test_a_random_layer_is_seen_when_it_wakes(how):
     assert not torch.equal(first.loss, second.loss)
 
 
+class _Elsewhere(lf.transfer.HardParameterSharing):
+    """Its shared branches are stages of its own, which the net does not list."""
+
+    def __init__(self, stages):
+        super().__init__()
+        self.stages = stages
+
+    def shared_branch(self, shared, adapters):
+        return lf.transfer.Branch(self.stages.get(id(shared), shared))
+
+
+@pytest.mark.parametrize("change", ["random", "writes", "watched"])
+def test_branches_that_a_mechanism_has_elsewhere_are_looked_at_too(change, monkeypatch):
+    stages = {}
+    net = lf.TransferNet([nn.Linear(3, 3), nn.Linear(3, 3)], _Elsewhere(stages))
+    net.add_task("a", nn.Linear(3, 2))
+    em = lf.LASEM(net, backend="torch", prior="uniform")
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    em(x, y, "a")
+    own = {
+        "random": nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)),
+        "writes": nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)),
+        "watched": nn.Sequential(nn.Flatten(), nn.Linear(3, 3)),
+    }[change]
+    stages[id(net.shared[1])] = own
+    seen = []
+    if change == "watched":
+        forward = nn.Flatten.forward
+        monkeypatch.setattr(
+            nn.Flatten, "forward", lambda layer, h: seen.append(layer) or forward(layer, h)
+        )
+    first, second = (em(x, y, "a") for _ in range(2))
+    assert torch.equal(first.log_likelihood, second.log_likelihood)
+    assert torch.equal(first.loss, second.loss) == (change != "random")
+    assert seen == ([own[0]] * 2 if change == "watched" else [])
+    truth = lf.LASEM(net, backend="reference", prior="uniform")(x, y, "a")
+    torch.testing.assert_close(first.log_likelihood, truth.log_likelihood)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda em: pickle.loads(pickle.dumps(em))])
 def test_copies_look_for_themselves(again):
     em = lf.LASEM(_net(), backend="torch", prior="uniform")
@@ -280,6 +320,17 @@ def test_weights_are_back_whatever_a_layer_does():
     assert all(after[name] is tensor for name, tensor in before.items())
 
 
+def test_a_step_walks_through_the_modules_once(monkeypatch):
+    em = lf.LASEM(_net(), backend="torch")
+    walks = []
+    monkeypatch.setattr(walk, "modules_in", lambda *m: walks.append(m) or modules_in(*m))
+    for steps in (1, 2, 3):
+        _gradients(em)
+        assert len(walks) == steps
+    em.evaluate(_batch()[0], "a")
+    assert len(walks) == 4
+
+
 class _Hides(nn.Module):
     """Lists none of its layers."""
 
@@ -297,6 +348,8 @@ def test_walks_meet_what_torchs_meet():
     nets = [
         nn.Sequential(inner, nn.ModuleList([None, nn.BatchNorm1d(2)]), twice),
         nn.Sequential(_Hides(), nn.Linear(2, 1)),
+        nn.Sequential(nn.ReLU(), _Hides()),
+        nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh(), nn.PReLU())),
         torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())),
         nn.ReLU(),
     ]
@@ -304,6 +357,6 @@ def test_walks_meet_what_torchs_meet():
         assert set(map(id, modules_in(net))) == set(map(id, net.modules()))
         assert len(modules_in(net, net)) == len(list(net.modules()))
         assert has_tensors(net) == any(True for _ in net.parameters())
-    for net in nets[:2]:
+    for net in nets[:4]:
         assert {id(p) for p in parameters_in(net)} == {id(p) for p in net.parameters()}
     assert has_tensors(nn.BatchNorm1d(1, affine=False))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import lasem_fast as lf
 from lasem_fast.levels.fold import Carried, RowsFirst, Stacks, folded, rows_of, split_rows
-from lasem_fast.levels.plan import Level
+from lasem_fast.levels.plan import Level, Plan
 
 SAMPLES = 3
 
@@ -46,6 +48,30 @@ def test_stacks_are_put_into_nested_loop_order(width, data):
     rows = _rows(len(kept))
     parts = [rows[:, list(level.rows_of(b))].flatten(0, 1) for b in level.used_branches]
     assert torch.equal(Stacks(parts, level).folded(), rows.flatten(0, 1))
+
+
+class _Operations(TorchDispatchMode):
+    """Collects the names of what is dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_rows_that_take_the_branches_in_turn_are_put_together_at_once(stage):
+    """Where a group begins, and where its rows go on."""
+    level = Plan.of_configs(lf.ConfigSpace(4, groups=(2, 2)).configs).levels[stage]
+    rows = _rows(len(level))
+    parts = [rows[:, list(level.rows_of(b))].flatten(0, 1) for b in level.used_branches]
+    with _Operations() as ran:
+        out = Stacks(parts, level).folded()
+    assert torch.equal(out, rows.flatten(0, 1))
+    assert ran.names == ["stack", "view"]
 
 
 FORMS = {

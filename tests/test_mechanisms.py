@@ -544,3 +544,15 @@ def test_a_generated_layer_used_twice_across_a_dropout(backend):
         lf.LASEM(net, backend=name)(*batch(), "a").loss.backward()
         found.append([parameter.grad for parameter in net.parameters()])
     torch.testing.assert_close(*found)
+
+
+def test_an_auxiliary_loss_that_an_object_is_given_counts_from_then_on():
+    net = _net("hps")
+    em = lf.LASEM(net, prior="uniform")
+    x, y = batch()
+    assert net.auxiliary_losses("a") == [None] * 3
+    plain = em(x, y, "a")
+    net.mechanism.auxiliary_loss = lambda shared, adapters: torch.tensor(2.0).double()
+    more = em(x, y, "a").loss - plain.loss
+    shared = plain.posterior @ em.space.bits.to(plain.posterior)
+    torch.testing.assert_close(more, 2 * shared.sum())

@@ -41,6 +41,9 @@ def _check_level(level):
     every_pair = [(p, b) for p in range(level.width) for b in level.used_branches]
     pairs = list(zip(level.parents, level.branches, strict=True))
     assert level.is_full == (pairs == every_pair)
+    used = level.used_branches
+    in_turn = tuple(used[row % len(used)] for row in range(len(pairs)))
+    assert level.takes_turns == (level.branches == in_turn and len(pairs) % len(used) == 0)
     stacked = [pair for b in level.used_branches for pair in pairs if pair[1] == b]
     assert [stacked[i] for i in level.merge_order()] == pairs
     for b in level.used_branches:
@@ -55,6 +58,7 @@ def test_a_plan_has_one_row_per_prefix(configs):
     assert levels == [_prefixes(configs, i + 1) for i in range(len(configs[0]))]
     assert leaves == configs
     assert plan.stage_evaluations == sum(map(len, levels)) and len(plan) == len(configs)
+    assert plan.is_in_order == (levels[-1] == leaves)
     for level in plan.levels:
         _check_level(level)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -147,6 +148,63 @@ def test_layers_that_differ_in_any_setting_are_not_of_one_form(kind):
         other = copy.deepcopy(layer)
         setattr(other, name, object())
         assert not layers.same_settings(layer, other), name
+
+
+def _changed(stage, how):
+    """A copy of ``[Flatten, Linear, ReLU, Dropout]`` that differs in one thing."""
+    other = copy.deepcopy(stage)
+    if how == "settings":
+        other[3].p = 0.25
+    elif how == "mode":
+        other[3].eval()
+    elif how == "hook":
+        other[2].register_forward_hook(lambda *_: None)
+    elif how == "hook of the stage":
+        other.register_forward_pre_hook(lambda *_: None)
+    elif how == "forward":
+        other[1].forward = other[1].forward
+    elif how == "random before":
+        other[0].stochastic = True
+    elif how == "a layer more":
+        other.append(nn.Identity())
+    elif how == "a layer less":
+        del other[3]
+    elif how == "another layer":
+        other[2] = nn.Tanh()
+    elif how == "another order":
+        other[2], other[3] = other[3], other[2]
+    elif how == "subclass":
+        other = type("_Own", (nn.Sequential,), {})(*other)
+    elif how == "names":
+        other = nn.Sequential(OrderedDict(zip("abcd", other, strict=True)))
+    elif how == "weight":
+        other[1] = nn.Linear(7, 3)
+        other[1].in_features = stage[1].in_features
+    return other
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["settings", "mode", "hook", "hook of the stage", "forward", "random before", "a layer more",
+     "a layer less", "another layer", "another order", "subclass", "names", "weight", ""],
+)  # fmt: skip
+def test_a_stage_that_differs_from_a_plain_one_in_more_than_weights_is_seen(how):
+    stage = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Dropout(0.5))
+    other = _changed(stage, how)
+    found = layers.core_like(layers.plain_stage(stage), other)
+    if how in ("names", "weight", ""):
+        assert found == ("b" if how == "names" else "1", other[1])
+    else:
+        assert found is None
+
+
+def test_a_layer_is_like_a_stage_of_it_alone():
+    layer = nn.Linear(2, 3)
+    alone = layers.plain_stage(nn.Sequential(nn.Linear(2, 3)))
+    assert layers.core_like(alone, layer) == ("", layer)
+    assert layers.core_like(layers.plain_stage(layer), nn.Sequential(layer)) == ("0", layer)
+    layer.register_forward_hook(lambda *_: None)
+    assert layers.core_like(alone, layer) is None
 
 
 def test_hooks_of_a_stage_are_called():

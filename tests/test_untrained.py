@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -116,3 +118,37 @@ def test_branches_that_no_configuration_takes_are_not_missed(recwarn):
         em(*batch(), "a").loss.backward()
         optimizer.step()
     assert not [w for w in recwarn if "optimizer" in str(w.message)]
+
+
+def test_parameters_that_were_replaced_while_nothing_moved_are_looked_at():
+    """An optimiser of the new ones lacks the head: noticed, whatever the old ones did."""
+    net = small_net(2)
+    em = lf.LASEM(net)
+    for _ in range(5):
+        em(*batch(), "a").loss.backward()
+    for module in (net.shared[0][0], net.specific["a"][0][0]):
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    left = [*net.shared.parameters(), *net.specific["a"].parameters()]
+    found = _train(em, {"a": torch.optim.SGD(left, lr=0.1)})
+    assert len(found) == 1 and "its head has" in found[0]
+
+
+def test_what_is_frozen_while_nothing_moved_is_not_missed():
+    net = small_net(2)
+    em = lf.LASEM(net)
+    for _ in range(2):
+        em(*batch(), "a").loss.backward()
+    net.heads["a"].requires_grad_(False)
+    left = [*net.shared.parameters(), *net.specific["a"].parameters()]
+    assert not _train(em, {"a": torch.optim.SGD(left, lr=0.1)})
+
+
+def test_what_a_task_has_dropped_is_not_held():
+    net = small_net(2)
+    em = lf.LASEM(net)
+    for _ in range(2):
+        em(*batch(), "a")
+    dropped = weakref.ref(net.specific["a"][0][0].weight)
+    em.end_task("a", {1, 2})
+    gc.collect()
+    assert dropped() is None

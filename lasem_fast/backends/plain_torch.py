@@ -16,7 +16,7 @@ from lasem_fast.levels.fold import Fold, folded, in_order, index_tensor
 from lasem_fast.levels.plan import Level
 from lasem_fast.levels.row_liveness import Liveness, passed_over
 from lasem_fast.networks.batch_norm import normalised
-from lasem_fast.networks.layers import PlainStage, plain_stage, same_form
+from lasem_fast.networks.layers import PlainStage, core_like, plain_stage
 from lasem_fast.networks.network import tensors_in_force
 from lasem_fast.transfer import Branch
 
@@ -51,9 +51,11 @@ def wide_level(
     if isinstance(stage.core, nn.Linear) and h.dim() != 2:
         return None
     relu = len(after) > 0 and type(after[0]) is nn.ReLU
-    taken = is_taken(stage.core, h)
-    turned = taken and _gains_by_turning(stage, h, rows)
     leaves_out = liveness is not None and torch.is_grad_enabled()
+    # a compiler, for which nothing is taken, is not to depend on sizes
+    turned = not torch.compiler.is_compiling() and _gains_by_turning(stage, h, rows)
+    taken = (turned or leaves_out) and is_taken(stage.core, h)
+    turned = turned and taken
     if leaves_out and taken and not turned and _saves_little(h, weights["weight"]):
         h = _with_weights(stage.core, weights, h)
     elif turned or (taken and leaves_out):
@@ -89,15 +91,13 @@ def _gains_by_turning(stage: PlainStage, h: Tensor, rows: int) -> bool:
     Max-pools are; the batch has to be put into that order and back for it, and over small images
     convolutions take longer. Dropout draws its masks in the batch's order.
     """
+    if type(stage.core) is not nn.Conv2d or h.dim() != 4:
+        return False
+    # by row: one tells how much memory all take
+    if h.numel() < rows * _MANY_VALUES or h.shape[2] * h.shape[3] < _MANY_PIXELS:
+        return False
     kinds = set(map(type, stage.after))
-    return (
-        type(stage.core) is nn.Conv2d
-        and h.dim() == 4
-        and nn.MaxPool2d in kinds
-        and kinds <= {nn.ReLU, nn.MaxPool2d, nn.Identity}
-        and h.shape[2] * h.shape[3] >= _MANY_PIXELS
-        and h.numel() >= rows * _MANY_VALUES  # by row: one tells how much memory all take
-    )
+    return nn.MaxPool2d in kinds and kinds <= {nn.ReLU, nn.MaxPool2d, nn.Identity}
 
 
 def _turned_back(h: Tensor, rows: int, branches: int) -> Tensor:
@@ -308,12 +308,15 @@ def _wide(branches: Sequence[Branch]) -> tuple[PlainStage, dict[str, Tensor]] | 
     first = plain_stage(branches[0].module)
     if first is None:
         return None
-    plain = [first, *(plain_stage(branch.module) for branch in branches[1:])]
-    if not all([same_form(first, other) for other in plain[1:]]):
-        return None
+    layers = [(first.name, first.core)]
+    for branch in branches[1:]:
+        layer = core_like(first, branch.module)
+        if layer is None:
+            return None
+        layers.append(layer)
     wide = {}
     for name in ("weight", "bias"):
-        tensors = tensors_in_force(branches, plain, name)
+        tensors = tensors_in_force(branches, layers, name)
         if tensors is None:
             return None
         if tensors[0] is not None:
@@ -325,13 +328,14 @@ def _branches_into_batch(h: Tensor, branches: int) -> Tensor:
     """``[N, B * K, ...]`` as ``[N * B, K, ...]``: a view, but for channels-last activations."""
     if (
         h.dim() == 4
-        and not is_transformed()  # vmap does not know of memory formats
         and not h.is_contiguous()
+        and not is_transformed()  # vmap does not know of memory formats
         and h.is_contiguous(memory_format=torch.channels_last)
     ):
         split = h.unflatten(1, (branches, -1)).permute(0, 1, 3, 4, 2)
         return split.flatten(0, 1).permute(0, 3, 1, 2)
-    return h.reshape(h.shape[0] * branches, h.shape[1] // branches, *h.shape[2:])
+    samples, channels, *pixels = h.shape
+    return h.reshape(samples * branches, channels // branches, *pixels)
 
 
 def channels_last_head(

@@ -28,7 +28,7 @@ class Stacks(NamedTuple):
         parts, level = self
         if len(parts) == 1:
             return parts[0]
-        if level.is_full:
+        if level.takes_turns:
             return torch.stack(parts, dim=1).flatten(0, 1)
         samples = parts[0].shape[0] // len(level.rows_of(level.used_branches[0]))
         rows = torch.cat([part.unflatten(0, (samples, -1)) for part in parts], dim=1)

@@ -29,6 +29,8 @@ class Level:
         used_branches: the branches that at least one row takes, ascending.
         positions: for each row, where its branch stands among the used ones.
         is_full: whether every parent goes through every used branch, in nested-loop order.
+        takes_turns: whether the rows take the used branches in turn, as on a full level and where
+            its rows go on.
         rows: for each used branch, its rows and their parents; see :meth:`rows_of`.
     """
 
@@ -38,6 +40,7 @@ class Level:
     used_branches: tuple[int, ...] = field(init=False)
     positions: tuple[int, ...] = field(init=False)
     is_full: bool = field(init=False)
+    takes_turns: bool = field(init=False, compare=False, repr=False)
     rows: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(
         init=False, compare=False, repr=False
     )
@@ -52,6 +55,8 @@ class Level:
         object.__setattr__(self, "is_full", len(self) == self.width * len(used) and (
             self.parents == tuple(p for p in range(self.width) for _ in used)
         ))  # fmt: skip
+        turns = tuple(range(len(used))) * (len(self) // max(len(used), 1))
+        object.__setattr__(self, "takes_turns", self.positions == turns)
         rows: dict[int, tuple[list[int], list[int]]] = {branch: ([], []) for branch in used}
         for row, (parent, branch) in enumerate(zip(self.parents, self.branches, strict=True)):
             rows[branch][0].append(row)
@@ -98,16 +103,27 @@ class Plan:
         leaves: for each configuration, its row on the last level.
         order: the last level's rows in nested-loop order; None: that is how they are.
         continued: for each stage, whether it continues the one before; see :meth:`continues`.
+        places: for each configuration, the place of its leaf in nested-loop order.
+        is_in_order: whether each configuration's place is its own number, and there are no others.
     """
 
     levels: tuple[Level, ...]
     leaves: tuple[int, ...]
     order: tuple[int, ...] | None = None
     continued: tuple[bool, ...] = field(init=False, compare=False, repr=False)
+    places: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    is_in_order: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         pairs = zip(self.levels, self.levels[1:], strict=False)
         object.__setattr__(self, "continued", (False, *(_continues(a, b) for a, b in pairs)))
+        places = self.leaves
+        if self.order is not None:
+            place = {leaf: i for i, leaf in enumerate(self.order)}
+            places = tuple(place[leaf] for leaf in self.leaves)
+        object.__setattr__(self, "places", places)
+        in_order = bool(self.levels) and places == tuple(range(len(self.levels[-1])))
+        object.__setattr__(self, "is_in_order", in_order)
 
     @classmethod
     def of(cls, branches: list[list[int]]) -> Plan:
@@ -171,14 +187,6 @@ class Plan:
             place = tuple(sorted(range(len(order)), key=order.__getitem__))
         leaves = tuple(place[leaf] for leaf in self.leaves)
         return Plan(tuple(levels), leaves, None if place == tuple(range(len(place))) else place)
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """For each configuration, the place of its leaf in nested-loop order."""
-        if self.order is None:
-            return self.leaves
-        place = {leaf: i for i, leaf in enumerate(self.order)}
-        return tuple(place[leaf] for leaf in self.leaves)
 
     def only(self, configs: Sequence[int]) -> Plan:
         """The plan of some of its configurations, in the order given."""

@@ -15,16 +15,14 @@ from torch.nn.utils import parametrize
 from lasem_fast._host_values import is_transformed
 from lasem_fast.networks.batch_norm import frozen, is_checkpointed
 from lasem_fast.networks.layers import (
-    any_mixes_samples,
-    any_uses_batch_statistics,
     counts_tokens,
     iterates,
     mixes_samples,
-    modules_in,
     moves_statistics,
     parameters_in,
 )
 from lasem_fast.networks.network import Network
+from lasem_fast.networks.walk import Walk
 
 # characters of a module in a message, which is about more than the module
 _LONGEST = 200
@@ -321,25 +319,24 @@ def check_weights_of_their_own(net: nn.Module) -> None:
             )
 
 
-def check_independent_samples(net: TaskNet, task: str) -> bool:
+def check_independent_samples(net: TaskNet, task: str) -> Walk:
     """No layer that the task uses mixes the samples of the folded batch.
 
     Returns:
-        Whether one is a batch norm that takes the mini-batch's statistics.
+        The walk through all of them, which others need, too.
     """
-    parts = {"shared": net.shared, f"specific[{task!r}]": net.specific[task]}
-    parts[f"adapters[{task!r}]"] = net.adapters[task]
-    parts[f"heads[{task!r}]"] = net.heads[task]
-    layers = modules_in(*parts.values())
-    is_normed = any_uses_batch_statistics(layers)
-    if torch.compiler.is_compiling() and is_normed:
+    specific, adapters, head = net.specific[task], net.adapters[task], net.heads[task]
+    walk = Walk.through(net.shared, specific, adapters, head)
+    if walk.is_normed and torch.compiler.is_compiling():
         raise ValueError(
             "net: expected no BatchNorm in training mode inside torch.compile, because each "
             "configuration's statistics are gathered outside of a graph; put it into evaluation "
             "mode or call the LASEM without torch.compile"
         )
-    if not any_mixes_samples(layers):
-        return is_normed
+    if not walk.mixes:
+        return walk
+    parts = {"shared": net.shared, f"specific[{task!r}]": specific}
+    parts |= {f"adapters[{task!r}]": adapters, f"heads[{task!r}]": head}
     for part, module in parts.items():
         for name, layer in module.named_modules():
             where = f"{part}.{name}" if name else part
@@ -365,7 +362,7 @@ def check_independent_samples(net: TaskNet, task: str) -> bool:
                 f"({type(layer).__name__}), whose batch statistics would mix configurations; "
                 f"put it into evaluation mode (frozen statistics) or use GroupNorm or LayerNorm"
             )
-    return is_normed
+    return walk
 
 
 def check_is_tensor(out: Any, module: nn.Module, where: str) -> None:

@@ -7,7 +7,7 @@ weights can be concatenated), which layers draw random numbers, mix samples or w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,29 +72,33 @@ def _settings_of(kind: type[nn.Module]) -> tuple[str, ...]:
 # torch.compile cannot trace a walk through a module's attributes in every PyTorch (2.11)
 _SETTINGS = {kind: _settings_of(kind) for kind in (*_AHEAD, *_CONVOLUTIONS, nn.Linear)}
 # as they are before anybody replaces them
-_METHODS = [
-    (kind, name, getattr(kind, name))
+_METHODS = {
+    kind: [(kind, name, getattr(kind, name))
+           for name in ("__call__", "forward", "_conv_forward") if name in vars(kind)]
     for kind in (nn.Module, *_SETTINGS, *_BATCH_NORMS, nn.Sequential)
-    for name in ("__call__", "forward", "_conv_forward")
-    if name in vars(kind)
-]
+}  # fmt: skip
 
 
 def modules_in(*modules: nn.Module) -> list[nn.Module]:
     """What ``modules()`` of each gives, in another order; several times as fast, without names."""
     found = list(dict.fromkeys(modules))
-    known = set(found)
     if torch.compiler.is_compiling():
         return [inside for module in found for inside in module.modules()]
+    known = {None, *found}
     for module in found:  # which grows meanwhile
-        if type(module).named_modules is not nn.Module.named_modules:  # it hides some, say
-            return list(dict.fromkeys(m for outer in modules for m in outer.modules()))
         if module._modules:
             for child in module._modules.values():
-                if child is not None and child not in known:
+                if child not in known:
                     known.add(child)
                     found.append(child)
+    if any([_hides(kind) for kind in set(map(type, found))]):
+        return list(dict.fromkeys(m for outer in modules for m in outer.modules()))
     return found
+
+
+def _hides(kind: type[nn.Module]) -> bool:
+    """Whether a type of module has its own idea of what is inside."""
+    return kind.named_modules is not nn.Module.named_modules
 
 
 def parameters_in(*modules: nn.Module) -> list[nn.Parameter]:
@@ -106,10 +110,23 @@ def parameters_in(*modules: nn.Module) -> list[nn.Parameter]:
 
 def has_tensors(module: nn.Module) -> bool:
     """Whether a module has a parameter or a buffer."""
-    for inside in modules_in(module):
-        for tensors in (inside._parameters, inside._buffers):
-            if any([tensor is not None for tensor in tensors.values()]):
-                return True
+    if torch.compiler.is_compiling():
+        return any([_has_tensor(inside) for inside in modules_in(module)])
+    waiting = [module]
+    for inside in waiting:  # which grows meanwhile; mostly the first layer has one
+        if _hides(type(inside)):
+            return any([_has_tensor(each) for each in modules_in(module)])
+        if _has_tensor(inside):
+            return True
+        waiting += [child for child in inside._modules.values() if child is not None]
+    return False
+
+
+def _has_tensor(layer: nn.Module) -> bool:
+    """Whether a module itself, its children aside, has one."""
+    for tensors in (layer._parameters, layer._buffers):
+        if any([tensor is not None for tensor in tensors.values()]):
+            return True
     return False
 
 
@@ -142,26 +159,30 @@ def plain_stage(module: nn.Module, *, with_norm: bool = False) -> PlainStage | N
         children = [("", module)]
     at, norm = -1, None
     for i, (child_name, child) in enumerate(children):
-        if _is_core(child):
-            if at >= 0:
-                return None
+        if type(child) in _AHEAD:
+            pass
+        elif _is_core(child) and at < 0:
             at = i
         elif with_norm and (is_batch_norm(child) or is_group_norm(child)) and 0 <= at == i - 1:
             norm = child_name
-        elif type(child) not in _AHEAD:
+        else:
             return None
-    if at < 0 or is_patched(module) or any([is_patched(child) for _, child in children]):
+        if is_patched(child):
+            return None
+    if at < 0 or is_patched(module):
         return None
     name, core = children[at]
-    before = tuple([child for _, child in children[:at]])
-    after = tuple([child for _, child in children[at + (1 if norm is None else 2) :]])
-    if not all([_may_go_before(child) for child in before]):
-        return None
+    layers = [child for _, child in children]
+    before, after = tuple(layers[:at]), tuple(layers[at + (1 if norm is None else 2) :])
+    for child in before:
+        if not _may_go_before(child):
+            return None
     spatial = _CONVOLUTIONS.get(type(core), 0)
     for child in after:
-        if flattens_samples(child):
+        kind = type(child)
+        if kind is nn.Flatten and flattens_samples(child):
             spatial = 0  # what was one channel is one run of features from here on
-        elif type(child) not in _BEHIND[spatial] or _setting(child, "return_indices", False):
+        elif kind not in _BEHIND[spatial] or _setting(child, "return_indices", False):
             return None
     return PlainStage(before, name, core, after, norm)
 
@@ -177,12 +198,22 @@ def does_nothing(layer: nn.Module) -> bool:
     return off or type(layer) is nn.Identity
 
 
-def same_form(a: PlainStage, b: PlainStage | None) -> bool:
-    """Whether two plain stages differ in their weights alone, whatever the weights' shapes."""
-    if b is None:
-        return False
-    ours, theirs = ([*s.before, s.core, *s.after] for s in (a, b))
-    return len(ours) == len(theirs) and all(map(same_settings, ours, theirs))
+def core_like(stage: PlainStage, module: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and weighted layer of a plain stage that differs from another in its weights alone.
+
+    Whatever the weights' shapes. None where ``module`` is anything else.
+    """
+    named = [*module._modules.items()] if type(module) is nn.Sequential else [("", module)]
+    models, at = (*stage.before, stage.core, *stage.after), len(stage.before)
+    if len(named) != len(models) or is_patched(module):
+        return None
+    for i, (_, layer) in enumerate(named):
+        model = models[i]
+        if layer is not model and (is_patched(layer) or not same_settings(model, layer)):
+            return None
+        if i < at and not _may_go_before(layer):
+            return None
+    return named[at]
 
 
 def same_settings(a: nn.Module, b: nn.Module) -> bool:
@@ -194,8 +225,12 @@ def same_settings(a: nn.Module, b: nn.Module) -> bool:
         return False
     if a.training != b.training and isinstance(a, _MAY_BE_RANDOM):
         return False
-    ours, theirs, names = a.__dict__, b.__dict__, _SETTINGS[type(a)]
-    return [ours.get(n) for n in names] == [theirs.get(n) for n in names]
+    ours, theirs = a.__dict__, b.__dict__
+    for name in _SETTINGS[type(a)]:
+        mine, others = ours.get(name), theirs.get(name)
+        if mine is not others and mine != others:
+            return False
+    return True
 
 
 def _setting(module: nn.Module, name: str, default: Any) -> Any:
@@ -221,23 +256,34 @@ def _may_go_before(module: nn.Module) -> bool:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether calling the module runs anything but its type's forward: hooks, or another one."""
+    own = module.__dict__
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "_conv_forward" in module.__dict__
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "_conv_forward" in own
     )
 
 
-def are_watched() -> bool:
-    """Whether somebody steps into every call of a module: by global hooks, or in PyTorch's types.
+Method = tuple[type[nn.Module], str, Any]
+"""A method of one of PyTorch's types, as it was before anybody could replace it: type, name, it."""
 
-    Then every module of a network has to be called as itself.
+
+def torchs_methods(kind: type[nn.Module]) -> list[Method]:
+    """Those that a call of a module of some type runs through."""
+    return [method for base in kind.__mro__ for method in _METHODS.get(base, ())]
+
+
+def are_watched(methods: Iterable[Method]) -> bool:
+    """Whether somebody steps into calls of modules: by global hooks, or in PyTorch's types.
+
+    Then every module of a network has to be called as itself. ``methods``: what those calls run
+    through.
     """
     return _has_any_global_hook() or any(
-        [getattr(kind, name) is not own for kind, name, own in _METHODS]
+        [getattr(kind, name) is not own for kind, name, own in methods]
     )
 
 
@@ -269,6 +315,11 @@ def is_random(module: nn.Module) -> bool:
     return isinstance(module, nn.RReLU) or module.dropout > 0
 
 
+def is_kind_of_random(kind: type[nn.Module]) -> bool:
+    """Whether a type is one of PyTorch's that may draw random numbers, or made from it."""
+    return issubclass(kind, _MAY_BE_RANDOM)
+
+
 def active_random_layers(module: nn.Module) -> list[nn.Module]:
     """The layers inside ``module`` that draw random numbers in their present mode."""
     return active_random(modules_in(module))
@@ -279,7 +330,7 @@ def active_random(layers: Sequence[nn.Module]) -> list[nn.Module]:
     kinds = {
         kind
         for kind in set(map(type, layers))
-        if issubclass(kind, _MAY_BE_RANDOM) or hasattr(kind, "stochastic")
+        if is_kind_of_random(kind) or hasattr(kind, "stochastic")
     }
     return [
         layer
@@ -337,9 +388,14 @@ def counts_tokens(layer: nn.Module) -> bool:
     return isinstance(layer, _EMBEDDINGS) and layer.scale_grad_by_freq
 
 
+def may_mix_samples(kind: type[nn.Module]) -> bool:
+    """Whether a type is one of PyTorch's whose layers may mix samples, or made from it."""
+    return issubclass(kind, _MAY_MIX_SAMPLES)
+
+
 def any_mixes_samples(layers: Sequence[nn.Module]) -> bool:
     """Whether one of the layers mixes samples, in its gradient too, or iterates."""
-    kinds = {kind for kind in set(map(type, layers)) if issubclass(kind, _MAY_MIX_SAMPLES)}
+    kinds = {kind for kind in set(map(type, layers)) if may_mix_samples(kind)}
     return any(
         mixes_samples(layer) or counts_tokens(layer) or iterates(layer)
         for layer in [m for m in layers if m._forward_pre_hooks or type(m) in kinds]
@@ -367,12 +423,6 @@ def iterates(layer: nn.Module) -> bool:
     return isinstance(layer, _SpectralNorm) or (
         bool(hooks) and any(isinstance(hook, SpectralNorm) for hook in hooks.values())
     )
-
-
-def any_in_place(layers: Sequence[nn.Module]) -> bool:
-    """Whether one of the layers says that it changes its input in place."""
-    kinds = [getattr(kind, "inplace", False) for kind in set(map(type, layers))]
-    return any(kinds) or any([layer.__dict__.get("inplace") for layer in layers])
 
 
 def may_write_input(module: nn.Module) -> bool:

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from lasem_fast.networks.batch_norm import BatchNorms, OfRows
 from lasem_fast.networks.layers import (
-    PlainStage,
-    active_random,
     active_random_layers,
-    any_in_place,
-    any_uses_batch_statistics,
-    are_watched,
-    modules_in,
 )
+from lasem_fast.networks.walk import Walk
 from lasem_fast.transfer import Branch
 
 
@@ -35,7 +30,7 @@ class Network(NamedTuple):
         batch_norms: what the layers that use a mini-batch's statistics see; None: there are none.
         watched: whether every module has to be called as itself, see
             :func:`~lasem_fast.networks.layers.are_watched`.
-        layers: all modules inside; none where nobody has looked.
+        layers: all modules inside, and perhaps others; none where nobody has looked.
     """
 
     stages: list[Sequence[Branch | None]]
@@ -48,16 +43,22 @@ class Network(NamedTuple):
     watched: bool = False
     layers: Sequence[nn.Module] = ()
 
-    def looked_into(self) -> Network:
-        """The same network with what one walk through all of it tells, as it is now."""
+    def looked_into(self, walk: Walk | None = None) -> Network:
+        """The same network with what a walk through all of it tells, as it is now.
+
+        ``walk``: one through the task's parts of the net. There is another if there is none, and
+        where a mechanism takes a branch from elsewhere.
+        """
         if torch.compiler.is_compiling():
             return self
-        layers = modules_in(*self.modules())
-        random, in_place = bool(active_random(layers)), any_in_place(layers)
-        norms = BatchNorms() if any_uses_batch_statistics(layers) else None
-        return self._replace(
-            may_draw=random, may_write=in_place, batch_norms=norms, watched=are_watched(),
-            layers=layers,
+        modules = self.modules()
+        if walk is None or not walk.covers(modules):
+            walk = Walk.through(*modules)
+        return Network(
+            self.stages, self.head, self.task, self.head_writes_input, walk.may_draw,
+            walk.may_write, BatchNorms() if walk.is_normed else None, walk.watched,
+            # branches may change their places among the same modules
+            [*modules, *walk.layers],
         )  # fmt: skip
 
     def rows_apart(
@@ -90,8 +91,8 @@ class Network(NamedTuple):
 
     def modules(self, first: int = 0) -> list[nn.Module]:
         """The branches' modules from stage ``first`` on, and the head."""
-        branches = [b for stage in self.stages[first:] for b in stage if b is not None]
-        return [*(branch.module for branch in branches), self.head]
+        stages = self.stages[first:]
+        return [*[b.module for stage in stages for b in stage if b is not None], self.head]
 
     def tensors(self) -> Iterator[Tensor]:
         """Parameters, and tensors that stand in for some."""
@@ -115,15 +116,17 @@ class Network(NamedTuple):
 
 
 def tensors_in_force(
-    branches: Sequence[Branch], stages: Sequence[PlainStage], name: str
+    branches: Sequence[Branch], layers: Sequence[tuple[str, nn.Module]], name: str
 ) -> list[Tensor] | list[None] | None:
-    """A parameter of every branch's weighted layer, generated or its own.
+    """A parameter of a layer of every branch, generated or its own.
+
+    ``layers``: for each branch the layer's name in it, and the layer.
 
     None if they cannot be put side by side: they differ in shape, or only some branches have it.
     """
     tensors = [
-        branch.parameter(stage.core, stage.name, name)
-        for branch, stage in zip(branches, stages, strict=True)
+        branch.parameter(layer, layer_name, name)
+        for branch, (layer_name, layer) in zip(branches, layers, strict=True)
     ]
     shape = None if tensors[0] is None else tensors[0].shape
     for tensor in tensors:

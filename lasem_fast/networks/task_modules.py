@@ -17,7 +17,8 @@ class TaskModules(nn.Module):
     """
 
     def __getitem__(self, task: str) -> nn.Module:
-        return self._modules[self._key(task)]
+        found = self._modules.get(_encoded(task)) if isinstance(task, str) else None
+        return self._modules[self._key(task)] if found is None else found
 
     def __setitem__(self, task: str, module: nn.Module) -> None:
         _check_name(task)

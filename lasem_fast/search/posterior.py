@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +28,19 @@ class Evidence(NamedTuple):
 
 def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
     """Scores the outputs ``[C, N, K]`` of all configurations, in float32 or better."""
-    output = _not_half(output)
-    with _without_autocast(output.device.type):  # a user's own may multiply matrices
-        log_prob = likelihood.log_prob(output, y)
-        _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
-        log_prob = _not_half(log_prob)
-        nll = -log_prob.mean(dim=1)
-        value = likelihood.reduce(log_prob.detach())
+    device = output.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # a user's own may multiply matrices
+            return _evidence(_not_half(output), y, likelihood)
+    return _evidence(_not_half(output), y, likelihood)
+
+
+def _evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
+    log_prob = likelihood.log_prob(output, y)
+    _check_returned(log_prob, output, 2, f"{type(likelihood).__name__}.log_prob")
+    log_prob = _not_half(log_prob)
+    nll = -log_prob.mean(dim=1)
+    value = likelihood.reduce(log_prob.detach())
     _check_returned(value, output, 1, f"{type(likelihood).__name__}.reduce")
     finite = is_finite(nll)
     # detached again: a user's own may have parameters
@@ -44,12 +49,6 @@ def evidence(output: Tensor, y: Tensor, likelihood: Likelihood) -> Evidence:
 
 def _not_half(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _without_autocast(device: str) -> AbstractContextManager:
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def is_finite(nll: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class Search:
         nll = e_step.nll.detach()
         if not reads_values:
             # an overflowing configuration shows here and in the loss
-            nll = torch.where(e_step.finite, nll, torch.inf)
+            nll = nll.nan_to_num(torch.inf, torch.inf, torch.inf)
             if scores is not None:  # a mini-batch that no configuration explains shows there
                 loss = torch.where(torch.isnan(scores.loss.detach()), torch.nan, loss)
         return Found(

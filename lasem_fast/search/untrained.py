@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import compress
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,18 +39,26 @@ class Untrained:
         self._specific = (~bits).any(dim=0).tolist()
         self._settled: set[str] = set()
         self._last: tuple[str, dict[str, int]] | None = None
+        self._there: tuple[str, list[nn.Parameter], list[tuple[bool, int]]] | None = None
         self._moved: dict[str, set[str]] = {}
         self._moves: dict[str, int] = {}
         self._samples: dict[str, dict[str, list[Tensor]]] = {}
 
-    def look(self, net: TransferNet, task: str) -> None:
+    def look(self, net: TransferNet, task: str, layers: Sequence[nn.Module]) -> None:
         """To be called before each step of a task.
+
+        Args:
+            net: the net.
+            task: its task.
+            layers: all modules inside of what the task may use.
 
         Warns:
             UserWarning: once per task, if parts of it stay as they were.
         """
         if task in self._settled:
-            self._last = None
+            self._last = self._there = None
+            return
+        if self._is_as_before(task, layers):
             return
         parts = _trainable(net, task, self._shared, self._specific)
         changes = {part: sum(p._version for p in own) for part, own in parts.items()}
@@ -81,6 +90,20 @@ class Untrained:
                 UserWarning,
                 stacklevel=6,  # look, two of the LASEM, two of nn.Module, the loop
             )
+
+    def forget_parameters(self) -> None:
+        """Holds no parameter any more, so that what has been dropped is free."""
+        self._there = None
+
+    def _is_as_before(self, task: str, layers: Sequence[nn.Module]) -> bool:
+        """Whether the task's last call was the last one, and nothing was changed since."""
+        before = self._there
+        own = [p for layer in layers for p in layer._parameters.values() if p is not None]
+        now = [(p.requires_grad, 0 if p.is_inference() else p._version) for p in own]
+        self._there = task, own, now
+        if before is None or before[0] != task or before[2] != now:
+            return False
+        return all(map(is_, before[1], own))
 
 
 def _sample(parameters: list[nn.Parameter]) -> list[Tensor]:

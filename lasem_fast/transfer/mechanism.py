@@ -65,9 +65,12 @@ class Branch(NamedTuple):
 
     def parameter(self, layer: nn.Module, layer_name: str, name: str) -> Tensor | None:
         """The tensor in force as parameter ``name`` of the layer called ``layer_name``."""
-        own, key = getattr(layer, name), inner_name(layer_name, name)
+        own = layer._parameters.get(name)
+        if own is None:  # perhaps no parameter, but computed from some
+            own = getattr(layer, name)
         if not self.tensors:
             return own
+        key = inner_name(layer_name, name)
         if key not in self.tensors:
             key = next((k for k in self.tensors if self._is_of(k, layer, name)), key)
         return self.tensors.get(key, own)

@@ -69,6 +69,11 @@ class Tree:
         self.cut = cut
         self.first = first
         self.lowered = lowered
+        # of each level's stage, for messages
+        self._names = [
+            f"stage {first + i + (0 if cut is not None and i > cut else 1)}"
+            for i in range(len(plan.levels))
+        ]
 
     def logits(self, network: Network, x: Tensor) -> Tensor:
         """The head's outputs ``[C, N, K]`` of all configurations, in the layers' present modes."""
@@ -131,13 +136,13 @@ class Tree:
         liveness: TreeLiveness | None = None,
     ) -> Fold:
         """Runs the stages ``first .. stop - 1`` on a level's rows."""
+        lowers = bool(self.operations.levels) and not network.watched
         for i in range(first, stop):
             branches, level = network.stages[i], self.plan.levels[i]
             used = [branches[b] for b in level.used_branches]
             live = None if liveness is None else liveness.levels[i]
-            lowered = None if network.watched else self._lowered(used, h, i)
             out = None
-            if lowered is not None:
+            if lowers and (lowered := self._lowered(used, h, i)) is not None:
                 seen = None if network.batch_norms is None else partial(self._note, network, i)
                 out = fused_stage.run(lowered, h, level, live, seen)
             if out is not None:
@@ -147,9 +152,9 @@ class Tree:
             else:
                 goes_on = i + 1 < len(self.plan.levels) and self.plan.continues(i + 1)
                 merge = not goes_on or (
+                    _is_parameter_free(network.stages[i + 1])
                     # else it cannot be one wide layer anyway
-                    plain_stage(used[0].module) is not None
-                    and _is_parameter_free(network.stages[i + 1])
+                    and plain_stage(used[0].module) is not None
                 )
                 h = self._branch_out(network, h, merge, i, live)
         return h
@@ -176,7 +181,7 @@ class Tree:
         passed_over(live)
         parts = []
         for b, branch in zip(level.used_branches, used, strict=True):
-            rows = rows_of(h, level.width, level.parents_of(b))
+            rows = h if level.is_full else rows_of(h, level.width, level.parents_of(b))
             parts.append(self._call(network, branch, rows, stage, level.rows_of(b)))
         return Stacks(parts, level)
 
@@ -202,15 +207,17 @@ class Tree:
         self, network: Network, branch: Branch, h: Tensor, stage: int, rows: Sequence[int]
     ) -> Tensor:
         """The branch's output, which is these rows; ``h`` stays as it is: others read it too."""
-        split = self.cut is not None and stage > self.cut
-        where = f"stage {self.first + stage + (0 if split else 1)}"
+        where = self._names[stage]
         if branch.writes_input or (network.may_write and may_write_input(branch.module)):
             h = h.clone()
             version = None
         else:
             version = checks.version_of(h)
-        with self._apart(network, branch.module, h, stage, rows):
+        if network.batch_norms is None:
             out = branch(h)
+        else:
+            with self._apart(network, branch.module, h, stage, rows):
+                out = branch(h)
         checks.check_stage_output(out, h.shape[0], branch.module, where)
         checks.check_input_as_it_was(version, h, branch.module, where)
         return out
@@ -274,10 +281,9 @@ class Tree:
 
     def _by_configuration(self, logits: Tensor, dim: int) -> Tensor:
         """What is in nested-loop order, one configuration after another."""
-        places = self.plan.places
-        if places == tuple(range(logits.shape[dim])):
+        if self.plan.is_in_order:
             return logits
-        return logits.index_select(dim, index_tensor(places, logits.device))
+        return logits.index_select(dim, index_tensor(self.plan.places, logits.device))
 
     def _finish_twice(self, network: Network, h: Fold, samples: int) -> Tensor | None:
         """The head with its random layers off and on, ``[2, C, N, K]``; None if it takes two."""
@@ -296,8 +302,11 @@ class Tree:
         if writes:
             h = h.clone()
         version = checks.version_of(h)
-        with self._apart(network, network.head, h, len(self.plan.levels), range(leaves)):
+        if network.batch_norms is None:
             logits = network.head(h)
+        else:
+            with self._apart(network, network.head, h, len(self.plan.levels), range(leaves)):
+                logits = network.head(h)
         checks.check_logits(logits, leaves, samples, network.task)
         if not writes:
             where = f"the head of task {network.task!r}"
