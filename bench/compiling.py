@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction, native_specialize_impl
 from bench.sass import MachineCode, read
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Launch(NamedTuple):

@@ -48,11 +48,13 @@ class Filters(NamedTuple):
 
     Attributes:
         data: ``[B * Co, KH * KW, C]``, contiguous, of the product's dtype.
+        arrivals: zeros, for sums that programs share, see :mod:`lasem_fast.kernels.parts`.
         branches: B.
         kernel: KH and KW.
     """
 
     data: Tensor
+    arrivals: Tensor
     branches: int
     kernel: tuple[int, int]
 

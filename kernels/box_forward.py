@@ -2,12 +2,13 @@
 
 As :mod:`lasem_fast.kernels.level_forward`, for stride 1 and products of 16 bits. A program computes
 the convolution on a box of pixels of one row, and a pool of 2 from registers. Windows of 3 do not
-fill boxes: their pool is a launch of its own. So is the sum of parts, into which the sums of a few
-programs are cut.
+fill boxes: their pool is a launch of its own. Where there would be few programs, several share a
+sum, see :mod:`lasem_fast.kernels.parts`.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -18,22 +19,36 @@ from torch import Tensor
 
 from lasem_fast.kernels.box_form import Filters
 from lasem_fast.kernels.box_pool import box_pool
-from lasem_fast.kernels.box_sum import box_sum, parts_of
-from lasem_fast.kernels.boxes import TILES as TILES
 from lasem_fast.kernels.boxes import (
+    ADDING,
     Box,
     Convolution,
     Taps,
+    Work,
     met_taps,
     tiled,
     work_of,
 )
+from lasem_fast.kernels.boxes import TILES as TILES
 from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.kept import kept
 from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import CLOSED, SHUT, Geometry, passes_int32, reach
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import Tile, cdiv
+from lasem_fast.kernels.level_tiles import MOST_SHARED, Tile, cdiv
+from lasem_fast.kernels.parts import (
+    added_up,
+    group_of,
+    groups_of,
+    is_last,
+    parts_at_once,
+    place_in,
+)
+
+# Programs that share a sum, at most, and steps of it that are worth a program of its own.
+_MOST_PARTS, _STEPS = 16, 2
+# Nanoseconds until the last of them knows that it is, and has begun to add up.
+_ARRIVING = 3500.0
 
 
 @triton.jit
@@ -66,7 +81,7 @@ def _better(best, winner, total, name, valid, ENDS_CLOSED: tl.constexpr, CLOSED:
 
 @triton.jit(do_not_specialize=["count0"])
 def box_forward_kernel(
-    x, weights, bias0, bias1, skip, by_branch, y, code, parts, count0, samples,
+    x, weights, bias0, bias1, skip, by_branch, y, code, parts, arrivals, count0, samples,
     s_s, s_n, s_h, s_w, s_c,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -74,14 +89,16 @@ def box_forward_kernel(
     KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     POOL: tl.constexpr, POOL_PAD: tl.constexpr, RELU: tl.constexpr, RELU_AFTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, CLOSED: tl.constexpr, SHUT: tl.constexpr,
-    ALL_TAPS: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
+    ALL_TAPS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+    WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see box_forward.
 
-    PARTS > 1: instead of them one of so many parts [S, R, N, conv_h, conv_w, Co] of the sums.
+    PARTS > 1: by way of so many parts [S + G, R, N, conv_h, conv_w, Co], sums of groups behind
+    them.
     """
     wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
@@ -132,8 +149,6 @@ def box_forward_kernel(
         filters = tl.reshape(weights.load([filter0, tap, channel]), (COLUMNS, DEPTH))
         total = tl.dot(values, filters.T, total)
 
-    if HAS_BIAS and PARTS == 1:
-        total += tl.load(bias_at + column, mask=used, other=0.0).to(tl.float32)[None, :]
     pixel = tl.arange(0, ROWS)
     ph = pixel // BOX_W % BOX_H
     pw = pixel % BOX_W
@@ -142,11 +157,26 @@ def box_forward_kernel(
     ow = ow0 + pw
     valid = (n < samples) & (oh >= 0) & (oh < CONV_H) & (ow >= 0) & (ow < CONV_W)
     if PARTS > 1:
-        rows = tl.num_programs(0) // (image_blocks * (BOXES_X * BOXES_Y))
-        image = (tl.program_id(2) * rows + row).to(index) * samples + n
+        image = row.to(index) * samples + n
         at = (((image * CONV_H + oh) * CONV_W + ow) * C_OUT)[:, None] + column[None, :]
-        tl.store(parts + at, total, mask=valid[:, None] & used[None, :])
-        return
+        rows = tl.num_programs(0) // (image_blocks * (BOXES_X * BOXES_Y))
+        size = rows.to(index) * samples * (CONV_H * CONV_W * C_OUT)
+        keep = valid[:, None] & used[None, :]
+        parts += at
+        tl.store(parts + tl.program_id(2) * size, total, mask=keep)
+        group, in_group, groups = place_in(tl.program_id(2), PARTS, GROUP)
+        arrivals += (box * tl.num_programs(1) + tl.program_id(1)) * (1 + groups)
+        if not is_last(arrivals + group, in_group):
+            return
+        total = added_up(parts + group * GROUP * size, keep, in_group, size, AT_ONCE)
+        if GROUP > 0:
+            parts += PARTS * size
+            tl.store(parts + group * size, total, mask=keep)
+            if not is_last(arrivals + groups, groups):
+                return
+            total = added_up(parts, keep, groups, size, AT_ONCE)
+    if HAS_BIAS:
+        total += tl.load(bias_at + column, mask=used, other=0.0).to(tl.float32)[None, :]
     name = (ph % POOL * POOL + pw % POOL).to(tl.uint8)
     names = tl.broadcast_to(name[:, None], (ROWS, COLUMNS))
     if HAS_SKIP:
@@ -230,7 +260,7 @@ def box_forward(
         tile: block sizes; None: chosen by shape.
 
     Returns:
-        As :func:`~lasem_fast.kernels.level_forward.level_forward`.
+        ``y`` and its code, as :func:`~lasem_fast.kernels.level_forward.level_forward`.
     """
     if geometry.pool > 2:
         whole = geometry._replace(
@@ -247,20 +277,20 @@ def box_forward(
     )  # fmt: skip
     y, parts = x.new_empty(work.y), x.new_empty(work.parts, dtype=torch.float32)
     code = x.new_empty(work.code, dtype=torch.uint8)
-    work.launch(x, filters.data, biased[0], biased[-1], added, rows.by_branch, y, code, parts)
-    if work.cut > 1:
-        return box_sum(parts, biases, rows, filters.branches, bool(geometry.relu), x.dtype)
+    work.launch(
+        x, filters.data, biased[0], biased[-1], added, rows.by_branch, y, code, parts,
+        filters.arrivals,
+    )  # fmt: skip
     return y, code
 
 
 class _Work(NamedTuple):
-    """The launch, the shapes of what it writes, and the number of its parts."""
+    """The launch, and the shapes of what it writes."""
 
     launch: Launch
     y: tuple[int, ...]
     code: tuple[int, ...]
     parts: tuple[int, ...]
-    cut: int
 
 
 @kept
@@ -280,8 +310,8 @@ def _work(
     tile, box, all_taps = tiled(rows, size, columns, channels, taps, least=pool, tile=tile)
     boxes, lines = prod(box.counts(*size)), rows * prod(size)
     cut = _parts(rows, size, columns, channels, taps, tile, box, pool > 1 or skip is not None)
-    whole, parts = (shape, (0,)) if cut == 1 else ((0,), (cut, *shape))
-    code = whole if geometry.has_code else (0,)
+    parts = (0,) if cut == 1 else (cut + groups_of(cut), *shape)
+    code = shape if geometry.has_code else (0,)
     launch = Launch(
         box_forward_kernel, (rows * boxes, cdiv(columns, tile.columns), cut),
         (counts[0], samples, *skip_strides),
@@ -292,12 +322,13 @@ def _work(
         PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, POOL=pool, POOL_PAD=geometry.pool_pad,
         RELU=bool(geometry.relu), RELU_AFTER=bool(geometry.relu_after),
         HAS_BIAS=has_bias, HAS_SKIP=skip is not None, CLOSED=CLOSED, SHUT=SHUT,
-        ALL_TAPS=all_taps, PARTS=cut,
-        WIDE=passes_int32(prod(whole), prod(parts), reach(skip or x, skip_strides), lines),
+        ALL_TAPS=all_taps, PARTS=cut, GROUP=group_of(cut),
+        AT_ONCE=parts_at_once(tile.rows * tile.columns),
+        WIDE=passes_int32(prod(shape), prod(parts), reach(skip or x, skip_strides), lines),
         IMAGES=box.images, BOX_H=box.height, BOX_W=box.width, COLUMNS=tile.columns,
         DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(device),
     )  # fmt: skip
-    return _Work(launch, whole, code, parts, cut)
+    return _Work(launch, shape, code, parts)
 
 
 def _parts(
@@ -309,3 +340,27 @@ def _parts(
         return 1
     work = work_of(tile, box, rows, size, columns, channels, taps)
     return parts_of(work, rows * prod(size) * columns)
+
+
+@cache
+def parts_of(work: Work, values: int) -> int:
+    """In how many parts the sums of a launch should be cut.
+
+    Few programs with long sums leave most multiprocessors idle: a linear layer behind a flatten,
+    of a small mini-batch.
+
+    Args:
+        work: of the launch as a whole.
+        values: that it computes.
+    """
+
+    def time(parts: int) -> float:
+        adding = _ARRIVING + ADDING * 4 * parts * values if parts > 1 else 0.0
+        return work._replace(
+            programs=work.programs * parts, steps=work.steps / parts, besides=adding
+        ).time
+
+    counted = MOST_SHARED // max(1, work.programs)  # of every sum
+    most = min(_MOST_PARTS, int(work.steps) // _STEPS)
+    fitting = [parts for parts in range(2, most + 1) if groups_of(parts) < counted]
+    return min([1, *fitting], key=time)

@@ -1,8 +1,7 @@
-"""Level backward to weights and biases, operands read in boxes (TMA, sm_90): two launches or one.
+"""Level backward to weights and biases, operands read in boxes (TMA, sm_90): one launch.
 
 A program sums the products of one tap, or of three side by side that share a box of the gradient,
-over the boxes of one branch's rows, or over a part of them; then the second launch adds up the
-parts in a fixed order.
+over the boxes of one branch's rows. Programs share a sum, see :mod:`lasem_fast.kernels.parts`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,16 @@ from lasem_fast.kernels.launches import Launch
 from lasem_fast.kernels.level_geometry import Geometry, gradient_buffers
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
-from lasem_fast.kernels.level_wgrad import splits_of, sum_parts, summed
+from lasem_fast.kernels.parts import (
+    added_up,
+    few_added_up,
+    group_of,
+    groups_of,
+    is_last,
+    parts_at_once,
+    place_in,
+    splits_of,
+)
 
 # Rows are input channels, the depth is a box's pixels. What to read is looked up before it is read,
 # so that a pipeline of 5 stages is 3 steps ahead.
@@ -50,8 +58,8 @@ TILES = (
 )
 # Output values of a thread that leave registers for the rest, where there are three sums.
 _MOST_OF_THREE = 32
-# Parts of a bias that are read at once where there is no second launch.
-_BIAS_PARTS = 32
+# Biases that a program adds up, and parts of them that it reads at once.
+_BIASES, _BIASES_AT_ONCE = 16, 128
 # Rows of a product of a warp group: with fewer, the two sides change places.
 _GROUP = 64
 
@@ -132,18 +140,38 @@ def _add_boxes(
 
 
 @triton.jit
-def _store(
-    parts, total, filter_at, tap, row, column, C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    TURNED: tl.constexpr,
-):  # fmt: skip
-    """A tap of one part."""
+def _in_part(
+    filter_at, tap, row, column, C_IN: tl.constexpr, C_OUT: tl.constexpr, TURNED: tl.constexpr
+):
+    """Where a tap of a part lies, and what of it there is."""
     if TURNED:
         at = (filter_at + tap * C_IN)[:, None] + row[None, :]
         keep = (column < C_OUT)[:, None] & (row < C_IN)[None, :]
     else:
         at = (filter_at + tap * C_IN)[None, :] + row[:, None]
         keep = (column < C_OUT)[None, :] & (row < C_IN)[:, None]
-    tl.store(parts + at, total, mask=keep)
+    return at, keep
+
+
+@triton.jit
+def _store(at, keep, total, total1, total2, C_IN: tl.constexpr, TAPS: tl.constexpr):
+    """A part: one tap, or three side by side."""
+    tl.store(at, total, mask=keep)
+    if TAPS == 3:
+        tl.store(at + C_IN, total1, mask=keep)
+        tl.store(at + 2 * C_IN, total2, mask=keep)
+
+
+@triton.jit
+def _sums(at, keep, parts, size, C_IN: tl.constexpr, TAPS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """What so many parts add up to, tap by tap."""
+    total = added_up(at, keep, parts, size, AT_ONCE)
+    total1 = total
+    total2 = total
+    if TAPS == 3:
+        total1 = added_up(at + C_IN, keep, parts, size, AT_ONCE)
+        total2 = added_up(at + 2 * C_IN, keep, parts, size, AT_ONCE)
+    return total, total1, total2
 
 
 @triton.jit
@@ -153,7 +181,7 @@ def _store_gradient(
     CHANNELS: tl.constexpr, TAPS_DOWN: tl.constexpr, TAPS_ACROSS: tl.constexpr,
     SAYS_SPOILT: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """A tap of a gradient that has one part alone; of a line, what the filter itself has."""
+    """A tap of a gradient; of a line, what the filter itself has."""
     line = tap * C_IN + row
     read = (row < C_IN) & (line < TAPS_DOWN * TAPS_ACROSS * CHANNELS)
     used = column < C_OUT
@@ -175,20 +203,24 @@ def _store_gradient(
 @triton.jit(do_not_specialize=["count0", "count1", "bias_splits"])
 def box_wgrad_kernel(
     x, dz, by_branch, live, sources, parts, bias_parts,
-    dweight0, dweight1, dbias0, dbias1, spoilt,
+    dweight0, dweight1, dbias0, dbias1, spoilt, arrivals,
     count0, count1, samples, bias_splits, d_o, d_c, d_h, d_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     CHANNELS: tl.constexpr, TAPS_DOWN: tl.constexpr, TAPS_ACROSS: tl.constexpr,
     HAS_LIVE: tl.constexpr, HAS_BIAS: tl.constexpr, ALL_BOXES: tl.constexpr,
-    ONE_PART: tl.constexpr, SAYS_SPOILT: tl.constexpr, WIDE: tl.constexpr,
+    IN_PARTS: tl.constexpr, SAYS_SPOILT: tl.constexpr, WIDE: tl.constexpr,
     IMAGES: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
-    TAPS: tl.constexpr, BIAS_PARTS: tl.constexpr,
+    TAPS: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr, BIASES: tl.constexpr,
+    BIASES_AT_ONCE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One part of parts [S, B, Co, KH * KW * C], or the gradients themselves; see box_wgrad."""
+    """dweight [Co, C, KH, KW] and dbias [Co] of one branch; see box_wgrad.
+
+    IN_PARTS: by way of parts [S + G, B, Co, KH * KW * C], sums of groups behind them.
+    """
     wait_for_others(EARLY)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     TILES: tl.constexpr = (C_OUT + COLUMNS - 1) // COLUMNS
@@ -238,40 +270,56 @@ def box_wgrad_kernel(
             C_OUT, CONV_H, CONV_W, PAD_H, PAD_W, IMAGES, BOX_H, BOX_W,
             ROWS, COLUMNS, BLOCK, TURNED, TAPS,
         )  # fmt: skip
+    if HAS_BIAS:
+        # programs of the last taps have the least to do
+        if (tl.program_id(0) == 0) & (group == KH * GROUPS - 1):
+            dbias = tl.where(branch == 1, dbias1, dbias0)
+            for some in range(split, COLUMNS // BIASES, splits):
+                one = tile * COLUMNS + some * BIASES + tl.arange(0, BIASES)
+                bias_at = bias_parts + branch * C_OUT + one
+                bias = few_added_up(
+                    bias_at, one < C_OUT, bias_splits, BRANCHES * C_OUT, BIASES_AT_ONCE
+                )
+                tl.store(dbias + one, bias.to(dbias0.dtype.element_ty), mask=one < C_OUT)
     row = channel + tl.arange(0, ROWS)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     tap = kh * KW + kw
-    if ONE_PART:
-        dweight = tl.where(branch == 1, dweight1, dweight0)
-        filters = column.to(index)
+    if IN_PARTS:
+        SIZE: tl.constexpr = BRANCHES * C_OUT * KH * KW * C_IN
+        filter_at = (branch * C_OUT + column) * (KH * KW * C_IN)
+        at, keep = _in_part(filter_at, tap, row, column, C_IN, C_OUT, TURNED)
+        parts += at
+        _store(parts + split * SIZE, keep, total, total1, total2, C_IN, TAPS)
+        # taps, too, come in groups: these are of parts
+        together, in_group, groups = place_in(split, splits, GROUP)
+        number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        arrivals += (number * (KH * GROUPS) + group) * (1 + groups)
+        if not is_last(arrivals + together, in_group):
+            return
+        total, total1, total2 = _sums(
+            parts + together * (GROUP * SIZE), keep, in_group, SIZE, C_IN, TAPS, AT_ONCE
+        )
+        if GROUP > 0:
+            parts += splits * SIZE
+            _store(parts + together * SIZE, keep, total, total1, total2, C_IN, TAPS)
+            if not is_last(arrivals + groups, groups):
+                return
+            total, total1, total2 = _sums(parts, keep, groups, SIZE, C_IN, TAPS, AT_ONCE)
+    dweight = tl.where(branch == 1, dweight1, dweight0)
+    filters = column.to(index)
+    _store_gradient(
+        dweight, spoilt, total, tap, row, filters, d_o, d_c, d_h, d_w,
+        C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
+    )  # fmt: skip
+    if TAPS == 3:
         _store_gradient(
-            dweight, spoilt, total, tap, row, filters, d_o, d_c, d_h, d_w,
+            dweight, spoilt, total1, tap + 1, row, filters, d_o, d_c, d_h, d_w,
             C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
         )  # fmt: skip
-        if TAPS == 3:
-            _store_gradient(
-                dweight, spoilt, total1, tap + 1, row, filters, d_o, d_c, d_h, d_w,
-                C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
-            )  # fmt: skip
-            _store_gradient(
-                dweight, spoilt, total2, tap + 2, row, filters, d_o, d_c, d_h, d_w,
-                C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
-            )  # fmt: skip
-        if HAS_BIAS:
-            # programs of the last taps have the least to do
-            if (tl.program_id(0) == 0) & (group == KH * GROUPS - 1):
-                used = column < C_OUT
-                bias = summed(bias_parts, branch * C_OUT + column, used, bias_splits,
-                              BRANCHES * C_OUT, BIAS_PARTS)  # fmt: skip
-                dbias = tl.where(branch == 1, dbias1, dbias0) + column
-                tl.store(dbias, bias.to(dbias0.dtype.element_ty), mask=used)
-    else:
-        filters = (split.to(index) * BRANCHES + branch) * C_OUT + column
-        filter_at = filters * (KH * KW * C_IN)
-        _store(parts, total, filter_at, tap, row, column, C_IN, C_OUT, TURNED)
-        if TAPS == 3:
-            _store(parts, total1, filter_at, tap + 1, row, column, C_IN, C_OUT, TURNED)
-            _store(parts, total2, filter_at, tap + 2, row, column, C_IN, C_OUT, TURNED)
+        _store_gradient(
+            dweight, spoilt, total2, tap + 2, row, filters, d_o, d_c, d_h, d_w,
+            C_IN, C_OUT, CHANNELS, TAPS_DOWN, TAPS_ACROSS, SAYS_SPOILT, TURNED,
+        )  # fmt: skip
 
 
 @kept
@@ -352,7 +400,7 @@ def box_wgrad(
     live: Tensor | None = None,
     spoilt: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of a level's weights and biases: two launches, or one for a short sum.
+    """The gradients of a level's weights and biases: one launch.
 
     Args:
         gradient: of the convolution, in boxes of ``tile.depth`` pixels and blocks of
@@ -377,25 +425,20 @@ def box_wgrad(
         tile, x.device,
     )  # fmt: skip
     parts = x.new_empty(work.parts, dtype=torch.float32)
-    # parts stand where nothing is read or written
-    targets = dweights if work.one_part else [parts]
-    bias_targets = dbiases if work.one_part and dbiases else [parts]
+    dbias = dbiases or [parts]  # parts stand where nothing is read or written
     work.launch(
         x, gradient.dz, rows.by_branch, live.view(torch.uint8) if has_live else parts,
-        gradient.sources, parts, gradient.bias_parts, targets[0], targets[-1], bias_targets[0],
-        bias_targets[-1], spoilt if work.one_part and spoilt is not None else parts,
+        gradient.sources, parts, gradient.bias_parts, dweights[0], dweights[-1], dbias[0],
+        dbias[-1], parts if spoilt is None else spoilt, filters.arrivals,
     )  # fmt: skip
-    if not work.one_part:
-        sum_parts(parts, gradient.bias_parts, dweights, dbiases, spoilt)
     return dweights, dbiases
 
 
 class _Work(NamedTuple):
-    """The launch, the shape of the parts that it writes, and whether it writes gradients."""
+    """The launch, and the shape of its parts."""
 
     launch: Launch
     parts: tuple[int, ...]
-    one_part: bool
 
 
 @kept
@@ -412,8 +455,8 @@ def _work(
     taps = _taps(tile, kw)
     grid = cdiv(channels, tile.rows), branches * cdiv(channels_out, tile.columns)
     _, splits = _programs(tile, channels_out, channels, kernel, counts, box, sides)
-    one_part = splits == 1
-    parts = (0,) if one_part else (splits, branches, channels_out, kh * kw * channels)
+    stored = 0 if splits == 1 else splits + groups_of(splits)
+    parts = stored, branches, channels_out, kh * kw * channels
     launch = Launch(
         box_wgrad_kernel, (*grid, splits * kh * kw // taps),
         (counts[0], counts[-1], samples, bias_parts, *strides),
@@ -422,13 +465,14 @@ def _work(
         CONV_H=geometry.conv_h, CONV_W=geometry.conv_w, KH=kh, KW=kw,
         PAD_H=geometry.pad_h, PAD_W=geometry.pad_w, CHANNELS=weight[1],
         TAPS_DOWN=weight[2], TAPS_ACROSS=weight[3],
-        HAS_LIVE=has_live, HAS_BIAS=one_part and has_bias,
+        HAS_LIVE=has_live, HAS_BIAS=has_bias,
         ALL_BOXES=reads(box, *sides, convolution=convolution) == boxes * kh * kw,
-        ONE_PART=one_part, SAYS_SPOILT=one_part and asks_spoilt,
-        WIDE=max(prod(parts), prod(weight)) >= 2**31 - 2**16,
+        IN_PARTS=splits > 1, SAYS_SPOILT=asks_spoilt, WIDE=prod(weight) >= 2**31 - 2**16,
         IMAGES=box.images, BOX_H=box.height, BOX_W=box.width,
         ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=block,
-        TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps, BIAS_PARTS=_BIAS_PARTS,
+        TURNED=tile.rows < _GROUP <= tile.columns, TAPS=taps, GROUP=group_of(splits),
+        AT_ONCE=parts_at_once(tile.rows * tile.columns), BIASES=_BIASES,
+        BIASES_AT_ONCE=_BIASES_AT_ONCE,
         num_warps=tile.warps, num_stages=tile.stages, **early(device),
     )  # fmt: skip
-    return _Work(launch, parts, one_part)
+    return _Work(launch, parts)

@@ -23,6 +23,7 @@ from lasem_fast.kernels.level_geometry import (
     CLOSED,
     SHUT,
     Geometry,
+    arrivals_buffer,
     is_ragged,
     passes_int32,
     reach,
@@ -30,6 +31,7 @@ from lasem_fast.kernels.level_geometry import (
 )
 from lasem_fast.kernels.level_rows import Tables
 from lasem_fast.kernels.level_tiles import FMA_TILES, Tile, cdiv, default, fitting
+from lasem_fast.kernels.parts import nobody_yet
 
 # Without spills on sm_80 and sm_90; the first one only without a pool, see MOST_POOLED.
 TENSOR_CORE_TILES = (
@@ -48,7 +50,7 @@ MOST_POOLED = 16
 
 @triton.jit(do_not_specialize=["count0", "count1"])
 def level_forward_kernel(
-    x, weight0, weight1, bias0, bias1, skip, by_branch, y, code,
+    x, weight0, weight1, bias0, bias1, skip, by_branch, y, code, arrivals,
     count0, count1, samples, depth,
     x_p, x_n, x_h, x_w, x_c, w_o, w_c, w_h, w_w, s_s, s_n, s_h, s_w, s_c,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
@@ -63,6 +65,8 @@ def level_forward_kernel(
 ):  # fmt: skip
     """y [R, N, out_h, out_w, Co] and its code from x [P, N, H, W, C]; see level_forward."""
     wait_for_others(EARLY)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        nobody_yet(arrivals)
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     operand: tl.constexpr = y.dtype.element_ty
     ENDS_CLOSED: tl.constexpr = RELU_AFTER if HAS_SKIP else RELU
@@ -165,7 +169,7 @@ def level_forward(
     dtype: torch.dtype,
     tf32: bool = False,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a level: one launch.
 
     Args:
@@ -183,7 +187,8 @@ def level_forward(
     Returns:
         ``y``, ``[R, N, out_h, out_w, Co]``, and its uint8 ``code``: the window position that won,
         ``+ SHUT`` where the ReLU before a skip is closed, or ``CLOSED``; empty where the level has
-        neither ReLU nor pool.
+        neither ReLU nor pool; and zeros for the arrivals of the backward, see
+        :mod:`lasem_fast.kernels.parts`.
     """
     weights = same_strides(weights)
     added = x if skip is None else skip  # never read where there is none
@@ -194,12 +199,14 @@ def level_forward(
     )  # fmt: skip
     y = x.new_empty(work.shape, dtype=dtype)
     code = x.new_empty(work.shape if geometry.has_code else (0,), dtype=torch.uint8)
-    if work.launch is not None:
-        biased = biases or weights  # never read where there is none
-        work.launch(
-            x, weights[0], weights[-1], biased[0], biased[-1], added, rows.by_branch, y, code
-        )
-    return y, code
+    arrivals = arrivals_buffer(x)
+    if work.launch is None:
+        return y, code, arrivals.zero_()
+    biased = biases or weights  # never read where there is none
+    work.launch(
+        x, weights[0], weights[-1], biased[0], biased[-1], added, rows.by_branch, y, code, arrivals
+    )
+    return y, code, arrivals
 
 
 class _Work(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasem_fast.kernels.level_rows import Tables
+from lasem_fast.kernels.level_tiles import MOST_SHARED
 
 # The code of an output is the window position that won; CLOSED says that no gradient passes it,
 # SHUT is added where the convolution's own ReLU is closed and only the skip gets the gradient.
@@ -95,6 +96,11 @@ def gradient_buffers(weights: list[Tensor]) -> list[Tensor]:
     if all(buffer.stride() == buffers[0].stride() for buffer in buffers):
         return buffers
     return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights]
+
+
+def arrivals_buffer(x: Tensor) -> Tensor:
+    """Memory, int32, to count in which programs have added to a sum that they share."""
+    return x.new_empty(MOST_SHARED, dtype=torch.int32)
 
 
 def skip_buffer(dy: Tensor, rows: Tables, geometry: Geometry, dtype: torch.dtype | None) -> Tensor:

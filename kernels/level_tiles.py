@@ -39,6 +39,8 @@ FMA_TILES = (Tile(32, 32, 16, 4, 2), Tile(16, 16, 16, 2, 2))
 PROGRAMS = 128
 # Of an H100 or H200. Not read from the device: the order of a sum is a rule of its shape.
 MULTIPROCESSORS = 132
+# Sums that programs of one launch can share: with more of them no multiprocessor is idle anyway.
+MOST_SHARED = 2 * MULTIPROCESSORS
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,15 +1,14 @@
-"""Level backward to weights and biases: two launches, deterministic, or one where that is enough.
+"""Level backward to weights and biases: one launch, deterministic.
 
 Rows are a kernel's taps and input channels, columns the filters of one branch, the sum runs over
-the convolution's output pixels of that branch's rows. It is split among programs, and the second
-launch adds up the parts in a fixed order.
+the convolution's output pixels of that branch's rows. Programs share it, see
+:mod:`lasem_fast.kernels.parts`.
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
-from functools import cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +27,17 @@ from lasem_fast.kernels.level_geometry import (
     reach,
 )
 from lasem_fast.kernels.level_rows import Tables
-from lasem_fast.kernels.level_tiles import MULTIPROCESSORS, Tile, cdiv, fitting
+from lasem_fast.kernels.level_tiles import Tile, cdiv, fitting
+from lasem_fast.kernels.parts import (
+    added_up,
+    few_added_up,
+    group_of,
+    groups_of,
+    is_last,
+    parts_at_once,
+    place_in,
+    splits_of,
+)
 
 # Rows are looked up before pixels are read, so that a pipeline of 5 stages is 2 steps ahead.
 TENSOR_CORE_TILES = (
@@ -49,14 +58,13 @@ FMA_TILES = (Tile(32, 32, 16, 4, 3), Tile(16, 16, 16, 2, 3))
 # Where channels are read one by one, addresses take so many registers that others spill.
 RAGGED_TILES = (Tile(64, 32, 32, 4, 3),)
 RAGGED_TF32_TILES = (Tile(64, 32, 32, 4, 5),)
-# What a program of the second launch reads at once, of at most so many parts. Biases have the more
-# parts, and fewer sums.
-_SUMMED, _MOST_PARTS = 2048, 8
-_BIAS_BLOCK, _BIAS_PARTS = 16, 128
-# A part of the sum that is worth a program of its own, in steps of a tile's depth.
-_STEPS = 4
-# Rows that are passed over together where they are not live.
-_MOST_ROWS = 128
+# Biases that are read at once, of as many parts as that takes.
+_MOST_BIASES = 2**11
+# Of a thread, where rows are passed over: left to itself the assembler makes room for a fourth
+# program on a multiprocessor, and spills.
+_REGISTERS = {"maxnreg": 255}
+# Rows that are passed over together where they are not live: as many as make some steps.
+_MOST_ROWS, _STEPS = 128, 4
 
 
 @triton.jit(
@@ -64,8 +72,9 @@ _MOST_ROWS = 128
 )
 def level_wgrad_kernel(
     x, dy, code, by_branch, live, spoilt, dweight0, dweight1, dbias0, dbias1,
+    parts, bias_parts, arrivals,
     count0, count1, rows_at_once, samples, by_samples, shift,
-    x_p, x_n, x_h, x_w, x_c, d_part, d_o, d_c, d_h, d_w, d_part_bias,
+    x_p, x_n, x_h, x_w, x_c, d_o, d_c, d_h, d_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CONV_H: tl.constexpr, CONV_W: tl.constexpr,
     OUT_H: tl.constexpr, OUT_W: tl.constexpr,
@@ -73,10 +82,16 @@ def level_wgrad_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, POOL: tl.constexpr, POOL_PAD: tl.constexpr,
     HAS_CODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LIVE: tl.constexpr,
     IF_SPOILT: tl.constexpr, MOST_ROWS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    IN_PARTS: tl.constexpr, GROUP: tl.constexpr, AT_ONCE: tl.constexpr,
+    BIASES_AT_ONCE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One part of dweight [Co, C, KH, KW] and dbias [Co] of one branch; see level_wgrad."""
+    """dweight [Co, C, KH, KW] and dbias [Co] of one branch; see level_wgrad.
+
+    IN_PARTS: by way of parts [S + G, B, Co, KH * KW * C], sums of groups behind them, and
+    bias_parts [S, B, Co].
+    """
     wait_for_others(EARLY)
     if IF_SPOILT:
         if tl.load(spoilt) == 0:
@@ -88,9 +103,11 @@ def level_wgrad_kernel(
     tile = tl.program_id(1)
     split = tl.program_id(2)
     entries, count, dweight, dbias = by_branch, count0, dweight0, dbias0
+    first = 0
     if BRANCHES == 2:
         second = tile >= TILES
         tile = tile % TILES
+        first = tl.where(second, C_OUT, 0)
         entries += tl.where(second, count0, 0) * 3
         count = tl.where(second, count1, count0)
         dweight = tl.where(second, dweight1, dweight0)
@@ -113,8 +130,8 @@ def level_wgrad_kernel(
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     bias = tl.zeros((DEPTH, COLUMNS), tl.float32)
-    parts = tl.cdiv(count, rows_at_once) if HAS_LIVE else split + 1
-    for number in range(split, parts, tl.num_programs(2)):
+    numbers = tl.cdiv(count, rows_at_once) if HAS_LIVE else split + 1
+    for number in range(split, numbers, tl.num_programs(2)):
         begin = number * part
         length = tl.minimum(part, pixels - begin).to(tl.int32)
         if HAS_LIVE:
@@ -168,66 +185,40 @@ def level_wgrad_kernel(
             if HAS_BIAS:
                 bias += gradient.to(tl.float32)
 
-    dweight += split.to(index) * d_part + channel_out * d_o
-    at = dweight[None, :] + (kh * d_h + kw * d_w + channel * d_c)[:, None]
     keep = in_kernel[:, None] & used[None, :]
+    if IN_PARTS:
+        SIZE: tl.constexpr = BRANCHES * C_OUT * KH * KW * C_IN
+        in_part = ((first + column) * (KH * KW * C_IN))[None, :] + row[:, None]
+        tl.store(parts + split * SIZE + in_part, total, mask=keep)
+        if HAS_BIAS:
+            if tl.program_id(0) == 0:
+                bias_at = bias_parts + split * (BRANCHES * C_OUT) + first + column
+                tl.store(bias_at, tl.sum(bias, axis=0), mask=used)
+        splits = tl.num_programs(2)
+        group, in_group, groups = place_in(split, splits, GROUP)
+        arrivals += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * (1 + groups)
+        if not is_last(arrivals + group, in_group):
+            return
+        begin_at = parts + group * (GROUP * SIZE) + in_part
+        total = added_up(begin_at, keep, in_group, SIZE, AT_ONCE)
+        if GROUP > 0:
+            sums = parts + splits * SIZE + in_part
+            tl.store(sums + group * SIZE, total, mask=keep)
+            if not is_last(arrivals + groups, groups):
+                return
+            total = added_up(sums, keep, groups, SIZE, AT_ONCE)
+    at = (dweight + channel_out * d_o)[None, :] + (kh * d_h + kw * d_w + channel * d_c)[:, None]
     tl.store(at, total.to(dweight0.dtype.element_ty), mask=keep)
     if HAS_BIAS:
         if tl.program_id(0) == 0:
-            bias_at = dbias + split.to(index) * d_part_bias + channel_out
-            tl.store(bias_at, tl.sum(bias, axis=0).to(dbias0.dtype.element_ty), mask=used)
-
-
-@triton.jit
-def summed(parts, at, inside, splits, size, PARTS: tl.constexpr):
-    """The sum over parts [S, size] at some places, always in the same order."""
-    part = tl.arange(0, PARTS)
-    total = tl.zeros((PARTS, at.shape[0]), tl.float32)
-    for start in range(0, splits, PARTS):
-        # many loads in flight: one after another each would wait for memory
-        read = (start + part < splits)[:, None] & inside[None, :]
-        from_part = parts + (start + part).to(tl.int64)[:, None] * size
-        total += tl.load(from_part + at[None, :], mask=read, other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def level_wgrad_sum_kernel(
-    parts, bias_parts, dweight0, dweight1, dbias0, dbias1, spoilt,
-    splits, bias_splits, d_o, d_c, d_h, d_w,
-    BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, LINE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SAYS_SPOILT: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, BIAS_BLOCK: tl.constexpr, BIAS_PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """dweight and dbias from parts [S, B, Co, LINE] and bias_parts [S', B, Co]."""
-    wait_for_others(EARLY)
-    FILTER: tl.constexpr = KH * KW * C_IN
-    SIZE: tl.constexpr = BRANCHES * C_OUT * FILTER
-    WEIGHT_BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    block = tl.program_id(0)
-    if block < WEIGHT_BLOCKS:
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        inside = at < SIZE
-        channel = at % C_IN
-        kw = at // C_IN % KW
-        kh = at // C_IN // KW % KH
-        channel_out = at // FILTER % C_OUT
-        in_part = at // FILTER * LINE + at % FILTER
-        total = summed(parts, in_part, inside, splits, BRANCHES * C_OUT * LINE, PARTS)
-        dweight = tl.where(at // (C_OUT * FILTER) == 1, dweight1, dweight0)
-        dweight += channel_out * d_o + channel * d_c + kh * d_h + kw * d_w
-        tl.store(dweight, total.to(dweight0.dtype.element_ty), mask=inside)
-        if SAYS_SPOILT:
-            nans = tl.max((total != total).to(tl.int32), axis=0)
-            tl.atomic_max(spoilt, nans, mask=nans > 0)
-    elif HAS_BIAS:
-        bias_at = (block - WEIGHT_BLOCKS) * BIAS_BLOCK + tl.arange(0, BIAS_BLOCK)
-        used = bias_at < BRANCHES * C_OUT
-        bias = summed(bias_parts, bias_at, used, bias_splits, BRANCHES * C_OUT, BIAS_PARTS)
-        dbias = tl.where(bias_at // C_OUT == 1, dbias1, dbias0) + bias_at % C_OUT
-        tl.store(dbias, bias.to(dbias0.dtype.element_ty), mask=used)
+            if IN_PARTS:
+                summed = few_added_up(
+                    bias_parts + first + column, used, tl.num_programs(2), BRANCHES * C_OUT,
+                    BIASES_AT_ONCE,
+                )  # fmt: skip
+            else:
+                summed = tl.sum(bias, axis=0)
+            tl.store(dbias + channel_out, summed.to(dbias0.dtype.element_ty), mask=used)
 
 
 def level_wgrad(
@@ -238,12 +229,13 @@ def level_wgrad(
     biases: list[Tensor],
     rows: Tables,
     geometry: Geometry,
+    arrivals: Tensor,
     *,
     live: Tensor | None = None,
     tf32: bool = False,
     tile: Tile | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients of a level's weights and biases: two launches, or one for a short sum.
+    """The gradients of a level's weights and biases: one launch.
 
     A value of ``x`` that is not finite counts as 0: it belongs to a configuration whose ``dy`` is 0
     or to a step whose loss is NaN.
@@ -252,6 +244,7 @@ def level_wgrad(
         dy: ``[R, N, out_h, out_w, Co]``, contiguous; its dtype is that of the product.
         code: of the forward.
         x, weights, biases, rows, geometry: as in the forward.
+        arrivals: of the forward: zeros, before and after.
         live: bool ``[R]``: other rows count as ``dy`` = 0 and are not read; None: all are.
         tf32: whether a float32 product may round its operands to TF32.
         tile: block sizes; None: chosen by shape.
@@ -268,18 +261,10 @@ def level_wgrad(
         tuple(x.shape), x.stride(), len(weights), tuple(weights[0].shape), rows.counts, geometry,
         dy.dtype, tf32, tile,
     )  # fmt: skip
-    channels_out, channels, kh, kw = weights[0].shape
-    targets = [dweight.unsqueeze(0) for dweight in dweights]
-    bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
-    if splits > 1:
-        size = (splits, len(weights), channels_out, kh, kw, channels)
-        parts = x.new_empty(size, dtype=torch.float32)
-        bias_parts = x.new_empty(size[:3] if biases else (0,), dtype=torch.float32)
-        targets = [parts[:, b].permute(0, 1, 4, 2, 3) for b in range(len(weights))]
-        bias_targets = [bias_parts[:, b] for b in range(len(biases))]
-    _fill(dy, code, x, rows, geometry, targets, bias_targets, tile, tf32, live=live)
-    if splits > 1:
-        sum_parts(parts.flatten(3), bias_parts, dweights, dbiases)
+    _fill(
+        dy, code, x, rows, geometry, dweights, dbiases, tile, tf32, splits=splits,
+        arrivals=arrivals, live=live,
+    )  # fmt: skip
     return dweights, dbiases
 
 
@@ -324,9 +309,7 @@ def mend_wgrad(
         tuple(x.shape), x.stride(), len(dweights), tuple(dweights[0].shape), rows.counts, geometry,
         dy.dtype, False, None,
     )  # fmt: skip
-    targets = [dweight.unsqueeze(0) for dweight in dweights]
-    bias_targets = [dbias.unsqueeze(0) for dbias in dbiases]
-    _fill(dy, code, x, rows, geometry, targets, bias_targets, tile, False, spoilt=spoilt)
+    _fill(dy, code, x, rows, geometry, dweights, dbiases, tile, False, spoilt=spoilt)
 
 
 def _fill(
@@ -335,46 +318,61 @@ def _fill(
     x: Tensor,
     rows: Tables,
     geometry: Geometry,
-    targets: list[Tensor],
-    bias_targets: list[Tensor],
+    dweights: list[Tensor],
+    dbiases: list[Tensor],
     tile: Tile,
     tf32: bool,
     *,
+    splits: int = 1,
+    arrivals: Tensor | None = None,
     live: Tensor | None = None,
     spoilt: Tensor | None = None,
 ) -> None:
-    """Fills ``[S, Co, C, KH, KW]`` and ``[S, Co]`` (or none) per branch with S parts of sums."""
+    """Fills ``[Co, C, KH, KW]`` and ``[Co]`` (or none) per branch, by way of so many parts."""
     has_live, if_spoilt = live is not None, spoilt is not None
-    biased = bias_targets or targets  # never written where there is none
-    launch = _launch(
-        tuple(dy.shape), tuple(x.shape), x.stride(), len(targets), tuple(targets[0].shape),
-        targets[0].stride(), biased[0].stride(0), rows.counts, geometry, bool(bias_targets),
-        has_live, if_spoilt, tile, tf32, x.device,
+    biased = dbiases or dweights  # never written where there is none
+    work = _work(
+        tuple(dy.shape), tuple(x.shape), x.stride(), len(dweights), tuple(dweights[0].shape),
+        dweights[0].stride(), splits, rows.counts, geometry, bool(dbiases), has_live, if_spoilt,
+        tile, tf32, x.device,
     )  # fmt: skip
-    launch(
+    # of one part alone there are none, and what stands in their place is never touched
+    parts = bias_parts = code
+    if splits > 1:
+        parts = x.new_empty(work.parts, dtype=torch.float32)
+        bias_parts = x.new_empty((splits, *work.parts[1:3]), dtype=torch.float32)
+    work.launch(
         # the latter are never read
         x, dy, code, rows.by_branch, live.view(torch.uint8) if has_live else code,
-        spoilt if if_spoilt else code, targets[0], targets[-1], biased[0], biased[-1],
+        spoilt if if_spoilt else code, dweights[0], dweights[-1], biased[0], biased[-1],
+        parts, bias_parts, arrivals if splits > 1 else code,
     )  # fmt: skip
+
+
+class _Work(NamedTuple):
+    """The launch, and the shape of its parts."""
+
+    launch: Launch
+    parts: tuple[int, ...]
 
 
 @kept
-def _launch(
+def _work(
     dy: tuple[int, ...], x: tuple[int, ...], x_strides: tuple[int, ...], branches: int,
-    target: tuple[int, ...], strides: tuple[int, ...], bias_stride: int,
-    counts: tuple[int, ...], geometry: Geometry, has_bias: bool, has_live: bool,
-    if_spoilt: bool, tile: Tile, tf32: bool, device: torch.device,
-) -> Launch:  # fmt: skip
-    splits, channels_out, channels, kh, kw = target
+    weight: tuple[int, ...], strides: tuple[int, ...], splits: int, counts: tuple[int, ...],
+    geometry: Geometry, has_bias: bool, has_live: bool, if_spoilt: bool, tile: Tile, tf32: bool,
+    device: torch.device,
+) -> _Work:  # fmt: skip
+    channels_out, channels, kh, kw = weight
     samples = x[1]
     pixels = max(counts) * samples * geometry.conv_h * geometry.conv_w
     grid = cdiv(channels * kh * kw, tile.rows), branches * cdiv(channels_out, tile.columns), splits
-    offsets = reach(x, x_strides), prod(dy), reach(target, strides)
-    return Launch(
+    offsets = reach(x, x_strides), prod(dy), reach(weight, strides)
+    launch = Launch(
         level_wgrad_kernel, grid,
         (
             counts[0], counts[-1], _rows_at_once(tile, samples, geometry), samples,
-            *divisor(samples), *x_strides, *strides, bias_stride,
+            *divisor(samples), *x_strides, *strides,
         ),
         BRANCHES=branches, C_IN=channels, C_OUT=channels_out,
         HEIGHT=x[2], WIDTH=x[3], CONV_H=geometry.conv_h, CONV_W=geometry.conv_w,
@@ -385,68 +383,14 @@ def _launch(
         HAS_CODE=geometry.has_code, HAS_BIAS=has_bias, HAS_LIVE=has_live, IF_SPOILT=if_spoilt,
         MOST_ROWS=_MOST_ROWS, PRECISION="tf32" if tf32 else "ieee",
         WIDE=passes_int32(*offsets, pixels + splits * tile.depth),
+        IN_PARTS=splits > 1, GROUP=group_of(splits),
+        AT_ONCE=parts_at_once(tile.rows * tile.columns),
+        BIASES_AT_ONCE=_MOST_BIASES // tile.columns,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, **early(device),
+        **(_REGISTERS if has_live else {}),
     )  # fmt: skip
-
-
-def sum_parts(
-    parts: Tensor,
-    bias_parts: Tensor,
-    dweights: list[Tensor],
-    dbiases: list[Tensor],
-    spoilt: Tensor | None = None,
-) -> None:
-    """Adds up parts into gradients, in their order: one launch.
-
-    Args:
-        parts: ``[S, B, Co, line]``, float32, contiguous; the first ``KH * KW * C`` of a line are a
-            filter, channels innermost.
-        bias_parts: ``[S', B, Co]``, float32, contiguous; not read without biases.
-        dweights: one ``[Co, C, KH, KW]`` per branch, of one layout; written.
-        dbiases: one contiguous ``[Co]`` per branch, or none; written.
-        spoilt: int32 ``[1]``, 0: becomes 1 where a weight's gradient is NaN; None: nobody asks.
-    """
-    dbias = dbiases or dweights  # the latter is never written
-    launch = _sum_launch(
-        len(parts), len(bias_parts), len(dweights), tuple(dweights[0].shape),
-        dweights[0].stride(), parts.shape[-1], bool(dbiases), spoilt is not None, parts.device,
-    )  # fmt: skip
-    launch(
-        parts, bias_parts, dweights[0], dweights[-1], dbias[0], dbias[-1],
-        parts if spoilt is None else spoilt,
-    )  # fmt: skip
-
-
-@kept
-def _sum_launch(
-    parts: int, bias_parts: int, branches: int, weight: tuple[int, ...],
-    strides: tuple[int, ...], line: int, has_bias: bool, says_spoilt: bool, device: torch.device,
-) -> Launch:  # fmt: skip
-    channels_out, channels, kh, kw = weight
-    together = min(_MOST_PARTS, triton.next_power_of_2(parts))
-    block = _SUMMED // together
-    blocks = cdiv(branches * prod(weight), block)
-    blocks += cdiv(branches * channels_out, _BIAS_BLOCK) if has_bias else 0
-    return Launch(
-        level_wgrad_sum_kernel, (blocks,), (parts, bias_parts, *strides),
-        BRANCHES=branches, C_IN=channels, C_OUT=channels_out, KH=kh, KW=kw, LINE=line,
-        HAS_BIAS=has_bias, SAYS_SPOILT=says_spoilt, BLOCK=block, PARTS=together,
-        BIAS_BLOCK=_BIAS_BLOCK, BIAS_PARTS=_BIAS_PARTS, num_warps=4, **early(device),
-    )  # fmt: skip
-
-
-@cache
-def splits_of(programs: int, steps: int) -> int:
-    """In how many parts a sum of so many steps is cut, none of them very short.
-
-    As many as give every multiprocessor two programs, less where that leaves fewer of them idle at
-    the end: the busiest one decides.
-    """
-    most = min(cdiv(2 * MULTIPROCESSORS, programs), steps // _STEPS)
-    return min(
-        range(max(1, most), 0, -1), key=lambda n: Fraction(cdiv(n * programs, MULTIPROCESSORS), n)
-    )
+    return _Work(launch, (splits + groups_of(splits), branches, channels_out, kh * kw * channels))
 
 
 def _rows_at_once(tile: Tile, samples: int, geometry: Geometry) -> int:

@@ -14,21 +14,24 @@ from lasem_fast.kernels.box_form import BoxForm, Filters
 from lasem_fast.kernels.early_launch import early, wait_for_others
 from lasem_fast.kernels.kept import kept
 from lasem_fast.kernels.launches import Launch
-from lasem_fast.kernels.level_geometry import same_strides
+from lasem_fast.kernels.level_geometry import arrivals_buffer, same_strides
 from lasem_fast.kernels.level_tiles import cdiv
+from lasem_fast.kernels.parts import nobody_yet
 
 _BLOCK = 1024
 
 
 @triton.jit
 def weight_copies_kernel(
-    weight0, weight1, copy, w_o, w_c, w_h, w_w,
+    weight0, weight1, copy, arrivals, w_o, w_c, w_h, w_w,
     BRANCHES: tl.constexpr, C_IN: tl.constexpr, C_OUT: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """copy [B, Co, LINE] of the weights [Co, C, KH, KW]: the filter, then zeros."""
     wait_for_others(EARLY)
+    if tl.program_id(0) == 0:
+        nobody_yet(arrivals)
     SIZE: tl.constexpr = C_OUT * LINE
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < BRANCHES * SIZE
@@ -56,9 +59,9 @@ def weight_copies(weights: Sequence[Tensor], dtype: torch.dtype, form: BoxForm) 
         len(weights), tuple(weights[0].shape), weights[0].stride(), form.kernel, form.channels,
         weights[0].device,
     )  # fmt: skip
-    copy = weights[0].new_empty(shape, dtype=dtype)
-    launch(weights[0], weights[-1], copy)
-    return Filters(copy, len(weights), form.kernel)
+    copy, arrivals = weights[0].new_empty(shape, dtype=dtype), arrivals_buffer(weights[0])
+    launch(weights[0], weights[-1], copy, arrivals)
+    return Filters(copy, arrivals, len(weights), form.kernel)
 
 
 @kept

@@ -22,6 +22,7 @@ from lasem_fast.backends.looked_at import is_looked_at
 from lasem_fast.kernels.box_form import BoxForm, box_form
 from lasem_fast.kernels.level_geometry import (
     Geometry,
+    arrivals_buffer,
     gradient_buffers,
     output_shape,
     skip_buffer,
@@ -32,13 +33,13 @@ _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
     "level_boxes(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? skip, Tensor[] tables, "
     "int[] counts, int[] geometry, ScalarType dtype, int[] tile) -> "
-    "(Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "level_boxes_backward(Tensor dy, Tensor code, Tensor filters, Tensor columns, Tensor x, "
-    "Tensor[] weights, Tensor[] biases, Tensor[] tables, int[] counts, Tensor[] joined, "
-    "int[] joined_counts, Tensor? live, Tensor? carried, int[] geometry, bool to_input, "
-    "ScalarType? skip_dtype, bool to_parameters, int[] dgrad, int[] wgrad) -> "
+    "level_boxes_backward(Tensor dy, Tensor code, Tensor filters, Tensor columns, "
+    "Tensor arrivals, Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] tables, int[] counts, "
+    "Tensor[] joined, int[] joined_counts, Tensor? live, Tensor? carried, int[] geometry, "
+    "bool to_input, ScalarType? skip_dtype, bool to_parameters, int[] dgrad, int[] wgrad) -> "
     "(Tensor, Tensor, Tensor[], Tensor[])"
 )
 
@@ -55,13 +56,13 @@ def _(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
     filters = (len(weights) * weights[0].shape[0], prod(form.kernel), form.channels)
     columns = form.x_shape if form.unfolds else (0,)
     y, filters, columns = (x.new_empty(size, dtype=dtype) for size in (shape, filters, columns))
-    return y, x.new_empty(code, dtype=torch.uint8), filters, columns
+    return y, x.new_empty(code, dtype=torch.uint8), filters, columns, arrivals_buffer(x)
 
 
 @torch.library.register_fake("lasem_fast::level_boxes_backward", lib=_library)
 def _(
-    dy, code, filters, columns, x, weights, biases, tables, counts, joined, joined_counts, live,
-    carried, geometry, to_input, skip_dtype, to_parameters, dgrad, wgrad,
+    dy, code, filters, columns, arrivals, x, weights, biases, tables, counts, joined,
+    joined_counts, live, carried, geometry, to_input, skip_dtype, to_parameters, dgrad, wgrad,
 ):  # fmt: skip
     rows, geometry = Tables(*tables, tuple(counts)), Geometry(*geometry)
     reaches = to_input or skip_dtype is not None
@@ -84,8 +85,9 @@ def _(*arguments):
     return _launches().backward(*arguments)
 
 
-def forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``level_boxes``: y, code, the filters as they were read, and the input if it was unfolded."""
+def forward(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """``level_boxes``: y, code, the filters as they were read, the input if it was unfolded, and
+    zeros for the backward to count in."""
     run = _forward if is_looked_at(x) else _launches().forward
     return run(x, *others)
 

@@ -28,19 +28,18 @@ def forward(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
     """Copies of the weights, the input unfolded where it has to be, and the level's output."""
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
     form = box_form(tuple(x.shape), tuple(weights[0].shape), geometry)
-    copy = early_copy(x, weights, lambda: weight_copies(weights, dtype, form).data)
-    filters = Filters(copy, len(weights), form.kernel)
+    filters = early_copy(x, weights, lambda: weight_copies(weights, dtype, form))
     columns = x.new_empty(0, dtype=dtype)
     if form.unfolds:
         columns = unfolded(x, weights[0].shape[2:], geometry, form, dtype)
     read = columns if form.unfolds else x.view(form.x_shape)
     y, code = box_forward(read, filters, biases, skip, rows, form.geometry, _tile(tile))
-    return y, code, filters.data, columns
+    return y, code, filters.data, columns, filters.arrivals
 
 
 def backward(
-    dy, code, filters, columns, x, weights, biases, tables, counts, joined, joined_counts, live,
-    carried, geometry, to_input, skip_dtype, to_parameters, dgrad, wgrad,
+    dy, code, filters, columns, arrivals, x, weights, biases, tables, counts, joined,
+    joined_counts, live, carried, geometry, to_input, skip_dtype, to_parameters, dgrad, wgrad,
 ):  # fmt: skip
     """The gradient of the convolution, and the products that read it."""
     rows, few = Tables(*tables, tuple(counts)), Tables(*joined, tuple(joined_counts))
@@ -51,7 +50,7 @@ def backward(
         len(few.by_parent), tuple(wgrad),
     )  # fmt: skip
     form, shape, tile, together, box = sizes
-    geometry, filters = form.geometry, Filters(filters, len(weights), form.kernel)
+    geometry, filters = form.geometry, Filters(filters, arrivals, len(weights), form.kernel)
     summed, read = (few, shape) if together else (rows, form.x_shape)
     read = columns.view(read) if form.unfolds else x.view(read)
     gradient = box_gradient(

@@ -33,10 +33,14 @@ _LARGEST_GAPPED_WEIGHT = 2**16
 _MOST_TF32, _MOST_FP32, _SMALL_IMAGE = 2e9, 1e8, 64
 # Bytes of an unfolded input.
 _MOST_UNFOLDED = 2**30
+# Where launches take longer than what they do, the fewest are best: output pixels of a branch, and
+# values of a filter, of a convolution that would be unfolded; and rows of a product that is summed
+# in a few steps. By bench.model.
+_FEW_PIXELS, _FEW_VALUES, _FEW_ROWS = 2**14, 32, 256
 
 
 class GatherLevel:
-    """A convolution or linear layer with its epilogue; a launch forward, at most three backward.
+    """A convolution or linear layer with its epilogue; a launch forward, at most two backward.
 
     Its kernels read their operands element by element, whatever they are. A convolution's weights
     are best in ``torch.channels_last``: then nothing is copied. See
@@ -96,6 +100,7 @@ class GatherLevel:
         out = run_level(
             images, _of_one_dtype(weights, dtype), _of_one_dtype(biases, dtype), geometry, rows,
             dtype=dtype, skip=data, liveness=liveness, carry=carry, boxes=boxes,
+            gathers_back=boxes and _sums_little(images, weights, geometry, rows),
         )  # fmt: skip
         y, carried = out if carry else (out, x)
         y = y.flatten(2) if type(layer.core) is nn.Linear else y
@@ -116,9 +121,8 @@ class GatherLevel:
 class BoxLevel(GatherLevel):
     """The same with operands that are read in boxes (TMA): on sm_90, for products of 16 bits.
 
-    Two launches forward, one more each for a pool of 3, a stride, and a sum that is cut into parts;
-    at most four backward, five over rows that are put together. It does not take what cannot be
-    read so.
+    Two launches forward, one more each for a pool of 3 and a stride; at most three backward, four
+    over rows that are put together. It does not take what cannot be read so.
     """
 
     def why_not(self, layer: Layer, x: Tensor) -> str:
@@ -198,13 +202,21 @@ def _unfolds_to_boxes(
     if form.unfolds:
         # columns are many times as large as the input
         small = x[0] == 1 and prod(form.x_shape) * dtype.itemsize <= _MOST_UNFOLDED
-        return True if small and not has_skip else None
+        few = prod(form.x_shape[:4]) <= _FEW_PIXELS and prod(weight[1:]) <= _FEW_VALUES
+        return True if small and not few and not has_skip else None
     if x_dtype != dtype:
         return None
     like = torch.empty_strided(x, strides, dtype=x_dtype, device="meta")
     if form.x_shape[2:4] != x[2:4] and not like[0, 0].is_contiguous():
         return None
     return False if boxes.can_read(like.view(form.x_shape)) else None
+
+
+def _sums_little(x: Tensor, weights: Sequence[Tensor], geometry: Geometry, rows: Rows) -> bool:
+    """Whether the backward of a level in boxes has so little to sum that gathering is best."""
+    if not geometry.covers(x.shape, weights[0].shape):
+        return False
+    return max(map(rows.branches.count, range(len(weights)))) * x.shape[1] <= _FEW_ROWS
 
 
 def computed_in(x: Tensor, parameters: Sequence[Tensor]) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from lasem_fast.backends import box_level_op, second_order
 from lasem_fast.backends.looked_at import is_looked_at
 from lasem_fast.kernels.level_geometry import (
     Geometry,
+    arrivals_buffer,
     gradient_buffers,
     output_shape,
     skip_buffer,
@@ -34,7 +35,7 @@ _shape, _dtype, _device = map(attrgetter, ("shape", "dtype", "device"))
 _library = torch.library.Library("lasem_fast", "FRAGMENT")
 _library.define(
     "level_triton(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? skip, Tensor[] tables, "
-    "int[] counts, int[] geometry, ScalarType dtype, int[] tile) -> (Tensor, Tensor)"
+    "int[] counts, int[] geometry, ScalarType dtype, int[] tile) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "level_dgrad_triton(Tensor dy, Tensor code, Tensor[] weights, Tensor[] tables, int[] counts, "
@@ -43,7 +44,7 @@ _library.define(
 )
 _library.define(
     "level_wgrad_triton(Tensor dy, Tensor code, Tensor x, Tensor[] weights, Tensor[] biases, "
-    "Tensor[] tables, int[] counts, Tensor? live, int[] geometry, int[] tile) "
+    "Tensor[] tables, int[] counts, Tensor arrivals, Tensor? live, int[] geometry, int[] tile) "
     "-> (Tensor[], Tensor[])"
 )
 
@@ -65,7 +66,8 @@ def _(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
     geometry = Geometry(*geometry)
     shape = output_shape(tables[0].shape[0], x, weights, geometry)
     code = shape if geometry.has_code else (0,)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(code, dtype=torch.uint8)
+    y, code = x.new_empty(shape, dtype=dtype), x.new_empty(code, dtype=torch.uint8)
+    return y, code, arrivals_buffer(x)
 
 
 @torch.library.register_fake("lasem_fast::level_dgrad_triton", lib=_library)
@@ -75,7 +77,7 @@ def _(dy, code, weights, tables, counts, live, carried, x_shape, geometry, dtype
 
 
 @torch.library.register_fake("lasem_fast::level_wgrad_triton", lib=_library)
-def _(dy, code, x, weights, biases, tables, counts, live, geometry, tile):
+def _(dy, code, x, weights, biases, tables, counts, arrivals, live, geometry, tile):
     return gradient_buffers(weights), [torch.empty_like(bias) for bias in biases]
 
 
@@ -109,19 +111,19 @@ def _run_dgrad(
 
 @torch.library.impl(_library, "level_wgrad_triton", "CUDA")
 @torch.library.impl(_library, "level_wgrad_triton", "CPU")
-def _run_wgrad(dy, code, x, weights, biases, tables, counts, live, geometry, tile):
+def _run_wgrad(dy, code, x, weights, biases, tables, counts, arrivals, live, geometry, tile):
     from lasem_fast.kernels.level_wgrad import level_wgrad
 
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
     _check_live(live, dy)
     tf32 = _tf32(x.shape, weights, geometry, dy.dtype)
     return level_wgrad(
-        dy.contiguous(), code, x, weights, biases, rows, geometry,
+        dy.contiguous(), code, x, weights, biases, rows, geometry, arrivals,
         live=live, tf32=tf32, tile=_tile(tile),
     )  # fmt: skip
 
 
-def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (_forward_op if is_looked_at(x) else _run_forward)(x, *others)
 
 
@@ -228,6 +230,7 @@ class _Call(NamedTuple):
     branches: int
     carry: bool
     boxes: bool
+    gathers_back: bool
 
 
 class _Level(torch.autograd.Function):
@@ -240,14 +243,14 @@ class _Level(torch.autograd.Function):
         filters = columns = None
         if call.boxes:
             _check(x, weights, biases, skip, Tables(*tables, counts), call.geometry, call.dtype)
-            y, code, filters, columns = _forward_in_boxes(call, x, weights, biases, skip)
+            y, code, filters, columns, arrivals = _forward_in_boxes(call, x, weights, biases, skip)
         else:
-            y, code = _forward(
+            y, code, arrivals = _forward(
                 x, weights, biases, skip, tables, counts, call.geometry, call.dtype,
                 call.tiles.forward,
             )  # fmt: skip
         # the skip itself is not read again, but gradients of gradients lead to it
-        ctx.save_for_backward(x, skip, code, filters, columns, *parameters)
+        ctx.save_for_backward(x, skip, code, arrivals, filters, columns, *parameters)
         ctx.call, ctx.tables, ctx.counts = call, tables, counts
         ctx.skip_dtype = None if skip is None else skip.dtype
         ctx.set_materialize_grads(False)
@@ -256,7 +259,7 @@ class _Level(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, carried=None):
         call = ctx.call
-        x, skip, code, filters, columns, *parameters = ctx.saved_tensors
+        x, skip, code, arrivals, filters, columns, *parameters = ctx.saved_tensors
         grads = [None] * len(parameters)
         if dy is None:
             return None, carried, None, *grads
@@ -271,13 +274,13 @@ class _Level(torch.autograd.Function):
                 dskip = dy
             else:
                 skip_dtype = ctx.skip_dtype
-        if call.boxes:
+        if call.boxes and not call.gathers_back:
             dx, summed, gradients = _box_backward(
-                ctx, dy, code, filters, columns, x, parameters, live, carried, skip_dtype
+                ctx, dy, code, arrivals, filters, columns, x, parameters, live, carried, skip_dtype
             )
         else:
             dx, summed, gradients = _gather_backward(
-                ctx, dy, code, x, parameters, live, carried, skip_dtype
+                ctx, dy, code, arrivals, filters, x, parameters, live, carried, skip_dtype
             )
         dskip = dskip if skip_dtype is None else summed
         return None, dx, dskip, *(gradients or grads)
@@ -289,14 +292,14 @@ def _forward_in_boxes(call, x, weights, biases, skip):
     *tables, counts = tables_of(joined, call.branches, x.device)
     together = in_rows(x, joined.width)
     skips = [in_rows(skip, joined.skip_width) for skip in skips]
-    y, code, filters, columns = box_level_op.forward(
+    y, code, filters, columns, arrivals = box_level_op.forward(
         together, weights, biases, *(skips or [None]), tables, counts, call.geometry, call.dtype,
         call.tiles.forward,
     )  # fmt: skip
     y = in_rows(y, rows)
     code = in_rows(code, rows) if code.dim() > 1 else code
     columns = in_rows(columns, len(x)) if columns.dim() > 1 else columns
-    return y, code, filters, columns
+    return y, code, filters, columns, arrivals
 
 
 def _joined(call: _Call, x: Tensor, others: Sequence[Tensor]) -> Rows:
@@ -307,24 +310,35 @@ def _joined(call: _Call, x: Tensor, others: Sequence[Tensor]) -> Rows:
     return call.rows.joined()
 
 
-def _gather_backward(ctx, dy, code, x, parameters, live, carried, skip_dtype):
+def _gather_backward(ctx, dy, code, arrivals, filters, x, parameters, live, carried, skip_dtype):
     call, tables, counts = ctx.call, ctx.tables, ctx.counts
     weights, biases = parameters[: call.branches], parameters[call.branches :]
     dx, dskip, gradients = None, None, []
     if ctx.needs_input_grad[1] or skip_dtype is not None:
+        read = weights if filters is None else _as_weights(filters, weights[0].shape)
         dx, dskip = _dgrad(
-            dy, code, weights, tables, counts, live, carried, x.shape, call.geometry, x.dtype,
+            dy, code, read, tables, counts, live, carried, x.shape, call.geometry, x.dtype,
             skip_dtype, call.tiles.dgrad,
         )  # fmt: skip
     if any(ctx.needs_input_grad[3:]):
         dweights, dbiases = _wgrad(
-            dy, code, x, weights, biases, tables, counts, live, call.geometry, call.tiles.wgrad
-        )
+            dy, code, x, weights, biases, tables, counts, arrivals, live, call.geometry,
+            call.tiles.wgrad,
+        )  # fmt: skip
         gradients = [*dweights, *dbiases]
     return dx, dskip, gradients
 
 
-def _box_backward(ctx, dy, code, filters, columns, x, parameters, live, carried, skip_dtype):
+def _as_weights(filters: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Every branch's ``[Co, C, KH, KW]`` of the copies that boxes were read of."""
+    channels_out, channels, kh, kw = shape
+    filters = filters.view(-1, kh, kw, channels).permute(0, 3, 1, 2)
+    return [*filters.split(channels_out)]
+
+
+def _box_backward(
+    ctx, dy, code, arrivals, filters, columns, x, parameters, live, carried, skip_dtype
+):
     call = ctx.call
     weights, biases = parameters[: call.branches], parameters[call.branches :]
     _check_live(live, dy)
@@ -332,9 +346,9 @@ def _box_backward(ctx, dy, code, filters, columns, x, parameters, live, carried,
     joined = call.rows if live is not None else _joined(call, x, [])
     *few, few_counts = tables_of(joined, call.branches, x.device)
     dx, dskip, dweights, dbiases = box_level_op.backward(
-        dy, code, filters, columns, x, weights, biases, ctx.tables, ctx.counts, few, few_counts,
-        live, carried, call.geometry, needs_dx, skip_dtype, needs_dweights, call.tiles.dgrad,
-        call.tiles.wgrad,
+        dy, code, filters, columns, arrivals, x, weights, biases, ctx.tables, ctx.counts, few,
+        few_counts, live, carried, call.geometry, needs_dx, skip_dtype, needs_dweights,
+        call.tiles.dgrad, call.tiles.wgrad,
     )  # fmt: skip
     reached = needs_dx or skip_dtype is not None
     return dx if reached else None, dskip, [*dweights, *dbiases]
@@ -382,6 +396,7 @@ def level(
     carry: bool = False,
     tiles: Tiles = Tiles(),  # noqa: B008
     boxes: bool = False,
+    gathers_back: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One level: ``max_pool2d(relu_after(relu(conv2d(x, weight, bias)) + skip))`` of every row.
 
@@ -400,6 +415,8 @@ def level(
         tiles: block sizes, of which every one gives the same sums in another order.
         boxes: read the operands in boxes: for levels, and an ``x``, that
             :class:`~lasem_fast.backends.triton_level.BoxLevel` takes.
+        gathers_back: with ``boxes``, for a linear layer: the backward reads its operands element by
+            element, as without them.
 
     Returns:
         ``[R, N, out_h, out_w, Co]``, which is a next level's ``x``; with ``carry`` and ``x``.
@@ -411,5 +428,5 @@ def level(
         got = "a list without" if skip is not None else "none"
         raise ValueError(f"skip: expected a skip just where rows.skips names its rows, got {got}")
     boxes = boxes and len(rows) > 0
-    call = _Call(rows, geometry, liveness, dtype, tiles, len(weights), carry, boxes)
+    call = _Call(rows, geometry, liveness, dtype, tiles, len(weights), carry, boxes, gathers_back)
     return _Level.apply(call, x, skip, *weights, *biases)

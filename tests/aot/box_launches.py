@@ -18,7 +18,7 @@ from lasem_fast.kernels import (
     weight_copies,
 )
 from lasem_fast.kernels.box_form import Filters, box_form
-from lasem_fast.kernels.level_geometry import Geometry
+from lasem_fast.kernels.level_geometry import Geometry, arrivals_buffer
 from lasem_fast.kernels.level_rows import Rows, tables_of
 from lasem_fast.kernels.level_tiles import Tile
 
@@ -58,12 +58,11 @@ def launches() -> dict[str, Launch]:
 
 
 def _mended() -> dict[str, Launch]:
-    """A sum that says whether it is NaN, and the one that is made anew then."""
+    """A sum that is made anew where one says that it is NaN."""
     x, weights, biases, geometry, rows = _problem(torch.bfloat16, 2, 2, False, False)
     dy = _meta(len(rows), _SAMPLES, geometry.out_h, geometry.out_w, 64, dtype=torch.bfloat16)
     code, spoilt = torch.empty_like(dy, dtype=torch.uint8), _meta(1, dtype=torch.int32)
     with recorded() as started:
-        level_wgrad.sum_parts(_meta(4, 2, 64, 9 * 64), _meta(4, 2, 64), weights, biases, spoilt)
         level_wgrad.mend_wgrad(
             spoilt, weights, biases, dy, code, x, tables_of(rows, 2, x.device), geometry
         )
@@ -75,15 +74,12 @@ def _mended() -> dict[str, Launch]:
 def _linear() -> dict[str, Launch]:
     """Behind the flatten of a small mini-batch: a sum that is cut into parts."""
     x = _meta(1, 16 * _SAMPLES, 1, 1, 4096, dtype=torch.bfloat16)
-    filters = Filters(_meta(64, 1, 4096, dtype=torch.bfloat16), 1, (1, 1))
+    filters = Filters(_meta(64, 1, 4096, dtype=torch.bfloat16), arrivals_buffer(x), 1, (1, 1))
     geometry = Geometry(1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1)
     tables = tables_of(Rows.full(1, 1), 1, x.device)
     with recorded() as started:
         box_forward.box_forward(x, filters, [_meta(64)], None, tables, geometry)
-    assert [launch.kernel.__name__ for launch in started] == [
-        "box_forward_kernel",
-        "box_sum_kernel",
-    ]
+    assert started[0].arguments["PARTS"] > 1
     return _named(started, "in_parts")
 
 
@@ -123,9 +119,7 @@ def _named(started: list[Launch], form: str) -> dict[str, Launch]:
         sizes = ("IMAGES", "BOX_H", "BOX_W", "ROWS", "COLUMNS", "DEPTH")
         size = "x".join(str(launch.arguments[s]) for s in sizes if s in launch.arguments)
         kernel = launch.kernel.__name__.removesuffix("_kernel")
-        # the sum of parts is compiled with the other kernels
-        if kernel != "level_wgrad_sum":
-            found[f"{kernel}/{size}/{form}"] = launch
+        found[f"{kernel}/{size}/{form}"] = launch
     return found
 
 
@@ -153,7 +147,8 @@ def _backward(
     dy = _meta(len(rows), x.shape[1], geometry.out_h, geometry.out_w, 64, dtype=dtype)
     code = torch.empty_like(dy, dtype=torch.uint8) if geometry.has_code else _meta(0).byte()
     lives = _meta(len(rows), dtype=torch.bool) if live else None
-    filters = Filters(_meta(branches * 64, 9, 64, dtype=dtype), branches, (3, 3))
+    data = _meta(branches * 64, 9, 64, dtype=dtype)
+    filters = Filters(data, arrivals_buffer(x), branches, (3, 3))
     columns = min(wgrad.columns, box_gradient.MOST_COLUMNS)
     with recorded() as started:
         box = box_wgrad.box_of(wgrad, x.shape, geometry, (3, 3))

@@ -11,7 +11,7 @@ from wide_offsets import wide_offsets
 
 from bench.compiling import Launch, recorded
 from lasem_fast.kernels import level_dgrad, level_forward, level_wgrad
-from lasem_fast.kernels.level_geometry import Geometry, output_shape
+from lasem_fast.kernels.level_geometry import Geometry, arrivals_buffer, output_shape
 from lasem_fast.kernels.level_rows import Rows, tables_of
 from lasem_fast.kernels.level_tiles import Tile
 
@@ -119,8 +119,9 @@ def _level(
             )  # fmt: skip
         else:
             level_wgrad.level_wgrad(
-                y, code, x, weights, biases, tables, geometry, live=lives, tf32=tf32, tile=tile
-            )
+                y, code, x, weights, biases, tables, geometry, arrivals_buffer(x),
+                live=lives, tf32=tf32, tile=tile,
+            )  # fmt: skip
     size_of = "x".join(map(str, tile)) if tile else "default"
     return {
         f"{launch.kernel.__name__.removesuffix('_kernel')}/{dtype_name}/{size_of}/{form}": launch

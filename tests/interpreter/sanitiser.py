@@ -1,9 +1,10 @@
 """Makes Triton's interpreter fail where a GPU would read or write what it must not.
 
 Every lane of a load or store has to lie inside a tensor that the kernel was given; no program may
-write what another one has read or written in the same launch; a lane that is masked off without
-``other`` gets NaN (or the largest integer). The interpreter's bfloat16, which is kept as 16 raw
-bits, is repaired: it is computed with in float32 and rounded to nearest even.
+read or write what another one has written in the same launch, nor write what it has read, unless
+the other one had arrived before at a counter in memory at which this one arrived since; a lane that
+is masked off without ``other`` gets NaN (or the largest integer). The interpreter's bfloat16, which
+is kept as 16 raw bits, is repaired: it is computed with in float32 and rounded to nearest even.
 """
 
 from __future__ import annotations
@@ -21,6 +22,20 @@ from lasem_fast.backends import triton_level
 
 _NOBODY = -1
 _SEVERAL = -2
+_ATOMICS = -3
+
+
+_also_reached: list[torch.Tensor] = []
+
+
+@contextmanager
+def reached(*tensors: torch.Tensor):
+    """A context in which kernels may reach these by addresses that they read in memory."""
+    _also_reached.extend(tensors)
+    try:
+        yield
+    finally:
+        _also_reached.clear()
 
 
 class Fault(Exception):
@@ -33,16 +48,20 @@ class _Memory:
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self.spans = []
         self.touched = {}
+        # the last arrival, by number, of every program: at a counter, and as a program has seen it
+        self.arrived: dict[int, dict[int, int]] = {}
+        self.seen: dict[int, dict[int, int]] = {}
         for tensor in (t for t in tensors if t.numel() > 0):
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             begin = tensor.data_ptr()
             self.spans.append((begin, begin + (last + 1) * tensor.element_size()))
             storage = tensor.untyped_storage()
             both = (np.full(storage.nbytes(), _NOBODY, np.int64) for _ in range(2))
-            self.touched.setdefault(storage.data_ptr(), tuple(both))
+            after = np.zeros(storage.nbytes(), np.int8)  # so many arrivals it was written
+            self.touched.setdefault(storage.data_ptr(), (*both, after))
 
     def check(self, kind: str, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-        """Checks the active lanes of a load or store by the program that is running."""
+        """Checks the active lanes of a load, a store or atomics by the program that is running."""
         at = np.broadcast_to(pointers, np.broadcast_shapes(pointers.shape, mask.shape))
         lanes = np.broadcast_to(mask, at.shape).astype(bool)  # the interpreter has masks of 0 and 1
         at = at[lanes].astype(np.int64)
@@ -53,21 +72,44 @@ class _Memory:
             raise Fault(f"{kind} out of bounds in {(~inside).sum()} of {at.size} lanes")
         if kind == "store" and np.unique(at).size < at.size:
             raise Fault("store of several lanes to one address")
-        x, y, z = interpreter.interpreter_builder.grid_idx
-        program = (x << 40) + (y << 20) + z
-        for begin, (readers, writers) in self.touched.items():
+        program = _program()
+        for begin, (readers, writers, after) in self.touched.items():
             here = at[(at >= begin) & (at < begin + readers.size)] - begin
-            _check_others("written", writers[here], program, kind)
+            if kind == "atomics":
+                _check("read", readers[here], [_NOBODY], kind)
+                _check("written", writers[here], [_NOBODY, _ATOMICS], kind)
+                writers[here] = _ATOMICS
+                continue
+            mine, seen = [_NOBODY, program], self.seen.get(program, {})
+            for other in np.unique(writers[here]):
+                unseen = after[here][writers[here] == other].max() >= seen.get(int(other), 0)
+                if other not in mine and unseen:
+                    raise Fault(f"{kind} of what another program has written")
             if kind == "store":
-                _check_others("read", readers[here], program, kind)
+                _check("read", readers[here], mine, kind)
                 writers[here] = program
+                after[here] = seen.get(program, 0)
             else:
-                alone = np.isin(readers[here], (_NOBODY, program))
+                alone = np.isin(readers[here], mine)
                 readers[here] = np.where(alone, program, _SEVERAL)
 
+    def arrive(self, counter: int) -> None:
+        """The running program sees all who came to a counter before, and is seen by who follows."""
+        here = self.arrived.setdefault(counter, {})
+        seen = self.seen.setdefault(_program(), {})
+        seen[_program()] = seen.get(_program(), 0) + 1
+        for other, number in here.items():
+            seen[other] = max(seen.get(other, 0), number)
+        here.update(seen)
 
-def _check_others(did: str, programs: np.ndarray, program: int, kind: str) -> None:
-    if not np.isin(programs, (_NOBODY, program)).all():
+
+def _program() -> int:
+    x, y, z = interpreter.interpreter_builder.grid_idx
+    return (x << 40) + (y << 20) + z
+
+
+def _check(did: str, programs: np.ndarray, allowed: list[int], kind: str) -> None:
+    if not np.isin(programs, allowed).all():
         raise Fault(f"{kind} of what another program has {did}")
 
 
@@ -90,13 +132,15 @@ def sanitised():
     memory: list[_Memory] = []
     plain = {
         name: getattr(InterpreterBuilder, name)
-        for name in ("create_masked_load", "create_masked_store", "cast_impl", "create_fp_to_fp",
-                     "binary_op", "unary_op", "create_dot", "create_fma")
+        for name in ("create_masked_load", "create_masked_store", "create_atomic_rmw",
+                     "cast_impl", "create_fp_to_fp", "binary_op", "unary_op", "create_dot",
+                     "create_fma")
     }  # fmt: skip
     call = GridExecutor.__call__
 
     def launch(self, *args, **kwargs):
-        values = [getattr(value, "base", value) for value in (*args, *kwargs.values())]
+        given = *args, *kwargs.values(), *_also_reached
+        values = [getattr(value, "base", value) for value in given]
         memory.append(_Memory([value for value in values if isinstance(value, torch.Tensor)]))
         try:
             return call(self, *args, **kwargs)
@@ -120,6 +164,13 @@ def sanitised():
         size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
         memory[-1].check("store", pointers.data, mask.data, size)
         return plain["create_masked_store"](self, pointers, value, mask, *rest)
+
+    def atomic(self, operation, pointers, value, mask, order, scope):
+        size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
+        memory[-1].check("atomics", pointers.data, mask.data, size)
+        if order == interpreter._ir.MEM_SEMANTIC.ACQUIRE_RELEASE and pointers.data.size == 1:
+            memory[-1].arrive(int(pointers.data.item()))
+        return plain["create_atomic_rmw"](self, operation, pointers, value, mask, order, scope)
 
     def cast(self, source, target, *rounding):
         if tl.bfloat16 not in (source.dtype.scalar, target.scalar):
@@ -145,6 +196,7 @@ def sanitised():
         return operation
 
     patches = {"create_masked_load": load, "create_masked_store": store}
+    patches["create_atomic_rmw"] = atomic
     patches |= {name: cast for name in ("cast_impl", "create_fp_to_fp")}
     patches |= {n: computed(n) for n in ("binary_op", "unary_op", "create_dot", "create_fma")}
     with ExitStack() as stack:

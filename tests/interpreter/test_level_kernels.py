@@ -41,7 +41,7 @@ def run(case: Case, dy, x_dtype=None, weight_dtype=None, tiles=None) -> Truth:
         for tensors in (case.weights, case.biases)
     )
     skip = None if case.skip is None else case.skip.to(x.dtype)
-    y, code = level_forward.level_forward(
+    y, code, arrivals = level_forward.level_forward(
         x, weights, biases, skip, case.tables, case.geometry, case.dtype, tile=tiles["forward"]
     )
     dy = dy.to(case.dtype, copy=True).contiguous()
@@ -52,9 +52,10 @@ def run(case: Case, dy, x_dtype=None, weight_dtype=None, tiles=None) -> Truth:
         live=case.live, skip_dtype=None if skip is None else skip.dtype, tile=tiles["dgrad"],
     )  # fmt: skip
     dweights, dbiases = level_wgrad.level_wgrad(
-        dy, code, x, weights, biases, case.tables, case.geometry,
+        dy, code, x, weights, biases, case.tables, case.geometry, arrivals,
         live=case.live, tile=tiles["wgrad"],
     )  # fmt: skip
+    assert not arrivals.any()
     return Truth(y, dx, tuple(dweights), tuple(dbiases), () if skip is None else (dskip,))
 
 
@@ -71,6 +72,16 @@ def test_exact_on_integers(seed):
     case = draw(seed)
     dy = case.gradient()
     assert_exact(run(case, dy), truth(case, dy))
+
+
+@pytest.mark.parametrize("parts", [2, 5, 11])
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_that_programs_share(seed, parts, monkeypatch):
+    """Some of them with nothing to add; the count is zero again, for another backward."""
+    monkeypatch.setattr(level_wgrad, "splits_of", lambda programs, steps: parts)
+    case = draw(seed)
+    dy = case.gradient()
+    assert_exact(run(case, dy, tiles={"wgrad": level_wgrad.TENSOR_CORE_TILES[-1]}), truth(case, dy))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -128,7 +139,7 @@ def test_the_code_names_the_first_of_equal_positions():
     for value, code in ((1.0, 0), (0.0, CLOSED), (-1.0, CLOSED)):
         weights = [torch.full((1, 1, 1, 1), value)]
         rows = tables_of(Rows.full(1, 1), 1, x.device)
-        y, got = level_forward.level_forward(x, weights, [], None, rows, geometry, torch.float32)
+        y, got, _ = level_forward.level_forward(x, weights, [], None, rows, geometry, torch.float32)
         assert y.item() == max(value, 0) and got.item() == code
 
 
@@ -143,7 +154,7 @@ def test_the_code_of_a_level_with_a_skip():
         (1, 0, -9, -4, SHUT), (1, 1, -9, 0, CLOSED), (0, 1, -9, 0, CLOSED),
     ]:  # fmt: skip
         geometry = Geometry(1, 1, 0, 0, 2, 2, 2, 0, 1, 1, relu, relu_after)
-        y, got = level_forward.level_forward(
+        y, got, _ = level_forward.level_forward(
             x, weights, [], skip + shift, rows, geometry, torch.float32
         )
         assert (y.item(), got.item()) == (value, code)
@@ -153,7 +164,7 @@ def test_a_carried_gradient_is_added():
     case = usual()
     x, dy = case.x.float(), case.gradient().float()
     carried = integers(*x.shape).float()
-    _, code = level_forward.level_forward(
+    _, code, _ = level_forward.level_forward(
         x, case.weights, case.biases, None, case.tables, case.geometry, torch.float32
     )
     dx, _ = level_dgrad.level_dgrad(

@@ -115,3 +115,33 @@ def test_bfloat16_is_computed_as_pytorch_does():
     out = torch.empty(256, dtype=torch.bfloat16)
     _arithmetic[1,](x, y, out, 256)
     assert torch.equal(out, torch.where(x > y, x * y + x, y.abs() - x))
+
+
+@triton.jit
+def _share(parts, total, arrivals, WAITS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of what all programs store, by the last of them to come."""
+    at = tl.arange(0, BLOCK)
+    part = tl.program_id(0)
+    if not FIRST:
+        tl.store(parts + part * BLOCK + at, at + part)
+    last = tl.atomic_add(arrivals, 1) == tl.num_programs(0) - 1
+    if FIRST:
+        tl.store(parts + part * BLOCK + at, at + part)
+    if last or not WAITS:
+        for other in range(tl.num_programs(0)):
+            value = tl.load(parts + other * BLOCK + at)
+            if last:
+                tl.store(total + at, value + tl.load(total + at))
+
+
+def test_the_last_to_come_may_read_what_the_others_stored():
+    """Not one who comes before, nor what is stored after an arrival; nor the count by itself."""
+    parts, arrivals = (torch.zeros(n, dtype=torch.int32) for n in (24, 1))
+    total = torch.zeros(8, dtype=torch.int32)
+    _share[3,](parts, total, arrivals, True, False, 8)
+    assert torch.equal(total, 3 * torch.arange(8, dtype=torch.int32) + 3)
+    for waits, first in ((False, False), (True, True)):
+        with pytest.raises(InterpreterError, match=r"what another program has (read|written)"):
+            _share[3,](torch.zeros_like(parts), total, arrivals.zero_(), waits, first, 8)
+    with pytest.raises(InterpreterError, match="atomics of what another program has"):
+        _share[3,](parts, total, parts, True, False, 8)

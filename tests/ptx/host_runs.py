@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -24,6 +24,7 @@ def on_host(
     *,
     seed: int = 0,
     change: Callable[[str, str], str] = lambda name, ptx: ptx,
+    reached: Sequence[Tensor] = (),
 ) -> Iterator[list[Launch]]:
     """Kernels that are launched in here run on the host; they are listed as they are.
 
@@ -31,6 +32,7 @@ def on_host(
         capability: of the GPU that Triton compiles for, such as 80 or 90.
         seed: see :meth:`engine.Executable.run`.
         change: takes a kernel's name and PTX, and gives the PTX that is run.
+        reached: tensors whose addresses kernels read in memory.
 
     Raises:
         engine.Fault: see there.
@@ -50,7 +52,7 @@ def on_host(
                 grid,
                 built.metadata.shared,
                 _given(built, arguments),
-                _tensors(arguments),
+                [*_tensors(arguments), *reached],
                 seed=seed,
             )
 

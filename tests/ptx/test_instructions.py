@@ -236,6 +236,42 @@ def test_atomics_of_several_blocks():
             run(touched + largest)
 
 
+def test_blocks_that_arrive_at_a_number():
+    """The second one reads what the first one stored, with barriers before and behind."""
+    code = """
+        ld.global.b32 %r3, [%rd4];
+        mov.u32 %r4, %ctaid.x;
+        mul.wide.u32 %rd6, %r4, 128;
+        add.s64 %rd7, %rd5, %rd6;
+        st.global.b32 [%rd7+4], %r3;
+        {before}
+        setp.eq.b32 %p1, %r1, 0;
+        mov.b32 %r5, 1;
+        mov.b32 %r6, 0;
+        @%p1 atom.global.gpu.acq_rel.add.u32 %r6, [%rd2], %r5;
+        @%p1 st.shared.b32 [0], %r6;
+        {behind}
+        bar.warp.sync -1;
+        ld.shared.b32 %r6, [0];
+        setp.ne.b32 %p2, %r6, 0;
+        @%p2 bra $end;
+        ld.global.b32 %r7, [%rd5+4];
+        st.global.b32 [%rd5+260], %r7;
+        $end:
+    """
+    barrier, given = "bar.sync 0;", [*range(100, 132), *[0] * 65]
+
+    def left(before: str, behind: str) -> list[int]:
+        return run(code.format(before=before, behind=behind), given, blocks=2)
+
+    # the number begins at -1, so that the second of two finds 0
+    with pytest.raises(Fault, match="has written"):
+        left("", barrier)
+    with pytest.raises(Fault, match="has written"):
+        left(barrier, "")
+    assert left(barrier, barrier)[65:] == given[:32]
+
+
 def test_warps_order_themselves_by_barriers_of_the_block():
     """A barrier of the warp is not enough for what another warp has written."""
     code = """

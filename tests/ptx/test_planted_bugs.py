@@ -10,11 +10,13 @@ import torch
 from engine import Fault
 from host_runs import on_host
 from levels import truth
+from parsing import NotTranslated
 from shapes import SHAPES, Shape, drawn
 
-from lasem_fast.kernels import box_forward, box_wgrad
+from lasem_fast.kernels import box_forward, box_wgrad, level_wgrad
 from lasem_fast.kernels.box_form import box_form
 from lasem_fast.kernels.box_gradient import box_gradient
+from lasem_fast.kernels.kept import forget
 from lasem_fast.kernels.level_forward import level_forward
 from lasem_fast.kernels.level_tiles import Tile
 from lasem_fast.kernels.weight_copies import weight_copies
@@ -79,7 +81,7 @@ def test_nothing_planted_is_right(capability):
                      id="a row too many"),
         pytest.param(80, r"setp\.lt\.s32", "setp.le.s32", 0, RESULT, id="the branch off by one"),
         pytest.param(80, _SIZE, r"\1 16", 0, "outside of all tensors", id="a load unmasked"),
-        pytest.param(80, r"@%p\d+ (st\.global)", r"\1", 0, "has written", id="a store unmasked"),
+        pytest.param(80, r"@%p\d+ (st\.global)", r"\1", 1, "has written", id="a store unmasked"),
         pytest.param(90, r"1, 1, 0, 0;", "1, 1, 0, 1;", 0, RESULT, id="b by columns"),
         pytest.param(90, r"1, 1, 0, 0;", "1, -1, 0, 0;", 0, FAULT, id="b negated"),
         pytest.param(90, r"wgmma\.wait_group\.sync\.aligned 0", "wgmma.wait_group.sync.aligned 1",
@@ -262,3 +264,54 @@ def test_bug_in_a_sum_is_seen(pattern, replacement, which, seen):
             sum_in_boxes(change)
     else:
         assert not torch.equal(sum_in_boxes(change), sum_in_boxes())
+
+
+def shared_sum(monkeypatch, change=lambda name, ptx: ptx, seed: int = 0) -> torch.Tensor:
+    """A gradient whose sums ten programs share, in groups of four."""
+    case, weights, biases, filters, _, dy = boxes()
+    monkeypatch.setattr(level_wgrad, "splits_of", lambda programs, steps: 10)
+    forget()
+    with on_host(90, change=change, seed=seed):
+        code = box_forward.box_forward(
+            case.x.bfloat16(), filters, biases, None, case.tables, case.geometry
+        )[1]
+        (dweight, _), _ = level_wgrad.level_wgrad(
+            dy, code, case.x.bfloat16(), weights, biases, case.tables, case.geometry,
+            filters.arrivals, tile=level_wgrad.TENSOR_CORE_TILES[1],
+        )  # fmt: skip
+    monkeypatch.undo()
+    forget()
+    assert not filters.arrivals.any()
+    return dweight
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_planted_is_right_in_a_shared_sum(seed, monkeypatch):
+    """Whoever comes last."""
+    case, *_, dy = boxes()
+    want = truth(case, dy).dweights[0].float()
+    assert torch.equal(shared_sum(monkeypatch, seed=seed), want)
+
+
+_BARRIER = r"bar\.sync\s+0;(?=(?:(?!bar\.sync|@%p)[\s\S])*@%p\d+ atom\.global)"
+_BEHIND = r"(@%p\d+ atom\.global(?:(?!bar\.sync)[\s\S])*)bar\.sync\s+0;"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "which", "seen"),
+    [
+        pytest.param(_BARRIER, "", 0, "no barrier after", id="no barrier before an arrival"),
+        pytest.param(_BARRIER, "", 1, "no barrier after", id="none before that of a group"),
+        pytest.param(_BEHIND, r"\1", 0, "no barrier after the write", id="none behind it"),
+        pytest.param(r"(atom\.global[^-]*), -1;", r"\1, -2;", 0, "another block has read",
+                     id="the last but one adds up"),
+        pytest.param(r"(atom\.global)\.gpu\.acq_rel", r"\1.gpu.relaxed", 0, "no such instructions",
+                     id="an arrival that orders nothing"),
+    ],
+)  # fmt: skip
+def test_bug_in_a_shared_sum_is_seen(pattern, replacement, which, seen, monkeypatch):
+    def change(name: str, ptx: str) -> str:
+        return planted(ptx, pattern, replacement, which) if name == "level_wgrad_kernel" else ptx
+
+    with pytest.raises((Fault, NotTranslated), match=seen):
+        shared_sum(monkeypatch, change)

@@ -18,6 +18,7 @@ from lasem_fast.kernels import (
 )
 from lasem_fast.kernels.kept import forget
 from lasem_fast.kernels.level_rows import Rows
+from lasem_fast.kernels.level_tiles import MOST_SHARED
 
 MODULES = {"forward": level_forward, "dgrad": level_dgrad, "wgrad": level_wgrad}
 IN_BOXES = {"forward": box_forward, "dgrad": box_dgrad, "wgrad": box_wgrad}
@@ -55,6 +56,10 @@ def test_every_tile_that_reads_boxes_is_exact(name, tile, monkeypatch):
     dy = case.gradient()
     want = truth(case, dy)
     for parts in (1, 2) if name == "wgrad" else (1,):
-        monkeypatch.setattr(box_wgrad, "splits_of", lambda *_, parts=parts: parts)
+
+        def splits_of(programs, steps, parts=parts):
+            return parts if programs <= MOST_SHARED else 1
+
+        monkeypatch.setattr(box_wgrad, "splits_of", splits_of)
         forget()
         exact(run(case, dy, 90, Tiles(**{name: tile}), boxes=True), want)

@@ -209,6 +209,7 @@ int ptx_launch(const ptx::Program* p, const uint32_t* grid, uint32_t shared_byte
   global.give(begins, ends, spans);
   std::vector<ptx::Warp> warps(size_t(p->threads) / ptx::LANES);
   for (const uint32_t b : order) {
+    global.seen.clear();
     const ptx::Grid at{b % size.x, b / size.x % size.y, b / size.x / size.y};
     try {
       ptx::Shared shared(shared_bytes, warps.size());

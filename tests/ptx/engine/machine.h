@@ -6,7 +6,7 @@
 // registers of a product of a warp group before its wait; order between blocks beyond none at all;
 // what the assembler makes of the PTX; a wait for an mbarrier that gives up before its phase is
 // over; whether copies see an mbarrier that has just been made, for which Triton has no fence.
-// Clusters, and atomics but a maximum in global memory, are refused.
+// Clusters, and atomics but a maximum and a sum in global memory, are refused.
 #pragma once
 #include <array>
 #include <cstdarg>

@@ -1,13 +1,16 @@
 // Global and shared memory that know who has touched them.
 #pragma once
 #include <algorithm>
+#include <map>
 #include <memory>
 
 #include "machine.h"
 
 namespace ptx {
 // The tensors of a launch. Every access has to lie inside one of them; no block may read what
-// another one writes, nor write what another one reads or writes.
+// another one writes, nor write what another one reads or writes, unless it has seen that the other
+// one is done with it: by adding to a number to which that one had added before, with a barrier of
+// its threads behind what they did, and another one here behind the addition.
 struct Global {
   struct Span {
     uint64_t begin, end;
@@ -16,10 +19,18 @@ struct Global {
   struct Region {
     uint64_t begin, end;
     std::vector<uint32_t> writer, reader;  // block + 1, 0 for none, or ATOMIC
+    std::vector<uint32_t> written;         // in which epoch of the writer's
   };
+  // Of a block that another one has seen: the epoch that has not been, and since when of its own.
+  struct Sight {
+    uint32_t before, since;
+  };
+  using Sights = std::map<uint32_t, Sight>;
   static constexpr uint32_t SEVERAL = ~0u, ATOMIC = ~0u - 1;
   std::vector<Span> spans;
   std::vector<Region> regions;
+  std::map<uint64_t, Sights> arrived;  // by the number's address
+  Sights seen;                         // by the block that is running
   size_t last = 0;
 
   void give(const uint64_t* begins, const uint64_t* ends, int count) {
@@ -36,6 +47,7 @@ struct Global {
     for (Region& r : regions) {
       r.writer.assign(r.end - r.begin, 0);
       r.reader.assign(r.end - r.begin, 0);
+      r.written.assign(r.end - r.begin, 0);
     }
   }
   Region& find(uint64_t at, size_t size, const char* name, size_t alignment) {
@@ -54,19 +66,25 @@ struct Global {
     }
     fail("%s outside of all tensors, by %ld bytes", name, nearest);
   }
-  void read(void* to, uint64_t at, size_t size, uint32_t block, const char* name,
+  bool is_seen(const Region& r, uint64_t i, uint32_t epoch) const {
+    const auto found = seen.find(r.writer[i] - 1);
+    return found != seen.end() && r.written[i] < found->second.before &&
+           found->second.since < epoch;
+  }
+  void read(void* to, uint64_t at, size_t size, uint32_t block, uint32_t epoch, const char* name,
             size_t alignment = 0) {
     Region& r = find(at, size, name, alignment ? alignment : size);
     for (uint64_t i = at - r.begin; i < at - r.begin + size; ++i) {
       if (r.writer[i] == ATOMIC) fail("%s reads what is changed by atomics", name);
-      if (r.writer[i] && r.writer[i] != block + 1)
+      if (r.writer[i] && r.writer[i] != block + 1 && !is_seen(r, i, epoch))
         fail("%s reads what block %u has written", name, r.writer[i] - 1);
       uint32_t& reader = r.reader[i];
       reader = !reader || reader == block + 1 ? block + 1 : SEVERAL;
     }
     memcpy(to, (const void*)at, size);
   }
-  void write(uint64_t at, const void* from, size_t size, uint32_t block, const char* name) {
+  void write(uint64_t at, const void* from, size_t size, uint32_t block, uint32_t epoch,
+             const char* name) {
     Region& r = find(at, size, name, size);
     for (uint64_t i = at - r.begin; i < at - r.begin + size; ++i) {
       if (r.writer[i] == ATOMIC) fail("%s writes what is changed by atomics", name);
@@ -75,8 +93,20 @@ struct Global {
       if (r.reader[i] && r.reader[i] != block + 1)
         fail("%s writes what another block has read", name);
       r.writer[i] = block + 1;
+      r.written[i] = epoch;
     }
     memcpy((void*)at, from, size);
+  }
+  // The running block adds to a number: it sees all who have, and those who will see it.
+  void arrive(uint64_t at, uint32_t block, uint32_t epoch) {
+    Sights& here = arrived[at];
+    for (const auto& [other, sight] : here) {
+      Sight& known = seen.insert({other, {0, epoch}}).first->second;
+      if (sight.before > known.before) known = {sight.before, epoch};
+    }
+    here[block] = {epoch, 0};
+    for (const auto& [other, sight] : seen)
+      if (other != block) here[other].before = std::max(here[other].before, sight.before);
   }
   // What blocks change by atomics alone belongs to all of them.
   void share(uint64_t at, size_t size, const char* name) {

@@ -20,7 +20,7 @@ void load(Warp& w, const Instruction& i, uint32_t mask) {
     each(mask, [&](int l) {
       T values[N];
       if constexpr (SPACE == GLOBAL)
-        m.global->read(values, base[l] + offset, sizeof values, m.block, i.name);
+        m.global->read(values, base[l] + offset, sizeof values, m.block, m.shared->epoch, i.name);
       else
         m.shared->read(w, l, values, uint32_t(base[l]) + offset, sizeof values, i.name),
             m.shared->mark_loaded(w, uint32_t(base[l]) + offset, sizeof values);
@@ -38,7 +38,7 @@ void store(Warp& w, const Instruction& i, uint32_t mask) {
     T values[N];
     for (int n = 0; n < N; ++n) values[n] = get<T>(w.lane(i.at[2 + n])[l]);
     if constexpr (SPACE == GLOBAL)
-      m.global->write(base[l] + offset, values, sizeof values, m.block, i.name);
+      m.global->write(base[l] + offset, values, sizeof values, m.block, m.shared->epoch, i.name);
     else
       m.shared->write(w, l, uint32_t(base[l]) + offset, values, sizeof values, i.name),
           m.shared->mark_stored(uint32_t(base[l]) + offset, sizeof values);
@@ -56,7 +56,9 @@ void copy_async(Warp& w, const Instruction& i, uint32_t mask) {
       fail("%s: sizes %u and %u", i.name, size, given);
     Copy copy{uint32_t(w.lane(i.at[0])[l]) + i.at[1], size, {}};
     if (given && given != size) fail("%s: part of a copy", i.name);
-    if (given) m.global->read(copy.data, w.lane(i.at[2])[l] + i.at[3], size, m.block, i.name);
+    if (given)
+      m.global->read(copy.data, w.lane(i.at[2])[l] + i.at[3], size, m.block, m.shared->epoch,
+                     i.name);
     unsigned char poison[16];
     memset(poison, 0xff, sizeof poison);
     m.shared->write(w, l, copy.to, poison, size, i.name);
@@ -84,15 +86,17 @@ inline void copy_wait(Warp& w, const Instruction& i, uint32_t mask) {
   });
 }
 
-// The value before, and the larger one in its place.
-template <class T>
-void atomic_max(Warp& w, const Instruction& i, uint32_t mask) {
+// The value before, and the larger one, or the sum, in its place.
+template <class T, bool ADDS>
+void atomic(Warp& w, const Instruction& i, uint32_t mask) {
+  const Machine& m = *w.machine;
   each(mask, [&](int l) {
     const uint64_t at = w.lane(i.at[1])[l] + uint64_t(int64_t(i.at[2]));
-    w.machine->global->share(at, sizeof(T), i.name);
+    m.global->share(at, sizeof(T), i.name);
+    if (ADDS) m.global->arrive(at, m.block, m.shared->epoch);
     T& value = *reinterpret_cast<T*>(at);
-    const T before = value;
-    value = std::max(before, get<T>(w.lane(i.at[3])[l]));
+    const T before = value, given = get<T>(w.lane(i.at[3])[l]);
+    value = ADDS ? T(before + given) : std::max(before, given);
     w.lane(i.at[0])[l] = put(before);
   });
 }
@@ -170,7 +174,8 @@ inline void add_memory(Table& t) {
   t["ld.shared.s32"] = load<SHARED, uint32_t, 1>;
   t["ld.param.s32"] = load<PARAMETER, uint32_t, 1>;
   t["cp.async.ca.shared.global"] = t["cp.async.cg.shared.global"] = copy_async<16>;
-  t["atom.global.gpu.acq_rel.max.s32"] = atomic_max<int32_t>;
+  t["atom.global.gpu.acq_rel.max.s32"] = atomic<int32_t, false>;
+  t["atom.global.gpu.acq_rel.add.u32"] = atomic<uint32_t, true>;
   t["cp.async.commit_group"] = copy_commit;
   t["cp.async.wait_group"] = copy_wait;
   add_matrix<1>(t);

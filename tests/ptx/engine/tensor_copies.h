@@ -53,7 +53,8 @@ inline std::vector<unsigned char> box_of(Machine& m, const TensorMap& map, const
     if (inside)
       m.global->read(&values[size_t(first) * map.element],
                      from + uint64_t((corner[0] + first) * map.element),
-                     size_t(last - first) * map.element, m.block, name, map.element);
+                     size_t(last - first) * map.element, m.block, m.shared->epoch, name,
+                     map.element);
     for (uint32_t b = 0; b < line; b += 16)
       memcpy(&data[swizzled(to + n * line + b, map.swizzle) - to], &values[b], 16);
   }
