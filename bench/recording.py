@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -14,18 +14,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import TASK, Case, Problem
 from bench.compiling import Launch, recorded
-from lasem_fast.backends import triton_level, triton_linear_head, triton_scores
+from lasem_fast.backends import (
+    early_copies,
+    head_gradient,
+    triton_level,
+    triton_linear_head,
+    triton_scores,
+)
 from lasem_fast.em import LASEM
 from lasem_fast.search import dispatch
 
 
-def step_launches(case: Case, boxes: bool = False) -> tuple[list[Launch], Counter[str]]:
+def step_launches(
+    case: Case, boxes: bool = False, captured: bool = False
+) -> tuple[list[Launch], Counter[str]]:
     """What a forward and a backward of a row start on a device.
 
     Args:
         case: the row.
         boxes: whether levels read boxes wherever they can, see
             :class:`lasem_fast.backends.triton_level.BoxLevel`.
+        captured: as :func:`lasem_fast.capture` takes it in, which copies weights before all else.
 
     Returns:
         The launches of the project's kernels, in order, and how often each of PyTorch's own
@@ -36,14 +45,38 @@ def step_launches(case: Case, boxes: bool = False) -> tuple[list[Launch], Counte
         stack.enter_context(tf32(case.dtype == "tf32"))
         launches = stack.enter_context(recorded())
         others = stack.enter_context(_Others())
+        wanted: list[early_copies.Wanted] = []
         for _ in range(2):  # the first step makes what is kept
+            copies = early_copies.EarlyCopies(em.net.parameters(), wanted)
             launches.clear()
             others.counts.clear()
-            with replace(case, device="cpu").precision():
+            early = _copied_early(copies, wanted) if captured else nullcontext()
+            with replace(case, device="cpu").precision(), early:
                 step = em(problem.x, problem.y, TASK)
             # not backward(), which would copy gradients because the recording holds them too
-            torch.autograd.grad(step.loss, [*em.net.parameters()], allow_unused=True)
+            parameters, one = [*em.net.parameters()], None
+            if captured:
+                one = head_gradient.one(step.loss)
+            torch.autograd.grad(step.loss, parameters, one, allow_unused=True)
     return launches, others.counts
+
+
+@contextmanager
+def _copied_early(
+    copies: early_copies.EarlyCopies, wanted: list[early_copies.Wanted]
+) -> Iterator[None]:
+    """Copies are made as in a capture, and what a step asks for is noted."""
+    stream = mock.Mock(device=torch.device("cpu"), cuda_stream=0)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(torch.cuda, "current_stream", return_value=stream))
+        enter(mock.patch.object(torch.cuda, "stream", return_value=nullcontext()))
+        enter(mock.patch.object(early_copies, "captured_stream", return_value=stream))
+        enter(mock.patch.object(early_copies, "beside", return_value=stream))
+        wanted.clear()
+        enter(early_copies.noted(wanted))
+        enter(copies.running())
+        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a compiled launch should take on a GPU: the largest of four bounds, and the cost of a node.
+"""What a compiled launch should take on a GPU: the largest of four bounds, and what follows.
 
 For a launch of ``P`` programs of ``W`` warps, whose loop has ``I`` instructions and is passed ``n``
 times, and which has ``A`` instructions in all:
@@ -8,6 +8,8 @@ times, and which has ``A`` instructions in all:
 - tensor: FLOPs of the products as tiles do them, padding included, / peak;
 - L2:     bytes of the operands' tiles, read again by every program, / L2 bandwidth;
 - DRAM:   bytes of all tensors, each once, / memory bandwidth;
+- adding: bytes of the parts that the last of a sum's programs adds up / what one multiprocessor
+          reads;
 - node:   what a node of a CUDA graph costs beside its work.
 
 Assumed: every issue slot is used and all latency hidden; the four overlap within a launch, and
@@ -25,18 +27,20 @@ import torch
 from bench.compiling import Launch
 from bench.sass import MachineCode
 from lasem_fast.kernels.boxes import Box, Convolution, Taps, reads
+from lasem_fast.kernels.parts import groups_of
 
 _TILED = ("level_forward_kernel", "level_dgrad_kernel", "level_wgrad_kernel")
 _BOXED = ("box_forward_kernel", "box_dgrad_kernel", "box_wgrad_kernel")
 
 
 class Ceilings(NamedTuple):
-    """A GPU. The defaults were read on an H200, but for clock, L2 bandwidth and node.
+    """A GPU. The defaults were read on an H200, but for clock, L2 bandwidth, read and node.
 
     Attributes:
         peak: TFLOP/s of bf16 matrix products; TF32 has half of it.
         fma: TFLOP/s of float32 without tensor cores.
         memory, l2: TB/s.
+        read: bytes that one multiprocessor reads in a nanosecond, by the tiles' times on an H100.
         multiprocessors: how many.
         clock: GHz.
         node: microseconds.
@@ -46,6 +50,7 @@ class Ceilings(NamedTuple):
     fma: float = 60.0
     memory: float = 4.3
     l2: float = 5.5
+    read: float = 75.0
     multiprocessors: int = 132
     clock: float = 1.755
     node: float = 2.2
@@ -59,12 +64,13 @@ class Prediction(NamedTuple):
     tensor: float
     l2: float
     memory: float
+    adding: float
     node: float
 
     @property
     def total(self) -> float:
-        """The largest bound and the node."""
-        return max(self.issue, self.tensor, self.l2, self.memory) + self.node
+        """The largest bound, adding up and the node."""
+        return max(self.issue, self.tensor, self.l2, self.memory) + self.adding + self.node
 
 
 def predict(launch: Launch, code: MachineCode, ceilings: Ceilings) -> Prediction:
@@ -89,6 +95,7 @@ def predict(launch: Launch, code: MachineCode, ceilings: Ceilings) -> Prediction
         tensor=total_flops / (1e6 * peak),
         l2=programs * steps * operands / (1e6 * ceilings.l2),
         memory=_bytes(launch) / (1e6 * ceilings.memory),
+        adding=_added_up(launch) / (1e3 * ceilings.read),
         node=ceilings.node,
     )
 
@@ -159,8 +166,28 @@ def _work(launch: Launch) -> tuple[float, float, float]:
     return steps, 2 * rows * columns * depth, depth * (rows * sides[0] + columns * sides[1])
 
 
+def _added_up(launch: Launch) -> int:
+    """Bytes of the parts that the last of a sum's programs adds up."""
+    name, a = launch.kernel.__name__, launch.arguments
+    if name == "box_forward_kernel":
+        parts, rows = a["PARTS"], a["IMAGES"] * a["BOX_H"] * a["BOX_W"]
+    elif name == "box_wgrad_kernel":
+        parts, rows = launch.grid[2] * a["TAPS"] // (a["KH"] * a["KW"]), a["ROWS"] * a["TAPS"]
+    elif name == "level_wgrad_kernel":
+        parts, rows = launch.grid[2], a["ROWS"]
+    else:
+        return 0
+    if parts == 1:
+        return 0
+    read = a["GROUP"] + groups_of(parts) if a["GROUP"] else parts
+    return 4 * read * rows * a["COLUMNS"]
+
+
 def _bytes(launch: Launch) -> int:
     """Of all its tensors, each once."""
+    if launch.kernel.__name__ == "many_copies_kernel":  # which finds its tensors in a table
+        sizes = launch.arguments["of_weights"], launch.arguments["of_copies"]
+        return launch.programs * launch.arguments["BLOCK"] * sum(t.element_size() for t in sizes)
     values = [getattr(value, "base", value) for value in launch.arguments.values()]
     tensors = [t for t in values if isinstance(t, torch.Tensor)]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lasem_fast._numbers import flag
 from lasem_fast.backends import head_gradient
-from lasem_fast.backends.side_stream import EarlyCopies
+from lasem_fast.backends.early_copies import EarlyCopies, Wanted, noted
 from lasem_fast.capture_holdings import Holdings
 from lasem_fast.capture_trial import first_line, obstacles, rehearse, trial
 from lasem_fast.em import LASEM
@@ -103,6 +103,8 @@ class CapturedStep:
         # once: nn.Module.__getattr__ costs as much as a check
         self._net, self._rollback = em.net, em._rollback
         self._stream: torch.cuda.Stream | None = None
+        self._wanted: list[Wanted] = []  # copies that the last eager step asked for
+        self._copies: EarlyCopies | None = None  # those that the graph has taken in
         self._warm: Any = None  # what the last eager step ran with
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded: Any = None  # what the graph has taken in
@@ -181,25 +183,27 @@ class CapturedStep:
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        self._wanted.clear()
+        with torch.cuda.stream(self._stream), noted(self._wanted):
             step = self.eager(self._x, self._y)
         torch.cuda.current_stream().wait_stream(self._stream)
         self._warm = self._taken_in()
         return step
 
     def _record(self) -> None:
-        """Captures the graph; runs nothing on the device, so that a failure changes nothing."""
+        """Captures the graph; no step is made on the device, so that a failure changes nothing."""
         stream = torch.cuda.current_stream()
         self._begin()
         grads = [(p, p.grad) for p in self.em.net.parameters()]
         self.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
+        copies = EarlyCopies(_constant_weights(self.em), self._wanted)
         try:
             # a loader's thread that pins memory must not end the capture
             capture = torch.cuda.graph(
                 graph, stream=self._stream, capture_error_mode="thread_local"
             )
-            with capture, EarlyCopies(_constant_weights(self.em)).running():
+            with capture, copies.running():
                 result = self.eager(self._x, self._y)
         except Exception:
             for parameter, grad in grads:
@@ -209,7 +213,7 @@ class CapturedStep:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own stream current
         parameters = [p for p in self.em.net.parameters() if p.grad is not None]
         self._grads = parameters, [p.grad for p in parameters]
-        self._graph, self._result = graph, result
+        self._graph, self._result, self._copies = graph, result, copies
 
     def _begin(self) -> None:
         """Tells the roll-back whose step comes, if it is one of training."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lasem_fast.backends.side_stream import SideStream, early_copy
+from lasem_fast.backends.early_copies import copies_of
+from lasem_fast.backends.side_stream import SideStream
 from lasem_fast.kernels.box_dgrad import box_dgrad
 from lasem_fast.kernels.box_form import BoxForm, Filters, box_form
 from lasem_fast.kernels.box_forward import box_forward
@@ -18,7 +19,6 @@ from lasem_fast.kernels.level_rows import Tables, in_rows
 from lasem_fast.kernels.level_tiles import Tile
 from lasem_fast.kernels.level_wgrad import mend_wgrad
 from lasem_fast.kernels.unfolded import unfolded
-from lasem_fast.kernels.weight_copies import weight_copies
 
 # What it costs to ask whether a sum has to be made anew, in nanoseconds.
 _MENDING = 2000.0
@@ -28,7 +28,7 @@ def forward(x, weights, biases, skip, tables, counts, geometry, dtype, tile):
     """Copies of the weights, the input unfolded where it has to be, and the level's output."""
     geometry, rows = Geometry(*geometry), Tables(*tables, tuple(counts))
     form = box_form(tuple(x.shape), tuple(weights[0].shape), geometry)
-    filters = early_copy(x, weights, lambda: weight_copies(weights, dtype, form))
+    filters = copies_of(x, weights, dtype, form)
     columns = x.new_empty(0, dtype=dtype)
     if form.unfolds:
         columns = unfolded(x, weights[0].shape[2:], geometry, form, dtype)

@@ -14,6 +14,7 @@ from lasem_fast.kernels import (
     box_gradient,
     box_wgrad,
     level_wgrad,
+    many_copies,
     unfolded,
     weight_copies,
 )
@@ -90,6 +91,7 @@ def _unfolded() -> dict[str, Launch]:
     with recorded() as started:
         unfolded.unfolded(x, (7, 7), geometry, form, torch.bfloat16)
         weight_copies.weight_copies([_meta(64, 3, 7, 7)] * 2, torch.bfloat16, form)
+        many_copies.ManyCopies([([_meta(64, 3, 7, 7)] * 2, form)] * 2, torch.bfloat16)()
     return _named(started, "unfolded")
 
 

@@ -15,7 +15,7 @@ from bench.sass import Loop, MachineCode
 from bench.time_model import Ceilings, predict
 
 # 10 SMs of 1 GHz; 1 TFLOP/s, 1 TB/s and 2 TB/s are 1e6, 1e6 and 2e6 a microsecond.
-SMALL = Ceilings(peak=1, fma=0.5, memory=1, l2=2, multiprocessors=10, clock=1, node=3)
+SMALL = Ceilings(peak=1, fma=0.5, memory=1, l2=2, read=50, multiprocessors=10, clock=1, node=3)
 
 
 def _launch(name: str):
@@ -80,6 +80,8 @@ def test_a_part_takes_its_share_of_the_steps():
     launch = box_launches.launches()["box_forward/64x1x1x64x128/in_parts"]
     found = predict(launch, MachineCode(500, None, frozenset()), SMALL)
     assert found.flops == 2 * 3 * 64 * 64 * 4096
+    # the last of four parts, and of four such groups
+    assert found.adding == pytest.approx((4 + 4) * 4 * 64 * 64 / 50e3)
 
 
 def _filled(launch) -> float:

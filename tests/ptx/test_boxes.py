@@ -18,6 +18,8 @@ from lasem_fast.kernels.box_form import box_form
 from lasem_fast.kernels.boxes import Box
 from lasem_fast.kernels.level_geometry import Geometry
 from lasem_fast.kernels.level_rows import Rows
+from lasem_fast.kernels.many_copies import ManyCopies
+from lasem_fast.kernels.weight_copies import weight_copies
 
 CAPABILITY = 90
 # A float32 result may be off from float64 by twice what PyTorch's is: the order of the sum differs.
@@ -151,6 +153,23 @@ def test_the_first_convolution_is_unfolded(stride):
     taken = taken.view(3, 3, 9, *conv).permute(0, 3, 4, 2, 1).flatten(3)
     assert torch.equal(columns[0, ..., :27], taken.bfloat16())
     assert not columns[0, ..., 27:].any()
+
+
+def test_copies_of_several_levels():
+    """One unfolded, whose filters end in zeros, and one of a single branch."""
+    shapes, given = [(16, 3, 3, 3), (8, 16, 3, 3)], []
+    for branches, shape in zip((2, 1), shapes, strict=True):
+        weights = [integers(*shape).float() for _ in range(branches)]
+        geometry = Geometry(1, 1, 1, 1, 9, 7, 1, 0, 9, 7, 1)
+        given.append((weights, box_form((1, 2, 9, 7, shape[1]), shape, geometry)))
+    copies = ManyCopies(given, torch.bfloat16)
+    reached = [t for weights, _ in given for t in weights]
+    reached += [t for made in copies.filters for t in (made.data, made.arrivals)]
+    with on_host(CAPABILITY, seed=1, reached=reached):
+        copies()
+        apart = [weight_copies(weights, torch.bfloat16, form) for weights, form in given]
+    for made, want in zip(copies.filters, apart, strict=True):
+        assert torch.equal(made.data, want.data) and not made.arrivals.any()
 
 
 def test_a_carried_gradient_is_added():
