@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from itertools import pairwise
 
 import torch
@@ -106,6 +107,10 @@ def main() -> None:
     assert len(set(map(float, sums))) == 1, "the processes have different weights"
     dist.barrier()  # nobody leaves while another one still listens
     dist.destroy_process_group()
+    # Gloo's threads outlive DistributedDataParallel, and one that lets go of a tensor while Python
+    # ends takes the process with it (pytorch PR#179291)
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Run by test_parallel.py, once in each process: python parts_of_a_batch.py STORE 
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from functools import partial
 
@@ -195,6 +196,7 @@ def main() -> None:
         em(*batch(), task="a")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # see examples/several_processes.py
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def test_frozen_parameters_get_no_gradient():
 
 
 _DDP = """
-import sys, torch, torch.distributed as dist, lasem_fast as lf
+import os, sys, torch, torch.distributed as dist, lasem_fast as lf
 sys.path.insert(0, sys.argv[1])
 from nets import batch, small_net
 torch.set_num_threads(1)
@@ -178,11 +178,12 @@ for p, q in zip(net.parameters(), twin.net.parameters()):
     assert torch.allclose(p.grad, q.grad), (p.grad, q.grad)
 dist.barrier()  # nobody leaves while the other still listens
 dist.destroy_process_group()
+os._exit(0)  # see examples/several_processes.py
 """
 
 
 _DDP_START = """
-import sys, torch, torch.distributed as dist, lasem_fast as lf
+import os, sys, torch, torch.distributed as dist, lasem_fast as lf
 from torch.nn.parallel import DistributedDataParallel as DDP
 sys.path.insert(0, sys.argv[1])
 from nets import batch, small_net
@@ -274,6 +275,7 @@ except RuntimeError as error:
 dist.barrier()
 dist.destroy_process_group()
 other.end_task("a")
+os._exit(0)
 """
 )
 
