@@ -84,6 +84,11 @@ def test_a_part_takes_its_share_of_the_steps():
     assert found.adding == pytest.approx((4 + 4) * 4 * 64 * 64 / 50e3)
 
 
+def test_a_sum_that_is_not_made_anew_costs_a_node():
+    launch = box_launches.launches()["level_wgrad/mended"]
+    assert predict(launch, MachineCode(500, None, frozenset()), SMALL).total == 3
+
+
 def _filled(launch) -> float:
     """How many times the channels a tile has."""
     a = launch.arguments
