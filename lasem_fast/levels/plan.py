@@ -122,7 +122,7 @@ class Plan:
             place = {leaf: i for i, leaf in enumerate(self.order)}
             places = tuple(place[leaf] for leaf in self.leaves)
         object.__setattr__(self, "places", places)
-        in_order = bool(self.levels) and places == tuple(range(len(self.levels[-1])))
+        in_order = len(self.levels) > 0 and places == tuple(range(len(self.levels[-1])))
         object.__setattr__(self, "is_in_order", in_order)
 
     @classmethod

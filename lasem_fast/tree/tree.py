@@ -136,7 +136,7 @@ class Tree:
         liveness: TreeLiveness | None = None,
     ) -> Fold:
         """Runs the stages ``first .. stop - 1`` on a level's rows."""
-        lowers = bool(self.operations.levels) and not network.watched
+        lowers = len(self.operations.levels) > 0 and not network.watched
         for i in range(first, stop):
             branches, level = network.stages[i], self.plan.levels[i]
             used = [branches[b] for b in level.used_branches]
