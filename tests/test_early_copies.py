@@ -129,19 +129,21 @@ def test_what_is_asked_for_is_noted_and_then_found(streams, launched, monkeypatc
     monkeypatch.setattr(kernel, "weight_copies", lambda *_: plain)
     weights, asked = parameters(2), []
     computed = weights[0] + weights[1]
+    with torch.no_grad():
+        without_graph = weights[0] + weights[1]
 
     def ask():
-        levels = [weights[:1], weights[1:], [computed]]
+        levels = [weights[:1], weights[1:], [computed], [without_graph]]
         return [early_copies.copies_of(computed, w, torch.bfloat16, FORM) for w in levels]
 
-    assert ask() == [plain] * 3
+    assert ask() == [plain] * 4
     with noted(asked):
-        assert ask() == [plain] * 3
+        assert ask() == [plain] * 4
     assert len(asked) == 2
     early = EarlyCopies(weights, asked)
     with early.running():
-        assert ask() == [*launched[0].copies.filters, plain]
-    assert ask() == [plain] * 3
+        assert ask() == [*launched[0].copies.filters, plain, plain]
+    assert ask() == [plain] * 4
     assert not early_copies._running and not early_copies._noting
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lasem_fast.backends.side_stream import beside, captured_stream, key_of
 from lasem_fast.kernels.box_form import BoxForm, Filters
@@ -140,8 +140,8 @@ _noting: dict[tuple[torch.device, int], list[Wanted]] = {}
 def _note(x: Tensor, wanted: Wanted) -> None:
     if not _noting or torch.compiler.is_compiling():
         return
-    # those that are computed are made in the middle of a step
-    if all(_whole(weight).is_leaf for weight in wanted.weights):
+    # those that are computed are made in the middle of a step, and would be held here
+    if all(isinstance(_whole(weight), nn.Parameter) for weight in wanted.weights):
         noted_here = _noting.get(key_of(torch.cuda.current_stream()))
         if noted_here is not None:
             noted_here.append(wanted)
